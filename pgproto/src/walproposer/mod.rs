@@ -1,0 +1,233 @@
+//! What a proposer and an acceptor say to each other inside `START_WAL_PUSH`.
+//!
+//! One CopyData body is one message, in both directions. The values here are independent of the protocol version;
+//! [`v3`] (big-endian, generations) and [`v2`] (little-endian, none) turn them into bytes and back.
+//! Protocol 2 carries no generation and no configuration: both read as "none" (generation 0).
+//!
+//! ```text
+//! proposer                          acceptor
+//!   Greeting            ------>
+//!                       <------     Greeting        term, configuration
+//!   VoteRequest         ------>
+//!                       <------     VoteResponse    given?, flush LSN, term history
+//!   Elected             ------>                     truncate to the common point, adopt the history
+//!   AppendRequest*      ------>                     empty one: heartbeat
+//!                       <------     AppendResponse* durable and commit LSN; one may answer many
+//! ```
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
+use crate::{DecodeError, Generation, Lsn, NodeId, SystemId, TenantTimelineId, Term};
+
+pub mod v2;
+pub mod v3;
+
+/// Most WAL bytes in one AppendRequest or XLogData: 16 pages.
+pub const MAX_SEND_SIZE: usize = 131_072;
+
+/// Version of the messages, chosen by the proposer in `START_WAL_PUSH`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProtocolVersion {
+    /// Little-endian C structs, no generations.
+    V2,
+    /// Big-endian, generations and membership configurations.
+    V3,
+}
+
+/// A member of a configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Member {
+    /// Node id.
+    pub id: NodeId,
+    /// Host name or address for computes.
+    pub host: String,
+    /// Port for computes.
+    pub pg_port: u16,
+}
+
+/// Who keeps this timeline: one set of members, or two while a change is under way.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Configuration {
+    /// Its number; 0 means there is none.
+    pub generation: Generation,
+    /// The members; empty only in generation 0.
+    pub members: Vec<Member>,
+    /// In a joint configuration, the members to come.
+    #[serde(default)]
+    pub new_members: Option<Vec<Member>>,
+}
+
+impl Configuration {
+    /// Whether `node` is in either set.
+    pub fn contains(&self, node: NodeId) -> bool {
+        let in_set = |set: &[Member]| set.iter().any(|member| member.id == node);
+        in_set(&self.members) || self.new_members.as_deref().is_some_and(in_set)
+    }
+}
+
+/// A term and the LSN at which it begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct TermLsn {
+    /// The term.
+    pub term: Term,
+    /// Its first LSN.
+    pub lsn: Lsn,
+}
+
+impl From<(u64, u64)> for TermLsn {
+    fn from((term, lsn): (u64, u64)) -> Self {
+        TermLsn { term: Term(term), lsn: Lsn(lsn) }
+    }
+}
+
+/// First message of a proposer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProposerGreeting {
+    /// Which log.
+    pub ttid: TenantTimelineId,
+    /// The configuration the proposer knows; generation 0 from current computes.
+    pub configuration: Configuration,
+    /// `PG_VERSION_NUM`, such as 170005; 0 = unknown.
+    pub pg_version: u32,
+    /// Postgres system identifier; 0 = unknown.
+    pub system_id: SystemId,
+    /// Segment size in bytes, unchecked.
+    pub wal_seg_size: u32,
+}
+
+/// A proposer campaigns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VoteRequest {
+    /// Configuration the campaign runs in.
+    pub generation: Generation,
+    /// Term asked for.
+    pub term: Term,
+}
+
+/// A proposer won; tells where it will stream from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProposerElected {
+    /// Configuration of the leader.
+    pub generation: Generation,
+    /// Term won.
+    pub term: Term,
+    /// WAL will come from here; the acceptor truncates what lies beyond.
+    pub start_streaming_at: Lsn,
+    /// The leader's whole term history; the last entry is its own term.
+    pub term_history: Vec<TermLsn>,
+}
+
+/// WAL, or a heartbeat when `wal` is empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppendRequest {
+    /// Configuration of the leader.
+    pub generation: Generation,
+    /// The leader's term.
+    pub term: Term,
+    /// Position of the first byte of `wal`. The end is this plus the length.
+    pub begin_lsn: Lsn,
+    /// Position committed by a quorum, as the leader knows it; 0 = not known yet.
+    pub commit_lsn: Lsn,
+    /// Oldest position that some acceptor may still need.
+    pub truncate_lsn: Lsn,
+    /// WAL bytes, page headers included; at most [`MAX_SEND_SIZE`].
+    pub wal: Bytes,
+}
+
+impl AppendRequest {
+    /// Position behind the last byte. Decoders guarantee that it doesn't overflow.
+    pub fn end_lsn(&self) -> Lsn {
+        Lsn(self.begin_lsn.0.saturating_add(self.wal.len() as u64))
+    }
+}
+
+/// Proposer to acceptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProposerMessage {
+    /// `g`
+    Greeting(ProposerGreeting),
+    /// `v`
+    VoteRequest(VoteRequest),
+    /// `e`
+    Elected(ProposerElected),
+    /// `a`
+    Append(AppendRequest),
+}
+
+/// First message of an acceptor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AcceptorGreeting {
+    /// Who answers; 0 is invalid.
+    pub node_id: NodeId,
+    /// The acceptor's configuration (not in protocol 2).
+    pub configuration: Configuration,
+    /// Highest term the acceptor has promised.
+    pub term: Term,
+}
+
+/// Answer to a vote request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VoteResponse {
+    /// Own generation (0 in protocol 2).
+    pub generation: Generation,
+    /// Own term after handling the request.
+    pub term: Term,
+    /// Whether the vote was given.
+    pub vote_given: bool,
+    /// End of the last whole record on disk.
+    pub flush_lsn: Lsn,
+    /// Oldest position that some peer may still need.
+    pub truncate_lsn: Lsn,
+    /// Own term history, cut at `flush_lsn`.
+    pub term_history: Vec<TermLsn>,
+}
+
+/// What is durable here. `flush_lsn` 0 together with a higher term is a refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AppendResponse {
+    /// Own generation (0 in protocol 2).
+    pub generation: Generation,
+    /// Own term.
+    pub term: Term,
+    /// End of the last whole record on disk.
+    pub flush_lsn: Lsn,
+    /// Commit LSN as persisted in the control file.
+    pub commit_lsn: Lsn,
+    /// Aggregate over the hot standbys that read here.
+    pub hs_feedback: HotStandbyFeedback,
+    /// Present only when a page server reported.
+    pub pageserver_feedback: Option<PageserverFeedback>,
+}
+
+/// Acceptor to proposer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AcceptorMessage {
+    /// `g`
+    Greeting(AcceptorGreeting),
+    /// `v`
+    VoteResponse(VoteResponse),
+    /// `a`
+    AppendResponse(AppendResponse),
+}
+
+impl ProposerMessage {
+    /// Decodes one CopyData body. Bytes behind the last field are ignored, as the protocol asks.
+    pub fn decode(body: Bytes, version: ProtocolVersion) -> Result<Self, DecodeError> {
+        match version {
+            ProtocolVersion::V2 => v2::decode_proposer(body),
+            ProtocolVersion::V3 => v3::decode_proposer(body),
+        }
+    }
+}
+
+impl AcceptorMessage {
+    /// Decodes one CopyData body; bytes behind the last field are an error.
+    pub fn decode(body: Bytes, version: ProtocolVersion) -> Result<Self, DecodeError> {
+        match version {
+            ProtocolVersion::V2 => v2::decode_acceptor(body),
+            ProtocolVersion::V3 => v3::decode_acceptor(body),
+        }
+    }
+}

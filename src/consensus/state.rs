@@ -1,0 +1,49 @@
+//! What an acceptor must not forget: the state behind the control file, and the term history in it.
+
+use pgproto::walproposer::{Configuration, TermLsn};
+use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
+
+/// Facts about the PostgreSQL server whose WAL this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ServerInfo {
+    /// `PG_VERSION_NUM`, such as 150018; 0 = unknown.
+    pub pg_version: u32,
+    /// System identifier; 0 = unknown.
+    pub system_id: SystemId,
+    /// Size of a WAL segment.
+    pub wal_seg_size: SegmentSize,
+}
+
+/// Everything about one timeline that is durable beside its WAL (spec: semantics 2.1).
+///
+/// `term`, `term_history` and `configuration` are promises: they are durable before a reply reveals them. The LSNs are
+/// saved lazily and may fall back to an older value after a crash.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ControlState {
+    /// Which log.
+    pub ttid: TenantTimelineId,
+    /// Who keeps it.
+    pub configuration: Configuration,
+    /// Highest term promised.
+    pub term: Term,
+    /// Terms and their first LSNs as the last accepted leader told them; may run ahead of the local WAL.
+    pub term_history: TermHistory,
+    /// The PostgreSQL server.
+    pub server: ServerInfo,
+    /// Where the whole timeline begins; 0 until the first leader.
+    pub timeline_start_lsn: Lsn,
+    /// Where this node's copy begins; 0 until the first leader.
+    pub local_start_lsn: Lsn,
+    /// Known committed by a quorum and present here; a record boundary.
+    pub commit_lsn: Lsn,
+    /// End of the last whole segment in remote storage.
+    pub backup_lsn: Lsn,
+    /// Lowest LSN a peer might still need from others.
+    pub peer_horizon_lsn: Lsn,
+    /// Durable remotely at the page server.
+    pub remote_consistent_lsn: Lsn,
+}
+
+/// The terms of a log and where each begins: terms strictly increase, LSNs never decrease.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TermHistory(pub Vec<TermLsn>);

@@ -1,0 +1,14 @@
+//! A service that keeps the write-ahead log of PostgreSQL servers safe on a quorum of nodes.
+//!
+//! The rooms of the house, from the front door down. A room may use those below it, never those above.
+//!
+//! | Room | What it promises |
+//! |---|---|
+//! | [`http`] | the management API and `/metrics` |
+//! | [`server`] | the Postgres-protocol endpoint |
+//! | [`propose`] | follows a stock primary and proposes its WAL to the quorum |
+//! | [`timeline`] | one replicated log: its single writer, readers, registry |
+//! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
+//! | [`consensus`] | acceptor and proposer as pure state machines |
+
+pub mod consensus;
