@@ -19,9 +19,11 @@
 //! | [`wal`] | WAL page headers, record boundaries, checksums |
 //! | [`lsn`], [`ids`] | numbers that know what they are |
 
+pub mod feedback;
 pub mod ids;
 pub mod lsn;
 pub mod read;
+pub mod walproposer;
 
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 pub use lsn::{Lsn, SegmentNumber, SegmentSize};
