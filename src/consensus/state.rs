@@ -1,7 +1,9 @@
-//! What an acceptor must not forget: the state behind the control file, and the term history in it.
+//! What an acceptor must not forget: the state behind the control file.
 
-use pgproto::walproposer::{Configuration, TermLsn};
+use pgproto::walproposer::Configuration;
 use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
+
+use super::history::TermHistory;
 
 /// Facts about the PostgreSQL server whose WAL this is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +46,21 @@ pub struct ControlState {
     pub remote_consistent_lsn: Lsn,
 }
 
-/// The terms of a log and where each begins: terms strictly increase, LSNs never decrease.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct TermHistory(pub Vec<TermLsn>);
+impl ControlState {
+    /// The state of a timeline that a proposer's greeting creates: no term, no WAL, no configuration.
+    pub fn new(ttid: TenantTimelineId, server: ServerInfo) -> Self {
+        Self {
+            ttid,
+            configuration: Configuration::default(),
+            term: Term(0),
+            term_history: TermHistory::default(),
+            server,
+            timeline_start_lsn: Lsn::INVALID,
+            local_start_lsn: Lsn::INVALID,
+            commit_lsn: Lsn::INVALID,
+            backup_lsn: Lsn::INVALID,
+            peer_horizon_lsn: Lsn::INVALID,
+            remote_consistent_lsn: Lsn::INVALID,
+        }
+    }
+}
