@@ -1,7 +1,7 @@
 //! What a proposer and an acceptor say to each other inside `START_WAL_PUSH`.
 //!
 //! One CopyData body is one message, in both directions. The values here are independent of the protocol version;
-//! [`v3`] (big-endian, generations) and [`v2`] (little-endian, none) turn them into bytes and back.
+//! `v3` (big-endian, generations) and `v2` (little-endian, none) turn them into bytes and back.
 //! Protocol 2 carries no generation and no configuration: both read as "none" (generation 0).
 //!
 //! ```text
@@ -15,17 +15,42 @@
 //!                       <------     AppendResponse* durable and commit LSN; one may answer many
 //! ```
 
-use bytes::Bytes;
+use std::str::FromStr;
+
+use bytes::{BufMut, Bytes, BytesMut};
 use serde::{Deserialize, Serialize};
 
 use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
+use crate::ids::ParseIdError;
+use crate::read::Reader;
 use crate::{DecodeError, Generation, Lsn, NodeId, SystemId, TenantTimelineId, Term};
 
-pub mod v2;
-pub mod v3;
+mod v2;
+mod v3;
 
 /// Most WAL bytes in one AppendRequest or XLogData: 16 pages.
 pub const MAX_SEND_SIZE: usize = 131_072;
+
+/// Most entries of a term history. Every election adds one: enough for an election a minute over three months, while
+/// the message stays at 2 MiB.
+pub const MAX_TERM_HISTORY: usize = 131_072;
+
+/// Most members in one set of a configuration, as computes have it.
+pub const MAX_MEMBERS: usize = 32;
+
+/// Longest host of a member in bytes; computes keep no more.
+pub const MAX_HOST_LENGTH: usize = 1023;
+
+/// No message of either direction or version is longer: an Elected with the longest history.
+pub const MAX_MESSAGE_SIZE: usize = 64 + MAX_TERM_HISTORY * HISTORY_ENTRY_SIZE;
+
+/// A term and an LSN.
+const HISTORY_ENTRY_SIZE: usize = 16;
+
+const TAG_GREETING: u8 = b'g';
+const TAG_VOTE: u8 = b'v';
+const TAG_ELECTED: u8 = b'e';
+const TAG_APPEND: u8 = b'a';
 
 /// Version of the messages, chosen by the proposer in `START_WAL_PUSH`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,6 +166,14 @@ impl AppendRequest {
     pub fn end_lsn(&self) -> Lsn {
         Lsn(self.begin_lsn.0.saturating_add(self.wal.len() as u64))
     }
+
+    /// Appends everything of the message but the WAL, which has to follow: for a vectored write that doesn't copy it.
+    pub fn encode_header(&self, version: ProtocolVersion, out: &mut BytesMut) {
+        match version {
+            ProtocolVersion::V2 => v2::encode_append_header(self, out),
+            ProtocolVersion::V3 => v3::encode_append_header(self, out),
+        }
+    }
 }
 
 /// Proposer to acceptor.
@@ -220,6 +253,14 @@ impl ProposerMessage {
             ProtocolVersion::V3 => v3::decode_proposer(body),
         }
     }
+
+    /// Appends the body of one CopyData. Protocol 2 leaves out generations and configurations.
+    pub fn encode(&self, version: ProtocolVersion, out: &mut BytesMut) {
+        match version {
+            ProtocolVersion::V2 => v2::encode_proposer(self, out),
+            ProtocolVersion::V3 => v3::encode_proposer(self, out),
+        }
+    }
 }
 
 impl AcceptorMessage {
@@ -230,4 +271,73 @@ impl AcceptorMessage {
             ProtocolVersion::V3 => v3::decode_acceptor(body),
         }
     }
+
+    /// Appends the body of one CopyData. Protocol 2 leaves out generations and configurations.
+    pub fn encode(&self, version: ProtocolVersion, out: &mut BytesMut) {
+        match version {
+            ProtocolVersion::V2 => v2::encode_acceptor(self, out),
+            ProtocolVersion::V3 => v3::encode_acceptor(self, out),
+        }
+    }
+}
+
+/// Checks a count against the limit and against the bytes that are there, so that it may be allocated for.
+fn checked_count(
+    what: &'static str,
+    count: u32,
+    max: usize,
+    entry_size: usize,
+    body: &Reader,
+) -> Result<usize, DecodeError> {
+    let too_long = DecodeError::BadLength { what, length: count.into(), min: 0, max: max as u64 };
+    let count = usize::try_from(count).ok().filter(|count| *count <= max).ok_or(too_long)?;
+    if count > body.remaining() / entry_size {
+        return Err(DecodeError::Truncated(what));
+    }
+    Ok(count)
+}
+
+/// The number of history entries, as [`checked_count`].
+fn history_count(count: u32, body: &Reader) -> Result<usize, DecodeError> {
+    checked_count("term history", count, MAX_TERM_HISTORY, HISTORY_ENTRY_SIZE, body)
+}
+
+/// Length of the WAL of an AppendRequest.
+fn wal_length(begin: Lsn, end: Lsn) -> Result<usize, DecodeError> {
+    let backwards = || DecodeError::Invalid("append request", format!("ends at {end}, before its begin {begin}"));
+    let length = end.checked_sub(begin).ok_or_else(backwards)?;
+    let max = MAX_SEND_SIZE as u64;
+    let too_long = DecodeError::BadLength { what: "wal", length, min: 0, max };
+    usize::try_from(length).ok().filter(|length| *length <= MAX_SEND_SIZE).ok_or(too_long)
+}
+
+/// A boolean that travels as 0 or 1.
+fn decode_flag(value: u64, field: &'static str) -> Result<bool, DecodeError> {
+    match value {
+        0 => Ok(false),
+        1 => Ok(true),
+        other => Err(DecodeError::Invalid(field, other.to_string())),
+    }
+}
+
+/// An id as NUL-terminated hexadecimal text.
+fn read_hex_id<T: FromStr<Err = ParseIdError>>(body: &mut Reader, field: &'static str) -> Result<T, DecodeError> {
+    const DIGITS: usize = 32;
+    let text = body.cstr(field)?;
+    if text.len() != DIGITS {
+        let (length, digits) = (text.len() as u64, DIGITS as u64);
+        return Err(DecodeError::BadLength { what: field, length, min: digits, max: digits });
+    }
+    text.parse().map_err(|error: ParseIdError| DecodeError::Invalid(field, error.to_string()))
+}
+
+/// Appends text with its terminator. Nothing behind a NUL could arrive, so nothing of it is sent.
+fn put_cstr(out: &mut BytesMut, text: &str) {
+    out.extend(text.bytes().take_while(|&byte| byte != 0));
+    out.put_u8(0);
+}
+
+/// A count as messages carry it. No list in memory comes near the limit.
+fn wire_count(count: usize) -> u32 {
+    u32::try_from(count).unwrap_or(u32::MAX)
 }
