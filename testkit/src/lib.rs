@@ -1,0 +1,38 @@
+//! Whole-system test kit: real PostgreSQL servers and real daemons, on loopback, in a temporary directory.
+//!
+//! What it promises to whoever uses it (the tests under `tests/`, the demo, the benchmark):
+//!
+//! - Everything started is stopped, and every file removed, when the owning value is dropped: also after a panic, a failed
+//!   check or Ctrl-C.
+//! - Nothing waits by the clock. [`wait_for`] polls a condition until it holds or its deadline passes, and then says what it saw last.
+//! - A failure carries the tails of all logs ([`scenario`]), so that a report from a machine far away is enough to start from.
+//! - Ports cannot collide, neither with other tests running at the same time nor with a daemon's own outgoing connections ([`Port`]).
+//!
+//! The kit knows the programs only from outside: paths of binaries, command lines, SQL, HTTP. It doesn't depend on the
+//! `safekeeper` package. All of it is blocking code; programs under test are separate processes, load comes from threads.
+
+mod http;
+mod port;
+mod postgres;
+mod process;
+mod programs;
+mod random;
+mod scratch;
+mod sql;
+mod wait;
+
+pub use http::{HttpResponse, http_get, http_post};
+pub use port::Port;
+pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_waldump};
+pub use process::{Daemon, Launch};
+pub use programs::{Account, Programs, in_ci, run};
+pub use random::Random;
+pub use scratch::{Scratch, scenario};
+pub use sql::Sql;
+pub use wait::{Hopeless, stop_on_signals, wait_for};
+
+/// Seconds, for deadlines.
+#[must_use]
+pub const fn secs(n: u64) -> std::time::Duration {
+    std::time::Duration::from_secs(n)
+}

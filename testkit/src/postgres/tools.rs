@@ -1,0 +1,158 @@
+//! PostgreSQL's client programs: pgbench, pg_receivewal, pg_waldump.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow};
+
+use super::Postgres;
+use crate::process::{Daemon, Launch};
+use crate::programs::{Programs, run};
+use crate::scratch::Scratch;
+
+/// What one run of pgbench measured.
+#[derive(Debug, Clone)]
+pub struct PgbenchReport {
+    /// Transactions per second, without the time to connect.
+    pub tps: f64,
+    /// Latency of every transaction in microseconds, ascending.
+    pub latencies_us: Vec<u64>,
+}
+
+impl PgbenchReport {
+    /// The latency in microseconds that `share` (0 to 1) of the transactions did not exceed; 0 when there were none.
+    #[must_use]
+    pub fn percentile_us(&self, share: f64) -> u64 {
+        percentile(&self.latencies_us, share)
+    }
+}
+
+/// Nearest-rank percentile of ascending `values`.
+fn percentile(values: &[u64], share: f64) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank within the slice")]
+    let rank = (values.len() as f64 * share).ceil() as usize;
+    values.get(rank.saturating_sub(1).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
+}
+
+impl Postgres {
+    /// Creates pgbench's tables.
+    ///
+    /// # Errors
+    /// When pgbench fails.
+    pub fn pgbench_init(&self, scratch: &Scratch, scale: u32) -> Result<()> {
+        let launch = self.client(scratch, "pgbench").args(["-i", "-q", "-s", &scale.to_string(), &self.conninfo()]);
+        run(&mut launch.command()).map(drop)
+    }
+
+    /// How to run pgbench against this server with `args`, for a load in the background.
+    #[must_use]
+    pub fn pgbench_launch(&self, scratch: &Scratch, args: &[&str]) -> Launch {
+        self.client(scratch, "pgbench").args(args).arg(self.conninfo())
+    }
+
+    /// Runs pgbench to its end, with every transaction's latency logged.
+    ///
+    /// # Errors
+    /// When pgbench fails, or its output cannot be read.
+    pub fn pgbench(&self, scratch: &Scratch, args: &[&str]) -> Result<PgbenchReport> {
+        let dir = scratch.postgres_dir("pgbench-log")?;
+        let prefix = dir.join("log");
+        let launch = self.pgbench_launch(scratch, args).arg("-l").arg("--log-prefix").arg(&prefix);
+        let output = run(&mut launch.command())?;
+        let latencies_us = read_latencies(&dir)?;
+        fs::remove_dir_all(&dir)?;
+        Ok(PgbenchReport { tps: parse_tps(&String::from_utf8_lossy(&output.stdout))?, latencies_us })
+    }
+
+    fn client(&self, scratch: &Scratch, program: &str) -> Launch {
+        Launch::new(self.programs.path(program)).account(scratch.account())
+    }
+}
+
+/// "tps = 1234.5 (without initial connection time)".
+fn parse_tps(output: &str) -> Result<f64> {
+    let number = output.lines().find_map(|line| line.strip_prefix("tps = ")).and_then(|rest| rest.split(' ').next());
+    number.and_then(|text| text.parse().ok()).ok_or_else(|| anyhow!("no tps in pgbench's output:\n{output}"))
+}
+
+/// Latencies from pgbench's per-transaction logs in `dir`: one line each, third column, microseconds.
+fn read_latencies(dir: &Path) -> Result<Vec<u64>> {
+    let mut latencies = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let text = fs::read_to_string(entry?.path())?;
+        for line in text.lines() {
+            let micros = line.split(' ').nth(2).and_then(|column| column.parse().ok());
+            latencies.push(micros.with_context(|| format!("unexpected line in pgbench's log: {line}"))?);
+        }
+    }
+    latencies.sort_unstable();
+    Ok(latencies)
+}
+
+/// pg_receivewal into a directory of its own.
+#[derive(Debug)]
+pub struct ReceiveWal {
+    dir: PathBuf,
+    daemon: Daemon,
+}
+
+impl ReceiveWal {
+    /// Starts pg_receivewal with `args` from the server at `conninfo`, into the directory `name` of `scratch`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start(scratch: &Scratch, name: &str, conninfo: &str, args: &[&str]) -> Result<ReceiveWal> {
+        let dir = scratch.postgres_dir(name)?;
+        let launch = Launch::new(Programs::find()?.path("pg_receivewal"))
+            .args(["--verbose", "-d", conninfo, "-D"])
+            .arg(&dir)
+            .args(args)
+            .account(scratch.account());
+        Ok(ReceiveWal { dir, daemon: Daemon::spawn(scratch, name, launch)? })
+    }
+
+    /// Where the segments are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The process.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+}
+
+/// Runs pg_waldump with `args` over the segment in the file `segment`, whose name may end in `.partial`.
+///
+/// # Errors
+/// With its output, when it fails.
+pub fn pg_waldump(segment: &Path, args: &[&str]) -> Result<String> {
+    // It finds segments by their names only.
+    let name = segment.file_stem().context("a segment's file name")?;
+    let dir = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(segment, dir.path().join(name))?;
+    let launch = Launch::new(Programs::find()?.path("pg_waldump")).args(args).arg("-p").arg(dir.path()).arg(name);
+    let output = run(&mut launch.command())?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_rank() {
+        let values: Vec<u64> = (1..=100).collect();
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|share| percentile(&values, share)), [1, 50, 99, 100]);
+        assert_eq!(percentile(&[7], 0.5), 7);
+        assert_eq!(percentile(&[], 0.5), 0);
+    }
+
+    #[test]
+    fn tps_is_found_in_pgbench_output() {
+        let output = "latency average = 1.2 ms\ntps = 1234.500000 (without initial connection time)\n";
+        assert_eq!(parse_tps(output).unwrap(), 1234.5);
+        assert!(parse_tps("").is_err());
+    }
+}
