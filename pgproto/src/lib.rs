@@ -19,10 +19,14 @@
 //! | [`wal`] | WAL page headers, record boundaries, checksums |
 //! | [`lsn`], [`ids`] | numbers that know what they are |
 
+pub mod backend;
 pub mod feedback;
+pub mod frame;
+pub mod frontend;
 pub mod ids;
 pub mod lsn;
 pub mod read;
+pub mod startup;
 pub mod walproposer;
 
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};

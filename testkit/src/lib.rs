@@ -11,7 +11,9 @@
 //! The kit knows the programs only from outside: paths of binaries, command lines, SQL, HTTP. It doesn't depend on the
 //! `safekeeper` package. All of it is blocking code; programs under test are separate processes, load comes from threads.
 
+mod cluster;
 mod http;
+mod ledger;
 mod port;
 mod postgres;
 mod process;
@@ -21,7 +23,11 @@ mod scratch;
 mod sql;
 mod wait;
 
+pub use cluster::{
+    APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Safekeeper, Walproposer, compare_wal,
+};
 pub use http::{HttpResponse, http_get, http_post};
+pub use ledger::Ledger;
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_waldump};
 pub use process::{Daemon, Launch};

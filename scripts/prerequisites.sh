@@ -1,0 +1,66 @@
+# What scripts/test, scripts/demo and scripts/bench need from the system. Sourced by them, not run.
+# Understands Debian and its derivatives; elsewhere it says what is missing.
+
+say() { printf '%s\n' "==> $*" >&2; }
+
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    elif command -v sudo >/dev/null; then
+        sudo "$@"
+    else
+        say "need root for: $*  (no sudo here)"
+        return 1
+    fi
+}
+
+have_postgres() {
+    local bin
+    for bin in "${PG_BINDIR:-}" /usr/lib/postgresql/*/bin; do
+        if [ -x "$bin/postgres" ] && [ -x "$bin/initdb" ] && [ -x "$bin/pgbench" ] && [ -x "$bin/pg_receivewal" ]; then
+            return 0
+        fi
+    done
+    command -v postgres >/dev/null && command -v initdb >/dev/null && command -v pgbench >/dev/null \
+        && command -v pg_receivewal >/dev/null
+}
+
+have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/dev/null; }
+
+have_compiler() { command -v cc >/dev/null; }
+
+# install WHY PACKAGE...: installs Debian packages, without letting them start a service.
+install() {
+    local why=$1
+    shift
+    if ! command -v apt-get >/dev/null; then
+        say "$why is missing, and this is not a Debian system: install what corresponds to $*"
+        return 1
+    fi
+    say "$why is missing, installing: $*"
+    # Debian starts a cluster, or a service, of a package it has just installed. RUNLEVEL=1 makes invoke-rc.d refuse
+    # to start anything, and create_main_cluster keeps postgresql-common from making a server that nobody asked for.
+    if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
+        as_root mkdir -p /etc/postgresql-common
+        echo 'create_main_cluster = false' | as_root tee /etc/postgresql-common/createcluster.conf >/dev/null
+    fi
+    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get update -qq
+    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
+        apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
+}
+
+need_postgres() { have_postgres || install "PostgreSQL (server and client programs)" postgresql-15 postgresql-client-15; }
+
+need_prometheus() { have_prometheus || install "Prometheus" prometheus; }
+
+need_rust() {
+    if ! command -v cargo >/dev/null; then
+        # Installed by rustup, but not on the path of this shell.
+        if [ -r "$HOME/.cargo/env" ]; then . "$HOME/.cargo/env"; fi
+    fi
+    if ! command -v cargo >/dev/null; then
+        say "cargo is missing: install Rust (https://rustup.rs)"
+        return 1
+    fi
+    have_compiler || install "a linker" gcc libc6-dev
+}

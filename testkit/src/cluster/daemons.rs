@@ -1,0 +1,213 @@
+//! The daemons under test, started as an operator would.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use rustix::process::Signal;
+
+use super::SETTLE_DEADLINE;
+use crate::http::http_get;
+use crate::port::Port;
+use crate::postgres::Postgres;
+use crate::process::{Daemon, Launch};
+use crate::scratch::Scratch;
+
+/// The name under which the walproposer connects to the primary, and which `synchronous_standby_names` lists.
+pub const APPLICATION_NAME: &str = "safekeeper";
+
+/// Paths of the programs under test.
+#[derive(Debug, Clone)]
+pub struct Binaries {
+    /// The daemon.
+    pub safekeeper: PathBuf,
+    /// The proposer for stock primaries.
+    pub walproposer: PathBuf,
+}
+
+impl Binaries {
+    /// The given paths.
+    pub fn new(safekeeper: impl Into<PathBuf>, walproposer: impl Into<PathBuf>) -> Binaries {
+        Binaries { safekeeper: safekeeper.into(), walproposer: walproposer.into() }
+    }
+
+    /// Those in the directory of the running program.
+    ///
+    /// # Errors
+    /// When they aren't there.
+    pub fn beside_me() -> Result<Binaries> {
+        let me = std::env::current_exe()?;
+        let dir = me.parent().context("the running program's directory")?;
+        let binaries = Binaries::new(dir.join("safekeeper"), dir.join("walproposer"));
+        for path in [&binaries.safekeeper, &binaries.walproposer] {
+            ensure!(path.is_file(), "{} doesn't exist; build it first", path.display());
+        }
+        Ok(binaries)
+    }
+}
+
+/// A safekeeper daemon with its ports and data directory.
+#[derive(Debug)]
+pub struct Safekeeper {
+    id: u64,
+    pg: Port,
+    http: Port,
+    data: PathBuf,
+    daemon: Daemon,
+}
+
+impl Safekeeper {
+    /// Prepares safekeeper `id`; not started yet.
+    ///
+    /// # Errors
+    /// When there is no port or directory for it.
+    pub fn new(scratch: &Scratch, binaries: &Binaries, id: u64, args: &[&str]) -> Result<Safekeeper> {
+        let name = format!("safekeeper-{id}");
+        let (pg, http) = (Port::reserve()?, Port::reserve()?);
+        let data = scratch.path().join(&name);
+        std::fs::create_dir(&data)?;
+        let launch = Launch::new(&binaries.safekeeper)
+            .arg("-D")
+            .arg(&data)
+            .args(["--id", &id.to_string(), "--listen-pg", &pg.address(), "--listen-http", &http.address()])
+            .args(args);
+        Ok(Safekeeper { id, pg, http, data, daemon: Daemon::new(scratch, &name, launch) })
+    }
+
+    /// Starts it and waits until it answers `GET /v1/status` with its own id.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn start(&mut self) -> Result<()> {
+        self.daemon.start()?;
+        let (id, address) = (self.id, self.http.address());
+        self.daemon.wait_until(SETTLE_DEADLINE, &format!("safekeeper {id} to answer"), || {
+            let status = http_get(&address, "/v1/status")?.json()?;
+            ensure!(status.get("id").and_then(serde_json::Value::as_u64) == Some(id), "another id: {status}");
+            Ok(())
+        })
+    }
+
+    /// SIGTERM; it must end with exit code 0.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn stop(&mut self) -> Result<()> {
+        let status = self.daemon.stop(Signal::TERM, SETTLE_DEADLINE)?;
+        ensure!(status.success(), "safekeeper {} stopped with {status}", self.id);
+        Ok(())
+    }
+
+    /// SIGKILL.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.kill()
+    }
+
+    /// The node id.
+    #[must_use]
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Port of the Postgres endpoint.
+    #[must_use]
+    pub fn pg_port(&self) -> u16 {
+        self.pg.number()
+    }
+
+    /// `host:port` of the Postgres endpoint.
+    #[must_use]
+    pub fn pg_address(&self) -> String {
+        self.pg.address()
+    }
+
+    /// `host:port` of the HTTP endpoint.
+    #[must_use]
+    pub fn http_address(&self) -> String {
+        self.http.address()
+    }
+
+    /// Libpq connection string for a reader of this node.
+    #[must_use]
+    pub fn conninfo(&self, application_name: &str) -> String {
+        format!("host=127.0.0.1 port={} user=postgres application_name={application_name}", self.pg.number())
+    }
+
+    /// The data directory.
+    #[must_use]
+    pub fn data_dir(&self) -> &Path {
+        &self.data
+    }
+
+    /// The process.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+}
+
+/// The walproposer daemon.
+#[derive(Debug)]
+pub struct Walproposer {
+    http: Port,
+    daemon: Daemon,
+}
+
+impl Walproposer {
+    /// Prepares a walproposer from `primary` to `safekeepers`; not started yet.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn new(
+        scratch: &Scratch,
+        binaries: &Binaries,
+        primary: &Postgres,
+        safekeepers: &[Safekeeper],
+    ) -> Result<Walproposer> {
+        let members: Vec<String> = safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let http = Port::reserve()?;
+        let launch = Launch::new(&binaries.walproposer)
+            .args(["--primary", &format!("host=127.0.0.1 port={} user=postgres", primary.port())])
+            .args(["--safekeepers", &members.join(","), "--application-name", APPLICATION_NAME])
+            .args(["--listen-http", &http.address()]);
+        Ok(Walproposer { http, daemon: Daemon::new(scratch, "walproposer", launch) })
+    }
+
+    /// Starts it. What follows depends on the primary and the quorum: wait for that.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn start(&mut self) -> Result<()> {
+        self.daemon.start()
+    }
+
+    /// SIGTERM; it must end with exit code 0.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn stop(&mut self) -> Result<()> {
+        let status = self.daemon.stop(Signal::TERM, SETTLE_DEADLINE)?;
+        ensure!(status.success(), "the walproposer stopped with {status}");
+        Ok(())
+    }
+
+    /// SIGKILL.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn kill(&mut self) -> Result<()> {
+        self.daemon.kill()
+    }
+
+    /// `host:port` of its HTTP endpoint.
+    #[must_use]
+    pub fn http_address(&self) -> String {
+        self.http.address()
+    }
+
+    /// The process.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+}

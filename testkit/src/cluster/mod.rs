@@ -1,0 +1,196 @@
+//! A whole system: safekeepers, a primary, and the walproposer between them.
+
+mod daemons;
+mod segments;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use pgproto::lsn::Lsn;
+
+use crate::http::http_get;
+use crate::postgres::Postgres;
+use crate::scratch::Scratch;
+use crate::secs;
+use crate::wait::wait_for;
+
+pub use daemons::{APPLICATION_NAME, Binaries, Safekeeper, Walproposer};
+pub use segments::{ComparedWal, compare_wal};
+
+/// Enough for a start, an election or a catch-up on a busy machine.
+const SETTLE_DEADLINE: Duration = secs(60);
+
+/// What a [`Cluster`] is made of.
+#[derive(Debug, Clone)]
+pub struct ClusterOptions<'a> {
+    /// Number of safekeepers.
+    pub safekeepers: u64,
+    /// Settings of the primary, after the kit's own.
+    pub primary_settings: &'a [(&'a str, &'a str)],
+    /// Set `synchronous_standby_names` once the walproposer streams.
+    pub synchronous: bool,
+    /// Further arguments of every safekeeper.
+    pub safekeeper_args: &'a [&'a str],
+}
+
+impl Default for ClusterOptions<'_> {
+    fn default() -> Self {
+        // The primary keeps its WAL, to be compared with what the safekeepers have.
+        Self {
+            safekeepers: 3,
+            primary_settings: &[("wal_keep_size", "'8GB'")],
+            synchronous: true,
+            safekeeper_args: &[],
+        }
+    }
+}
+
+/// A running system.
+#[derive(Debug)]
+pub struct Cluster {
+    /// The stock primary.
+    pub primary: Postgres,
+    /// The quorum; ids 1, 2, ...
+    pub safekeepers: Vec<Safekeeper>,
+    /// From the primary to the quorum.
+    pub walproposer: Walproposer,
+    ttid: String,
+}
+
+impl Cluster {
+    /// Starts everything and waits until the primary's WAL is streaming to the quorum (and is waited for by commits, if
+    /// [`ClusterOptions::synchronous`]).
+    ///
+    /// # Errors
+    /// When a program doesn't start, or WAL doesn't flow in time.
+    pub fn start(scratch: &Scratch, binaries: &Binaries, options: &ClusterOptions) -> Result<Cluster> {
+        let mut primary = Postgres::init(scratch, "primary", options.primary_settings)?;
+        primary.start()?;
+        let mut safekeepers = Vec::new();
+        for id in 1..=options.safekeepers {
+            let mut safekeeper = Safekeeper::new(scratch, binaries, id, options.safekeeper_args)?;
+            safekeeper.start()?;
+            safekeepers.push(safekeeper);
+        }
+        let mut walproposer = Walproposer::new(scratch, binaries, &primary, &safekeepers)?;
+        walproposer.start()?;
+        // Both ids are the system identifier, big-endian, behind eight zero bytes.
+        let id = format!("{:032x}", primary.system_identifier()?);
+        let mut cluster = Cluster { primary, safekeepers, walproposer, ttid: id };
+        cluster.wait_streaming()?;
+        if options.synchronous {
+            cluster.primary.set("synchronous_standby_names", &format!("'ANY 1 ({APPLICATION_NAME})'"))?;
+            cluster.wait_synchronous()?;
+        }
+        Ok(cluster)
+    }
+
+    /// The tenant id, which is the timeline id as well: 32 hex digits.
+    #[must_use]
+    pub fn ttid(&self) -> &str {
+        &self.ttid
+    }
+
+    /// Waits until the primary streams to the walproposer.
+    ///
+    /// # Errors
+    /// When it doesn't.
+    pub fn wait_streaming(&mut self) -> Result<()> {
+        self.wait_replication("state = 'streaming'", "the primary to stream to the walproposer")
+    }
+
+    /// Waits until commits on the primary are confirmed by the walproposer.
+    ///
+    /// # Errors
+    /// When they aren't.
+    pub fn wait_synchronous(&mut self) -> Result<()> {
+        self.wait_replication("sync_state IN ('sync', 'quorum')", "the walproposer to be a synchronous standby")
+    }
+
+    fn wait_replication(&mut self, condition: &str, what: &str) -> Result<()> {
+        let primary = &self.primary;
+        let query = format!(
+            "SELECT count(*) FROM pg_stat_replication WHERE application_name = '{APPLICATION_NAME}' AND {condition}"
+        );
+        self.walproposer.daemon().wait_until(SETTLE_DEADLINE, what, || {
+            ensure!(primary.sql()?.value(&query)? != "0", "pg_stat_replication has no such row");
+            Ok(())
+        })
+    }
+
+    /// Libpq connection string that lists all safekeepers, for standbys and receivers.
+    #[must_use]
+    pub fn readers_conninfo(&self, application_name: &str) -> String {
+        let hosts = vec!["127.0.0.1"; self.safekeepers.len()].join(",");
+        let ports: Vec<String> = self.safekeepers.iter().map(|sk| sk.pg_port().to_string()).collect();
+        format!("host={hosts} port={} user=postgres application_name={application_name}", ports.join(","))
+    }
+
+    /// The safekeeper at `index` (id minus one).
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn safekeeper(&mut self, index: usize) -> Result<&mut Safekeeper> {
+        self.safekeepers.get_mut(index).ok_or_else(|| anyhow!("no safekeeper {index}"))
+    }
+
+    /// An LSN in the status of the timeline on `safekeeper`, for example `commit_lsn`.
+    ///
+    /// # Errors
+    /// When it doesn't answer, or doesn't know the timeline.
+    pub fn status_lsn(&self, safekeeper: &Safekeeper, field: &str) -> Result<Lsn> {
+        let path = format!("/v1/tenant/{0}/timeline/{0}", self.ttid);
+        let status = http_get(&safekeeper.http_address(), &path)?.json()?;
+        let text =
+            status.get(field).and_then(|value| value.as_str()).with_context(|| format!("{field} in {status}"))?;
+        text.parse().with_context(|| format!("{field} in {status}"))
+    }
+
+    /// Waits until every safekeeper has flushed, and knows as committed, all WAL below `lsn`.
+    ///
+    /// # Errors
+    /// When one doesn't in time.
+    pub fn wait_committed(&self, lsn: Lsn) -> Result<()> {
+        for safekeeper in &self.safekeepers {
+            for field in ["flush_lsn", "commit_lsn"] {
+                wait_for(SETTLE_DEADLINE, &format!("{field} {lsn} on safekeeper {}", safekeeper.id()), || {
+                    let at = self.status_lsn(safekeeper, field)?;
+                    ensure!(at >= lsn, "it is at {at}");
+                    Ok(())
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until `standby` has replayed all WAL below `lsn`.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn wait_replayed(&self, standby: &Postgres, lsn: Lsn) -> Result<()> {
+        wait_for(SETTLE_DEADLINE, &format!("the standby to replay {lsn}"), || {
+            let at = standby.replay_lsn()?;
+            ensure!(at >= lsn, "it is at {at}");
+            Ok(())
+        })
+    }
+
+    /// Compares the files of every safekeeper with the primary's segments, from the first segment they have up to `end`.
+    ///
+    /// # Errors
+    /// Where they differ.
+    pub fn compare_all(&self, end: Lsn) -> Result<Vec<ComparedWal>> {
+        let compare = |sk: &Safekeeper| {
+            compare_wal(&self.primary.wal_dir(), &self.timeline_dir(sk), end)
+                .with_context(|| format!("safekeeper {} against the primary", sk.id()))
+        };
+        self.safekeepers.iter().map(compare).collect()
+    }
+
+    /// The directory in which `safekeeper` keeps the timeline's segments.
+    #[must_use]
+    pub fn timeline_dir(&self, safekeeper: &Safekeeper) -> PathBuf {
+        safekeeper.data_dir().join(&self.ttid).join(&self.ttid)
+    }
+}

@@ -1,0 +1,94 @@
+//! Are these the same bytes? Compares WAL segments on disk.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use pgproto::lsn::{Lsn, SegmentNumber, SegmentSize};
+
+/// What was compared and found equal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ComparedWal {
+    /// First byte compared: the start of the first segment.
+    pub start: Lsn,
+    /// End of what was compared (exclusive).
+    pub end: Lsn,
+    /// Number of segments.
+    pub segments: u64,
+}
+
+/// Compares the segments in `dir` with those of the same number in `reference`, from the first one in `dir` up to `end`.
+/// Names may end in `.partial`. Segments have the default size and belong to Postgres timeline 1.
+///
+/// # Errors
+/// When a segment is missing on either side, a byte differs, or there is nothing to compare.
+pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal> {
+    let size = SegmentSize::DEFAULT;
+    let ours = segments_in(dir)?;
+    let theirs = segments_in(reference)?;
+    let Some(first) = ours.keys().next().copied() else { bail!("no WAL segment in {}", dir.display()) };
+    let start = SegmentNumber(first).start(size);
+    ensure!(start < end, "the first segment starts at {start}, behind the end {end}");
+    let last = SegmentNumber::containing(Lsn(end.0.saturating_sub(1)), size).0;
+    for number in first..=last {
+        let name = SegmentNumber(number).file_name(1, size);
+        let read = |segments: &BTreeMap<u64, PathBuf>, dir: &Path| {
+            let path = segments.get(&number).with_context(|| format!("segment {name} is not in {}", dir.display()))?;
+            fs::read(path).with_context(|| format!("read {}", path.display()))
+        };
+        let (a, b) = (read(&theirs, reference)?, read(&ours, dir)?);
+        let segment_start = SegmentNumber(number).start(size);
+        let length = usize::try_from(end.saturating_sub(segment_start).min(size.bytes()))?;
+        ensure!(
+            a.len() >= length && b.len() >= length,
+            "segment {name} is too short: {} and {} bytes",
+            a.len(),
+            b.len()
+        );
+        if let Some(offset) = a.iter().zip(&b).take(length).position(|(a, b)| a != b) {
+            bail!("segment {name} differs at {}", Lsn(segment_start.0 + offset as u64));
+        }
+    }
+    Ok(ComparedWal { start, end, segments: last - first + 1 })
+}
+
+/// Segment numbers and paths in `dir`. A complete name goes before `.partial`.
+fn segments_in(dir: &Path) -> Result<BTreeMap<u64, PathBuf>> {
+    let mut found = BTreeMap::new();
+    let mut partial = BTreeMap::new();
+    for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        let (name, into) = match name.strip_suffix(".partial") {
+            Some(stem) => (stem, &mut partial),
+            None => (&*name, &mut found),
+        };
+        if let Some((1, number)) = SegmentNumber::parse_file_name(name, SegmentSize::DEFAULT) {
+            into.insert(number.0, path.clone());
+        }
+    }
+    partial.append(&mut found);
+    Ok(partial)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_byte_below_the_end_is_found_and_none_above_counts() {
+        let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let mut bytes = vec![7u8; 16 * 1024 * 1024];
+        fs::write(a.path().join("000000010000000000000001"), &bytes).unwrap();
+        bytes[5000] = 8;
+        fs::write(b.path().join("000000010000000000000001.partial"), &bytes).unwrap();
+        let start = SegmentSize::DEFAULT.bytes();
+        let equal = compare_wal(a.path(), b.path(), Lsn(start + 5000)).unwrap();
+        assert_eq!(equal, ComparedWal { start: Lsn(start), end: Lsn(start + 5000), segments: 1 });
+        let error = compare_wal(a.path(), b.path(), Lsn(start + 5001)).unwrap_err();
+        assert!(error.to_string().contains("differs at 0/1001388"), "{error}");
+        let error = compare_wal(a.path(), b.path(), Lsn(2 * start + 1)).unwrap_err();
+        assert!(error.to_string().contains("000000010000000000000002 is not in"), "{error}");
+    }
+}
