@@ -3,5 +3,10 @@
 //! Messages go in, ordered actions come out. There is no I/O here, no clock, no randomness, no async and no lock, so the
 //! same code runs in the daemons, in simulation and in a model checker.
 
+pub mod acceptor;
 pub mod history;
+pub mod proposer;
 pub mod state;
+
+#[cfg(test)]
+mod tests;

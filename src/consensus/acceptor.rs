@@ -1,0 +1,571 @@
+//! The acceptor: one node's say in one timeline (spec: semantics 3 to 5, wire protocol 3.4 to 3.7).
+//!
+//! It promises: one vote per term; nothing is acknowledged before it is durable; no committed byte is ever truncated; and
+//! its log is always a prefix of the log of the last leader it accepted.
+//!
+//! A message yields [`Action`]s in durability order. The caller performs them one after the other and **stops at the first
+//! failure**: the acceptor's memory is then ahead of the disk, so it must be thrown away and built anew from what is
+//! durable. A refused message ([`AcceptorError`]) changes nothing.
+
+use bytes::Bytes;
+use pgproto::wal::{RecordScanner, WalError};
+use pgproto::walproposer::{
+    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
+    ProposerMessage, TermLsn, VoteRequest, VoteResponse,
+};
+use pgproto::feedback::HotStandbyFeedback;
+use pgproto::{Generation, Lsn, NodeId, Term};
+
+use super::history::{HistoryError, TermHistory, highest_common_point};
+use super::state::ControlState;
+
+/// One thing to do, in the order given.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Make this state durable before going on.
+    Persist(Box<ControlState>),
+    /// Lay out the page headers before the timeline's very first byte.
+    InitFirstSegment {
+        /// Where WAL will begin.
+        start: Lsn,
+    },
+    /// Durably drop all WAL from `end` on.
+    Truncate {
+        /// New end of the log, a record boundary.
+        end: Lsn,
+    },
+    /// Write WAL; need not be durable yet.
+    Write {
+        /// Position of the first byte.
+        at: Lsn,
+        /// The bytes.
+        wal: Bytes,
+    },
+    /// Make all WAL written so far durable.
+    Flush,
+    /// Answer the sender of the message.
+    Reply(AcceptorMessage),
+}
+
+/// Why a message was refused. Nothing was changed; the connection it came from should end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AcceptorError {
+    /// The greeting names another timeline.
+    #[error("greeting is for another timeline than {0}")]
+    WrongTimeline(pgproto::TenantTimelineId),
+    /// The WAL of one timeline comes from one major version.
+    #[error("PostgreSQL major version {theirs} does not match this timeline's {ours}")]
+    VersionMismatch {
+        /// Major version of the timeline.
+        ours: u32,
+        /// Major version of the greeting.
+        theirs: u32,
+    },
+    /// Versions outside 14 to 18 are not understood.
+    #[error("PostgreSQL version {0} is not supported: use 14 to 18")]
+    UnsupportedVersion(u32),
+    /// Segment size differs.
+    #[error("WAL segment size {theirs} does not match this timeline's {ours}")]
+    SegmentSizeMismatch {
+        /// Bytes per segment here.
+        ours: u64,
+        /// Bytes per segment in the greeting.
+        theirs: u64,
+    },
+    /// The proposer's newer configuration leaves this node out.
+    #[error("node {node} is not a member of configuration generation {generation}")]
+    NotAMember {
+        /// This node.
+        node: NodeId,
+        /// The configuration offered.
+        generation: Generation,
+    },
+    /// Votes and acknowledgements of different configurations don't mix.
+    #[error("message of generation {theirs} refused, generation here is {ours}")]
+    GenerationMismatch {
+        /// Generation here.
+        ours: Generation,
+        /// Generation of the message.
+        theirs: Generation,
+    },
+    /// A history that is not one, or contradicts the one here.
+    #[error("term history refused: {0}")]
+    BadHistory(#[from] HistoryError),
+    /// The history must end with the leader's own term.
+    #[error("term history ends with term {last}, not with the elected term {term}")]
+    HistoryTermMismatch {
+        /// Term of the message.
+        term: Term,
+        /// Last term of its history.
+        last: Term,
+    },
+    /// The leader computed its start from an older view of this log; a reconnect recomputes it.
+    #[error("leader wants to stream from {theirs} but the logs part at {ours}; reconnect")]
+    StartMismatch {
+        /// The highest common point as computed here.
+        ours: Lsn,
+        /// The leader's start.
+        theirs: Lsn,
+    },
+    /// Following the leader would destroy acknowledged commits. Some node's log is damaged or lost.
+    #[error("refusing to truncate to {start}: WAL up to {commit} is committed; this needs an operator")]
+    TruncatesCommitted {
+        /// Where the leader wants to start.
+        start: Lsn,
+        /// Commit LSN here.
+        commit: Lsn,
+    },
+    /// The log here ends before the point where the leader's begins.
+    #[error("leader's log begins at {start}, behind the end of the log here at {end}")]
+    StartBeyondEnd {
+        /// Where the leader wants to start.
+        start: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// An append must follow an accepted `Elected` of exactly its term.
+    #[error("append of term {0} before that leader was accepted here")]
+    NotElected(Term),
+    /// Bytes would be written twice.
+    #[error("append at {begin} would overwrite WAL that ends at {end}")]
+    Overlap {
+        /// First byte of the append.
+        begin: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// Bytes would be missing.
+    #[error("append at {begin} leaves a gap behind WAL that ends at {end}")]
+    Gap {
+        /// First byte of the append.
+        begin: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// The bytes are not WAL that can follow what is here.
+    #[error("invalid WAL: {0}")]
+    BadWal(#[from] WalError),
+}
+
+impl AcceptorError {
+    /// Whether this means damage somewhere rather than an ordinary race or a wrong message.
+    pub fn is_alarming(&self) -> bool {
+        matches!(self, Self::TruncatesCommitted { .. } | Self::BadHistory(HistoryError::Conflict { .. }))
+    }
+}
+
+/// LSNs that may fall back to their last saved value after a crash.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LazyLsns {
+    /// See [`ControlState::commit_lsn`].
+    pub commit_lsn: Lsn,
+    /// See [`ControlState::backup_lsn`].
+    pub backup_lsn: Lsn,
+    /// See [`ControlState::peer_horizon_lsn`].
+    pub peer_horizon_lsn: Lsn,
+    /// See [`ControlState::remote_consistent_lsn`].
+    pub remote_consistent_lsn: Lsn,
+}
+
+impl From<&ControlState> for LazyLsns {
+    fn from(state: &ControlState) -> Self {
+        Self {
+            commit_lsn: state.commit_lsn,
+            backup_lsn: state.backup_lsn,
+            peer_horizon_lsn: state.peer_horizon_lsn,
+            remote_consistent_lsn: state.remote_consistent_lsn,
+        }
+    }
+}
+
+/// One node's say in one timeline. See the module's page.
+#[derive(Clone, Debug)]
+pub struct Acceptor {
+    node_id: NodeId,
+    /// What the last [`Action::Persist`] carried, or what was loaded.
+    durable: ControlState,
+    lazy: LazyLsns,
+    /// Where records end in the WAL written so far; `None` while there is none.
+    scanner: Option<RecordScanner>,
+    /// End of the last whole record that is durable; 0 while there is no WAL.
+    flush_lsn: Lsn,
+    /// A leader was accepted since this acceptor was built, so bytes beyond the end have been cut off (D9).
+    leader_accepted: bool,
+    /// Start of the accepted leader's own term; 0 until then.
+    term_start_lsn: Lsn,
+    /// Highest commit LSN heard from the accepted leader; not more than `lazy.commit_lsn` is true here.
+    leader_commit_lsn: Lsn,
+    /// WAL was written that no flush has covered.
+    dirty: bool,
+}
+
+impl Acceptor {
+    /// Takes up work where `state` and the WAL on disk end. `scanner` stands at the end of the last whole record, or is
+    /// `None` when there is no WAL.
+    pub fn new(node_id: NodeId, state: ControlState, scanner: Option<RecordScanner>) -> Self {
+        let flush_lsn = scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
+        Self {
+            node_id,
+            lazy: LazyLsns::from(&state),
+            durable: state,
+            scanner,
+            flush_lsn,
+            leader_accepted: false,
+            term_start_lsn: Lsn::INVALID,
+            leader_commit_lsn: Lsn::INVALID,
+            dirty: false,
+        }
+    }
+
+    /// The node this acceptor speaks for.
+    pub fn node_id(&self) -> NodeId {
+        self.node_id
+    }
+
+    /// The state as last handed out to be persisted.
+    pub fn durable_state(&self) -> &ControlState {
+        &self.durable
+    }
+
+    /// The LSNs that are saved lazily, as of now.
+    pub fn lazy_lsns(&self) -> LazyLsns {
+        self.lazy
+    }
+
+    /// Highest term promised.
+    pub fn term(&self) -> Term {
+        self.durable.term
+    }
+
+    /// Durable end of whole records, never below the timeline's start; 0 while there is no WAL.
+    pub fn flush_lsn(&self) -> Lsn {
+        self.flush_lsn.max(self.durable.timeline_start_lsn)
+    }
+
+    /// Position of the next byte to write; 0 while there is no WAL.
+    pub fn write_lsn(&self) -> Lsn {
+        self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::position)
+    }
+
+    /// Start of the accepted leader's own term; 0 while none was accepted.
+    pub fn term_start_lsn(&self) -> Lsn {
+        self.term_start_lsn
+    }
+
+    /// Term of the last record that is durable here.
+    pub fn last_log_term(&self) -> Term {
+        self.durable.term_history.last_term_at(self.flush_lsn())
+    }
+
+    /// Handles one message of a proposer.
+    pub fn handle(&mut self, message: ProposerMessage) -> Result<Vec<Action>, AcceptorError> {
+        match message {
+            ProposerMessage::Greeting(greeting) => self.greeting(greeting),
+            ProposerMessage::VoteRequest(request) => self.vote(request),
+            ProposerMessage::Elected(elected) => self.elected(elected),
+            ProposerMessage::Append(append) => self.append(append),
+        }
+    }
+
+    fn greeting(&mut self, greeting: ProposerGreeting) -> Result<Vec<Action>, AcceptorError> {
+        self.check_identity(&greeting)?;
+        let mut next = self.durable.clone();
+        if greeting.system_id.is_known() && greeting.system_id != next.server.system_id {
+            next.server.system_id = greeting.system_id;
+            if greeting.pg_version != 0 {
+                next.server.pg_version = greeting.pg_version;
+            }
+        }
+        if greeting.configuration.generation > next.configuration.generation {
+            if !greeting.configuration.contains(self.node_id) {
+                return Err(AcceptorError::NotAMember {
+                    node: self.node_id,
+                    generation: greeting.configuration.generation,
+                });
+            }
+            next.configuration = greeting.configuration;
+        }
+        let mut actions = Vec::new();
+        self.persist(next, &mut actions);
+        actions.push(Action::Reply(AcceptorMessage::Greeting(AcceptorGreeting {
+            node_id: self.node_id,
+            configuration: self.durable.configuration.clone(),
+            term: self.durable.term,
+        })));
+        Ok(actions)
+    }
+
+    fn check_identity(&self, greeting: &ProposerGreeting) -> Result<(), AcceptorError> {
+        let own = &self.durable;
+        if greeting.ttid != own.ttid {
+            return Err(AcceptorError::WrongTimeline(own.ttid));
+        }
+        let major = |version: u32| version / 10_000;
+        if greeting.pg_version != 0 && !(14..=18).contains(&major(greeting.pg_version)) {
+            return Err(AcceptorError::UnsupportedVersion(greeting.pg_version));
+        }
+        let (ours, theirs) = (major(own.server.pg_version), major(greeting.pg_version));
+        if ours != 0 && theirs != 0 && ours != theirs {
+            return Err(AcceptorError::VersionMismatch { ours, theirs });
+        }
+        if greeting.wal_seg_size != own.server.wal_seg_size.as_u32() {
+            let (ours, theirs) = (own.server.wal_seg_size.bytes(), u64::from(greeting.wal_seg_size));
+            return Err(AcceptorError::SegmentSizeMismatch { ours, theirs });
+        }
+        Ok(())
+    }
+
+    fn vote(&mut self, request: VoteRequest) -> Result<Vec<Action>, AcceptorError> {
+        self.check_generation(request.generation)?;
+        // The vote tells the end of the log for good: nothing of an older leader may become durable after it (D3).
+        let mut actions = self.flush();
+        let vote_given = self.durable.term < request.term;
+        if vote_given {
+            self.raise_term(request.term, &mut actions);
+        }
+        let flush_lsn = self.flush_lsn();
+        actions.push(Action::Reply(AcceptorMessage::VoteResponse(VoteResponse {
+            generation: self.durable.configuration.generation,
+            term: self.durable.term,
+            vote_given,
+            flush_lsn,
+            truncate_lsn: self.lazy.peer_horizon_lsn,
+            term_history: self.durable.term_history.visible_at(flush_lsn).entries().to_vec(),
+        })));
+        Ok(actions)
+    }
+
+    fn elected(&mut self, elected: ProposerElected) -> Result<Vec<Action>, AcceptorError> {
+        self.check_generation(elected.generation)?;
+        if self.durable.term > elected.term {
+            // A stale leader; the answer to its first append will tell it.
+            return Ok(Vec::new());
+        }
+        let history = TermHistory::new(elected.term_history)?;
+        if history.last_term() != elected.term {
+            return Err(AcceptorError::HistoryTermMismatch { term: elected.term, last: history.last_term() });
+        }
+        let start = self.check_start(&history, elected.start_streaming_at)?;
+        let mut actions = self.flush();
+        if self.durable.term < elected.term {
+            self.raise_term(elected.term, &mut actions);
+        }
+        if !self.flush_lsn.is_valid() {
+            actions.push(Action::InitFirstSegment { start });
+        }
+        // First cut, then adopt the history: a crash in between leaves a shorter but true log (D4).
+        actions.push(Action::Truncate { end: start });
+        self.adopt(history, start, &mut actions);
+        Ok(actions)
+    }
+
+    /// The position at which the leader and this log part, if that is where the leader wants to start.
+    fn check_start(&self, history: &TermHistory, wanted: Lsn) -> Result<Lsn, AcceptorError> {
+        // The log ends where it will end once all of it is flushed, which happens before it is cut.
+        let written = self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
+        let end = written.max(self.durable.timeline_start_lsn);
+        let own = self.durable.term_history.visible_at(end);
+        let common = highest_common_point(history, &own, end)?;
+        let first = history.first().map_or(Lsn::INVALID, |entry| entry.lsn);
+        let ours = common.map_or(first, |point: TermLsn| point.lsn);
+        if ours != wanted || !wanted.is_valid() {
+            return Err(AcceptorError::StartMismatch { ours, theirs: wanted });
+        }
+        if wanted < self.lazy.commit_lsn {
+            return Err(AcceptorError::TruncatesCommitted { start: wanted, commit: self.lazy.commit_lsn });
+        }
+        if written.is_valid() && wanted > end {
+            return Err(AcceptorError::StartBeyondEnd { start: wanted, end });
+        }
+        Ok(wanted)
+    }
+
+    /// Makes the leader's history this node's own, its log now ending at `start`.
+    fn adopt(&mut self, history: TermHistory, start: Lsn, actions: &mut Vec<Action>) {
+        let mut next = self.durable.clone();
+        let first = history.first().map_or(start, |entry| entry.lsn);
+        if !next.timeline_start_lsn.is_valid() {
+            next.timeline_start_lsn = first;
+        }
+        if !next.local_start_lsn.is_valid() {
+            next.local_start_lsn = start;
+        }
+        self.term_start_lsn = history.last().map_or(start, |entry| entry.lsn);
+        next.term_history = history;
+        let floor = next.timeline_start_lsn;
+        let lazy = &mut self.lazy;
+        if !lazy.peer_horizon_lsn.is_valid() {
+            lazy.peer_horizon_lsn = floor;
+        }
+        lazy.commit_lsn = lazy.commit_lsn.max(floor);
+        lazy.backup_lsn = lazy.backup_lsn.max(floor);
+        lazy.remote_consistent_lsn = lazy.remote_consistent_lsn.max(floor);
+        self.persist(next, actions);
+        let server = &self.durable.server;
+        self.scanner = Some(RecordScanner::new(start, server.wal_seg_size, server.pg_version));
+        self.flush_lsn = start;
+        self.leader_accepted = true;
+        self.leader_commit_lsn = Lsn::INVALID;
+        self.dirty = false;
+    }
+
+    fn append(&mut self, append: AppendRequest) -> Result<Vec<Action>, AcceptorError> {
+        self.check_generation(append.generation)?;
+        if append.term < self.durable.term {
+            return Ok(vec![Action::Reply(AcceptorMessage::AppendResponse(self.refusal()))]);
+        }
+        // Equal terms are not enough: a vote sets the term too, without this leader having cut the log here (rule 9).
+        if append.term > self.durable.term
+            || !self.leader_accepted
+            || self.durable.term_history.last_term() != append.term
+        {
+            return Err(AcceptorError::NotElected(append.term));
+        }
+        let mut actions = Vec::new();
+        if !append.wal.is_empty() {
+            self.write(append.begin_lsn, append.wal, &mut actions)?;
+        }
+        self.leader_commit_lsn = self.leader_commit_lsn.max(append.commit_lsn);
+        self.advance_commit(&mut actions);
+        let horizon = append.truncate_lsn.min(self.lazy.commit_lsn);
+        self.lazy.peer_horizon_lsn = self.lazy.peer_horizon_lsn.max(horizon);
+        Ok(actions)
+    }
+
+    fn write(&mut self, begin: Lsn, wal: Bytes, actions: &mut Vec<Action>) -> Result<(), AcceptorError> {
+        let Some(scanner) = &self.scanner else { return Err(AcceptorError::NotElected(self.durable.term)) };
+        let end = scanner.position();
+        match begin.cmp(&end) {
+            std::cmp::Ordering::Less => return Err(AcceptorError::Overlap { begin, end }),
+            std::cmp::Ordering::Greater => return Err(AcceptorError::Gap { begin, end }),
+            std::cmp::Ordering::Equal => {}
+        }
+        // Scan before writing, on a copy, so that a bad record is neither written nor remembered.
+        let mut scanned = scanner.clone();
+        scanned.feed(&wal)?;
+        self.scanner = Some(scanned);
+        self.dirty = true;
+        actions.push(Action::Write { at: begin, wal });
+        Ok(())
+    }
+
+    /// Makes what was written durable and moves the commit LSN along. To be called when the input queue has run empty,
+    /// and before a vote; [`Self::append_response`] then acknowledges.
+    pub fn flush(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        if self.dirty {
+            actions.push(Action::Flush);
+            self.dirty = false;
+            self.flush_lsn = self.scanner.as_ref().map_or(self.flush_lsn, RecordScanner::last_record_end);
+        }
+        self.advance_commit(&mut actions);
+        actions
+    }
+
+    /// Moves the commit LSN to what the leader told, as far as it is durable here. The leader's word holds for all of
+    /// this log, because accepting the leader made the log a prefix of the leader's.
+    fn advance_commit(&mut self, actions: &mut Vec<Action>) {
+        let commit = self.leader_commit_lsn.min(self.flush_lsn());
+        if commit <= self.lazy.commit_lsn {
+            return;
+        }
+        self.lazy.commit_lsn = commit;
+        let saved = self.durable.commit_lsn;
+        // A recovering leader waits for the saved value to reach its term start (D7). The other rule bounds how much a
+        // restart has to scan.
+        let reached_term_start = commit >= self.term_start_lsn && saved < self.term_start_lsn;
+        let segment_ahead = commit.saturating_sub(saved) >= self.durable.server.wal_seg_size.bytes();
+        if reached_term_start || segment_ahead {
+            self.save_lazy(actions);
+        }
+    }
+
+    /// Persists the lazily saved LSNs if they moved since they were last saved.
+    pub fn checkpoint(&mut self) -> Vec<Action> {
+        let mut actions = Vec::new();
+        self.save_lazy(&mut actions);
+        actions
+    }
+
+    /// Raises the term to `to`, or by one; never lowers it. Any current leader is fenced at its next message.
+    pub fn bump_term(&mut self, to: Option<Term>) -> Vec<Action> {
+        let mut actions = self.flush();
+        let target = to.unwrap_or_else(|| self.durable.term.next());
+        if target > self.durable.term {
+            self.raise_term(target, &mut actions);
+        }
+        actions
+    }
+
+    /// Adopts `configuration` if its generation is higher; returns whether it was.
+    pub fn switch_configuration(&mut self, configuration: Configuration) -> Result<Vec<Action>, AcceptorError> {
+        let mut actions = Vec::new();
+        if configuration.generation > self.durable.configuration.generation {
+            if !configuration.contains(self.node_id) {
+                let generation = configuration.generation;
+                return Err(AcceptorError::NotAMember { node: self.node_id, generation });
+            }
+            let next = ControlState { configuration, ..self.durable.clone() };
+            self.persist(next, &mut actions);
+        }
+        Ok(actions)
+    }
+
+    /// Acknowledges to a leader of `term` what is durable; a refusal if that term is over. Call after [`Self::flush`].
+    pub fn append_response(&self, term: Term, hs_feedback: HotStandbyFeedback) -> AppendResponse {
+        if term != self.durable.term {
+            return self.refusal();
+        }
+        AppendResponse {
+            flush_lsn: self.flush_lsn(),
+            // The saved one, so that whoever hears it knows that it survives a restart.
+            commit_lsn: self.durable.commit_lsn,
+            hs_feedback,
+            ..self.refusal()
+        }
+    }
+
+    /// Tells only the own term: the sender is no longer the leader.
+    fn refusal(&self) -> AppendResponse {
+        AppendResponse {
+            generation: self.durable.configuration.generation,
+            term: self.durable.term,
+            flush_lsn: Lsn::INVALID,
+            commit_lsn: Lsn::INVALID,
+            hs_feedback: HotStandbyFeedback::default(),
+            pageserver_feedback: None,
+        }
+    }
+
+    fn check_generation(&self, theirs: Generation) -> Result<(), AcceptorError> {
+        let ours = self.durable.configuration.generation;
+        if ours == theirs { Ok(()) } else { Err(AcceptorError::GenerationMismatch { ours, theirs }) }
+    }
+
+    fn raise_term(&mut self, term: Term, actions: &mut Vec<Action>) {
+        assert!(term > self.durable.term, "a term never goes back");
+        // The old leader's word on what is committed ends with its term.
+        self.leader_commit_lsn = Lsn::INVALID;
+        let next = ControlState { term, ..self.durable.clone() };
+        self.persist(next, actions);
+    }
+
+    fn save_lazy(&mut self, actions: &mut Vec<Action>) {
+        let next = self.durable.clone();
+        self.persist(next, actions);
+    }
+
+    /// Overlays the lazy LSNs on `next` and persists it if anything differs from what is on disk.
+    fn persist(&mut self, mut next: ControlState, actions: &mut Vec<Action>) {
+        assert!(next.term >= self.durable.term, "a term never goes back");
+        assert!(next.configuration.generation >= self.durable.configuration.generation, "a generation never goes back");
+        next.commit_lsn = self.lazy.commit_lsn;
+        next.backup_lsn = self.lazy.backup_lsn;
+        next.peer_horizon_lsn = self.lazy.peer_horizon_lsn;
+        next.remote_consistent_lsn = self.lazy.remote_consistent_lsn;
+        if next != self.durable {
+            self.durable = next;
+            actions.push(Action::Persist(Box::new(self.durable.clone())));
+        }
+    }
+}

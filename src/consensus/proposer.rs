@@ -1,0 +1,594 @@
+//! The proposer: wins a term, brings every acceptor's log in line with its own, and says what is committed
+//! (spec: semantics 7, rules 7 to 20 of 5.2).
+//!
+//! It promises: it leads only with the votes of a majority; its log continues the best log among its voters; and it calls
+//! an LSN committed only when a majority of every member set has it durably, in this leader's term, at or beyond the start
+//! of that term.
+//!
+//! The proposer has no durable state and never sees a byte of WAL: it deals in positions, and its caller attaches the
+//! bytes. Once it must give up ([`Effect::StepDown`]), build a new one; that campaigns with a higher term.
+//!
+//! Acceptors are known by their index in the list of addresses given at the start, and by node id once they greeted.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use pgproto::walproposer::{
+    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
+    ProposerMessage, TermLsn, VoteRequest, VoteResponse,
+};
+use pgproto::{Generation, Lsn, NodeId, TenantTimelineId, Term};
+
+use super::history::{TermHistory, highest_common_point};
+use super::state::ServerInfo;
+
+/// Index of an acceptor in the proposer's list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerIndex(pub usize);
+
+/// Something to do or to know, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// Send a message that carries no WAL.
+    Send(PeerIndex, ProposerMessage),
+    /// The term is won and the log goes on at `start`: WAL is wanted from there.
+    Elected {
+        /// The term.
+        term: Term,
+        /// Where this leader's own WAL begins.
+        start: Lsn,
+    },
+    /// The acceptor follows; [`Proposer::next_append`] has work for it.
+    Follows(PeerIndex),
+    /// A quorum has everything below this, for good.
+    Committed(Lsn),
+    /// Close the connection to this acceptor; it may be tried again.
+    Disconnect(PeerIndex, PeerError),
+    /// This proposer is over.
+    StepDown(StepDown),
+}
+
+/// Why a connection to an acceptor can't be used any longer.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerError {
+    /// Two addresses lead to one node; counting it twice would forge a majority.
+    #[error("node {0} is already connected under another address of the list")]
+    DuplicateNode(NodeId),
+    /// Node id 0.
+    #[error("it answers with node id 0")]
+    InvalidNodeId,
+    /// The message doesn't fit what was asked.
+    #[error("unexpected {0}")]
+    Unexpected(&'static str),
+    /// It must hear of the newer configuration first.
+    #[error("it has configuration generation {0}, older than the one in force")]
+    OldGeneration(Generation),
+    /// Its log can't be compared with the leader's.
+    #[error("its term history contradicts the leader's: {0}")]
+    BadHistory(super::history::HistoryError),
+    /// It acknowledges what was never sent, or takes back what it acknowledged.
+    #[error("it reports flush LSN {reported}, but {known}")]
+    ImpossibleFlush {
+        /// What it said.
+        reported: Lsn,
+        /// What is known.
+        known: &'static str,
+    },
+}
+
+/// Why a proposer is over.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StepDown {
+    /// Another proposer has a higher term: this one is fenced off.
+    #[error("node {node} is in term {theirs}, above our {ours}: another proposer took over")]
+    HigherTerm {
+        /// Who said so.
+        node: NodeId,
+        /// Our term.
+        ours: Term,
+        /// The higher term.
+        theirs: Term,
+    },
+    /// A vote was refused during the campaign.
+    #[error("node {node} refused its vote in term {term}")]
+    VoteRefused {
+        /// Who refused.
+        node: NodeId,
+        /// The term asked for.
+        term: Term,
+    },
+    /// The membership changed under a campaign or a leader.
+    #[error("configuration generation {0} is in force")]
+    NewGeneration(Generation),
+    /// The best log among the voters is not one.
+    #[error("the donor's term history is damaged: {0}")]
+    BadDonorHistory(#[from] super::history::HistoryError),
+}
+
+/// An append to send to one acceptor; the caller attaches the bytes `[begin, end)`. Empty: a heartbeat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AppendSpec {
+    /// Configuration of the leader.
+    pub generation: Generation,
+    /// The leader's term.
+    pub term: Term,
+    /// First byte.
+    pub begin: Lsn,
+    /// Behind the last byte.
+    pub end: Lsn,
+    /// Committed position to tell.
+    pub commit_lsn: Lsn,
+    /// Oldest position that some acceptor may need.
+    pub truncate_lsn: Lsn,
+}
+
+impl AppendSpec {
+    /// The message, with the bytes of the range.
+    pub fn with_wal(self, wal: Bytes) -> ProposerMessage {
+        debug_assert_eq!(self.end.checked_sub(self.begin), Some(wal.len() as u64));
+        ProposerMessage::Append(AppendRequest {
+            generation: self.generation,
+            term: self.term,
+            begin_lsn: self.begin,
+            commit_lsn: self.commit_lsn,
+            truncate_lsn: self.truncate_lsn,
+            wal,
+        })
+    }
+}
+
+/// What a proposer must know before it starts.
+#[derive(Clone, Debug)]
+pub struct ProposerConfig {
+    /// Which log.
+    pub ttid: TenantTimelineId,
+    /// The server whose WAL is proposed.
+    pub server: ServerInfo,
+    /// Configuration to begin with; generation 0 means that the listed acceptors are the members.
+    pub configuration: Configuration,
+    /// Where the log begins if no voter has any WAL.
+    pub initial_start: Lsn,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Waiting for greetings of a quorum.
+    Collecting,
+    /// Asking for votes.
+    Campaigning { term: Term },
+    /// Elected.
+    Leading { term: Term, start: Lsn, history: TermHistory },
+}
+
+/// Where the talk with an acceptor stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum PeerState {
+    /// No connection.
+    Offline,
+    /// Our greeting is on its way.
+    Greeting,
+    /// It greeted; nothing asked yet.
+    Greeted,
+    /// Its vote was asked for.
+    Voting,
+    /// It answered the vote request and waits for the election to end.
+    Voted,
+    /// It was told where the leader's log begins and receives WAL.
+    Following,
+}
+
+#[derive(Clone, Debug)]
+struct Peer {
+    state: PeerState,
+    node_id: Option<NodeId>,
+    /// Highest term it told in a greeting of this connection.
+    term: Term,
+    vote: Option<VoteResponse>,
+    /// Durable in our term, as it acknowledged; kept when it goes offline, because acceptors don't lose what they acked.
+    flush_lsn: Lsn,
+    /// It acknowledged something on this connection, so it has accepted us as its leader.
+    acknowledged: bool,
+    next_send: Lsn,
+    told_commit: Lsn,
+}
+
+impl Peer {
+    fn new() -> Self {
+        Self {
+            state: PeerState::Offline,
+            node_id: None,
+            term: Term(0),
+            vote: None,
+            flush_lsn: Lsn::INVALID,
+            acknowledged: false,
+            next_send: Lsn::INVALID,
+            told_commit: Lsn::INVALID,
+        }
+    }
+}
+
+/// See the module's page.
+#[derive(Clone, Debug)]
+pub struct Proposer {
+    config: ProposerConfig,
+    peers: Vec<Peer>,
+    phase: Phase,
+    commit_lsn: Lsn,
+    truncate_lsn: Lsn,
+    wal_end: Lsn,
+}
+
+impl Proposer {
+    /// A proposer that talks to `peer_count` acceptors, none connected yet.
+    pub fn new(config: ProposerConfig, peer_count: usize) -> Self {
+        Self {
+            config,
+            peers: vec![Peer::new(); peer_count],
+            phase: Phase::Collecting,
+            commit_lsn: Lsn::INVALID,
+            truncate_lsn: Lsn::INVALID,
+            wal_end: Lsn::INVALID,
+        }
+    }
+
+    /// The term campaigned for or led in; 0 before.
+    pub fn term(&self) -> Term {
+        match &self.phase {
+            Phase::Collecting => Term(0),
+            Phase::Campaigning { term } | Phase::Leading { term, .. } => *term,
+        }
+    }
+
+    /// Start of the own term once elected.
+    pub fn term_start(&self) -> Option<Lsn> {
+        match &self.phase {
+            Phase::Leading { start, .. } => Some(*start),
+            _ => None,
+        }
+    }
+
+    /// Committed by a quorum in this term; 0 when nothing is yet.
+    pub fn commit_lsn(&self) -> Lsn {
+        self.commit_lsn
+    }
+
+    /// State of a peer, for status.
+    pub fn peer_state(&self, peer: PeerIndex) -> PeerState {
+        self.peers.get(peer.0).map_or(PeerState::Offline, |p| p.state)
+    }
+
+    /// Node id of a peer, once known.
+    pub fn node_id(&self, peer: PeerIndex) -> Option<NodeId> {
+        self.peers.get(peer.0).and_then(|p| p.node_id)
+    }
+
+    /// Durable at a peer in our term, as last acknowledged.
+    pub fn peer_flush_lsn(&self, peer: PeerIndex) -> Lsn {
+        self.peers.get(peer.0).map_or(Lsn::INVALID, |p| p.flush_lsn)
+    }
+
+    /// Next byte to send to a peer that follows.
+    pub fn peer_next_send(&self, peer: PeerIndex) -> Option<Lsn> {
+        self.peers.get(peer.0).filter(|p| p.state == PeerState::Following).map(|p| p.next_send)
+    }
+
+    /// An acceptor that can hand out WAL up to `lsn`: connected, and its log was cut to ours (rule 13).
+    pub fn donor_for(&self, lsn: Lsn) -> Option<PeerIndex> {
+        let able = |p: &&(usize, &Peer)| p.1.state == PeerState::Following && p.1.acknowledged && p.1.flush_lsn >= lsn;
+        self.peers.iter().enumerate().filter(|p| able(&p)).max_by_key(|(_, p)| p.flush_lsn).map(|(i, _)| PeerIndex(i))
+    }
+
+    /// A connection to `peer` stands and is in COPY mode: greet.
+    pub fn connected(&mut self, index: PeerIndex) -> Vec<Effect> {
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
+        let flush_lsn = peer.flush_lsn;
+        *peer = Peer { state: PeerState::Greeting, node_id: peer.node_id, flush_lsn, ..Peer::new() };
+        let greeting = ProposerGreeting {
+            ttid: self.config.ttid,
+            configuration: self.config.configuration.clone(),
+            pg_version: self.config.server.pg_version,
+            system_id: self.config.server.system_id,
+            wal_seg_size: self.config.server.wal_seg_size.as_u32(),
+        };
+        vec![Effect::Send(index, ProposerMessage::Greeting(greeting))]
+    }
+
+    /// The connection is gone. What the acceptor acknowledged keeps counting.
+    pub fn disconnected(&mut self, index: PeerIndex) {
+        if let Some(peer) = self.peers.get_mut(index.0) {
+            peer.state = PeerState::Offline;
+            peer.acknowledged = false;
+            peer.vote = None;
+        }
+    }
+
+    /// WAL up to `end` is there to be sent.
+    pub fn wal_available(&mut self, end: Lsn) {
+        self.wal_end = self.wal_end.max(end);
+    }
+
+    /// Handles one message of an acceptor.
+    pub fn handle(&mut self, index: PeerIndex, message: AcceptorMessage) -> Vec<Effect> {
+        let state = self.peer_state(index);
+        match (state, message) {
+            (PeerState::Greeting, AcceptorMessage::Greeting(greeting)) => self.greeted(index, greeting),
+            (PeerState::Voting, AcceptorMessage::VoteResponse(vote)) => self.voted(index, vote),
+            (PeerState::Following, AcceptorMessage::AppendResponse(response)) => self.acknowledged(index, &response),
+            (_, AcceptorMessage::Greeting(_)) => vec![Effect::Disconnect(index, PeerError::Unexpected("greeting"))],
+            (_, AcceptorMessage::VoteResponse(_)) => {
+                vec![Effect::Disconnect(index, PeerError::Unexpected("vote response"))]
+            }
+            (_, AcceptorMessage::AppendResponse(_)) => {
+                vec![Effect::Disconnect(index, PeerError::Unexpected("append response"))]
+            }
+        }
+    }
+
+    fn greeted(&mut self, index: PeerIndex, greeting: AcceptorGreeting) -> Vec<Effect> {
+        let node = greeting.node_id;
+        if node == NodeId(0) {
+            return vec![Effect::Disconnect(index, PeerError::InvalidNodeId)];
+        }
+        if !self.claim_node(index, node) {
+            return vec![Effect::Disconnect(index, PeerError::DuplicateNode(node))];
+        }
+        if greeting.configuration.generation > self.config.configuration.generation {
+            return self.adopt_configuration(index, greeting.configuration);
+        }
+        let generation = self.config.configuration.generation;
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
+        if greeting.configuration.generation < generation {
+            return vec![Effect::Disconnect(index, PeerError::OldGeneration(greeting.configuration.generation))];
+        }
+        if peer.node_id != Some(node) {
+            // Another node answers at this address: what the old one acknowledged says nothing about this one.
+            peer.flush_lsn = Lsn::INVALID;
+        }
+        peer.node_id = Some(node);
+        peer.term = greeting.term;
+        peer.state = PeerState::Greeted;
+        match self.phase {
+            Phase::Collecting => self.campaign_if_quorum_greeted(),
+            Phase::Campaigning { term } | Phase::Leading { term, .. } if greeting.term > term => {
+                vec![Effect::StepDown(StepDown::HigherTerm { node, ours: term, theirs: greeting.term })]
+            }
+            Phase::Campaigning { term } | Phase::Leading { term, .. } => vec![self.ask_for_vote(index, term)],
+        }
+    }
+
+    /// Makes sure that one node counts once: false if it is connected under another address; if it was, long ago, that
+    /// address no longer speaks for it.
+    fn claim_node(&mut self, index: PeerIndex, node: NodeId) -> bool {
+        for (i, peer) in self.peers.iter_mut().enumerate() {
+            if i == index.0 || peer.node_id != Some(node) {
+                continue;
+            }
+            if peer.state != PeerState::Offline {
+                return false;
+            }
+            *peer = Peer::new();
+        }
+        true
+    }
+
+    /// A newer configuration was told. Before a campaign it is taken over and everybody is greeted anew with it.
+    fn adopt_configuration(&mut self, index: PeerIndex, configuration: Configuration) -> Vec<Effect> {
+        let generation = configuration.generation;
+        if self.phase != Phase::Collecting {
+            return vec![Effect::StepDown(StepDown::NewGeneration(generation))];
+        }
+        if configuration.members.is_empty() {
+            return vec![Effect::Disconnect(index, PeerError::Unexpected("configuration without members"))];
+        }
+        self.config.configuration = configuration;
+        let online = |(_, p): &(usize, &Peer)| p.state != PeerState::Offline;
+        let connected = self.peers.iter().enumerate().filter(online).map(|(i, _)| PeerIndex(i));
+        connected.map(|peer| Effect::Disconnect(peer, PeerError::OldGeneration(generation))).collect()
+    }
+
+    fn campaign_if_quorum_greeted(&mut self) -> Vec<Effect> {
+        if !self.quorum(|p| p.state >= PeerState::Greeted) {
+            return Vec::new();
+        }
+        let greeted = self.peers.iter().filter(|p| p.state >= PeerState::Greeted);
+        let term = greeted.map(|p| p.term).max().unwrap_or_default().next();
+        self.phase = Phase::Campaigning { term };
+        let ready = |(_, p): &(usize, &Peer)| p.state == PeerState::Greeted;
+        let ready: Vec<_> = self.peers.iter().enumerate().filter(ready).map(|(i, _)| PeerIndex(i)).collect();
+        ready.into_iter().map(|peer| self.ask_for_vote(peer, term)).collect()
+    }
+
+    fn ask_for_vote(&mut self, index: PeerIndex, term: Term) -> Effect {
+        if let Some(peer) = self.peers.get_mut(index.0) {
+            peer.state = PeerState::Voting;
+        }
+        let generation = self.config.configuration.generation;
+        Effect::Send(index, ProposerMessage::VoteRequest(VoteRequest { generation, term }))
+    }
+
+    fn voted(&mut self, index: PeerIndex, vote: VoteResponse) -> Vec<Effect> {
+        let (ours, node) = (self.term(), self.node_id(index).unwrap_or_default());
+        if vote.generation != self.config.configuration.generation {
+            return vec![Effect::Disconnect(index, PeerError::OldGeneration(vote.generation))];
+        }
+        if vote.term > ours {
+            return vec![Effect::StepDown(StepDown::HigherTerm { node, ours, theirs: vote.term })];
+        }
+        if !vote.vote_given && matches!(self.phase, Phase::Campaigning { .. }) {
+            return vec![Effect::StepDown(StepDown::VoteRefused { node, term: ours })];
+        }
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
+        peer.state = PeerState::Voted;
+        peer.vote = Some(vote);
+        if matches!(self.phase, Phase::Leading { .. }) {
+            return self.lead(index);
+        }
+        if !self.quorum(|p| p.vote.is_some()) {
+            return Vec::new();
+        }
+        self.win(ours)
+    }
+
+    /// A quorum voted for us: continue the best log among the voters (rule 8).
+    fn win(&mut self, term: Term) -> Vec<Effect> {
+        let votes = || self.peers.iter().filter_map(|p| p.vote.as_ref());
+        let last_term = |v: &VoteResponse| v.term_history.last().map_or(Term(0), |entry| entry.term);
+        let best = votes().max_by_key(|v| (last_term(v), v.flush_lsn));
+        let (donor_history, donor_end) =
+            best.map_or((Vec::new(), Lsn::INVALID), |vote| (vote.term_history.clone(), vote.flush_lsn));
+        let start = if donor_end.is_valid() { donor_end } else { self.config.initial_start };
+        let horizon = votes().map(|v| v.truncate_lsn).max().unwrap_or_default();
+        let history =
+            match TermHistory::new(donor_history).and_then(|donor| donor.extended(TermLsn { term, lsn: start })) {
+                Ok(history) => history,
+                Err(damage) => return vec![Effect::StepDown(StepDown::BadDonorHistory(damage))],
+            };
+        self.truncate_lsn = horizon;
+        self.wal_end = start;
+        self.phase = Phase::Leading { term, start, history };
+        let voters = |(_, p): &(usize, &Peer)| p.state == PeerState::Voted;
+        let voters: Vec<_> = self.peers.iter().enumerate().filter(voters).map(|(i, _)| PeerIndex(i)).collect();
+        let mut effects = vec![Effect::Elected { term, start }];
+        effects.extend(voters.into_iter().flat_map(|peer| self.lead(peer)));
+        effects
+    }
+
+    /// Tells an acceptor where its log and ours part, and makes it follow.
+    fn lead(&mut self, index: PeerIndex) -> Vec<Effect> {
+        let Phase::Leading { term, history, .. } = &self.phase else { return Vec::new() };
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
+        let Some(vote) = &peer.vote else { return Vec::new() };
+        let own = TermHistory::new(vote.term_history.clone());
+        let point = match own.and_then(|own| highest_common_point(history, &own, vote.flush_lsn)) {
+            Ok(point) => point.or(history.first()),
+            Err(error) => return vec![Effect::Disconnect(index, PeerError::BadHistory(error))],
+        };
+        let start_streaming_at = point.map_or(Lsn::INVALID, |point| point.lsn);
+        peer.state = PeerState::Following;
+        peer.next_send = start_streaming_at;
+        // Nothing was told on this connection yet; the first append goes out at once, even if empty.
+        peer.told_commit = Lsn::INVALID;
+        let elected = ProposerElected {
+            generation: self.config.configuration.generation,
+            term: *term,
+            start_streaming_at,
+            term_history: history.entries().to_vec(),
+        };
+        vec![Effect::Send(index, ProposerMessage::Elected(elected)), Effect::Follows(index)]
+    }
+
+    /// The next WAL for a peer that follows, at most `max` bytes: `None` when it has all there is. The caller must send
+    /// what it gets, or drop the connection.
+    pub fn next_append(&mut self, index: PeerIndex, max: u64) -> Option<AppendSpec> {
+        let end_of_wal = self.wal_end;
+        let (generation, term, commit_lsn, truncate_lsn) = self.append_header()?;
+        let peer = self.peers.get_mut(index.0).filter(|p| p.state == PeerState::Following)?;
+        let begin = peer.next_send;
+        let end = Lsn(begin.0.saturating_add(max)).min(end_of_wal);
+        if end <= begin {
+            return None;
+        }
+        peer.next_send = end;
+        peer.told_commit = commit_lsn;
+        Some(AppendSpec { generation, term, begin, end, commit_lsn, truncate_lsn })
+    }
+
+    /// Whether a peer that follows has yet to hear of the current commit LSN.
+    pub fn owes_commit(&self, index: PeerIndex) -> bool {
+        let owes = |p: &Peer| p.state == PeerState::Following && p.told_commit < self.commit_lsn;
+        self.peers.get(index.0).is_some_and(owes)
+    }
+
+    /// An empty append: tells the commit LSN and asks for a sign of life.
+    pub fn heartbeat(&mut self, index: PeerIndex) -> Option<AppendSpec> {
+        let (generation, term, commit_lsn, truncate_lsn) = self.append_header()?;
+        let peer = self.peers.get_mut(index.0).filter(|p| p.state == PeerState::Following)?;
+        peer.told_commit = commit_lsn;
+        Some(AppendSpec { generation, term, begin: peer.next_send, end: peer.next_send, commit_lsn, truncate_lsn })
+    }
+
+    fn append_header(&self) -> Option<(Generation, Term, Lsn, Lsn)> {
+        let Phase::Leading { term, .. } = &self.phase else { return None };
+        Some((self.config.configuration.generation, *term, self.commit_lsn, self.truncate_lsn))
+    }
+
+    fn acknowledged(&mut self, index: PeerIndex, response: &AppendResponse) -> Vec<Effect> {
+        let (ours, node) = (self.term(), self.node_id(index).unwrap_or_default());
+        if response.term > ours {
+            return vec![Effect::StepDown(StepDown::HigherTerm { node, ours, theirs: response.term })];
+        }
+        if response.generation > self.config.configuration.generation {
+            return vec![Effect::StepDown(StepDown::NewGeneration(response.generation))];
+        }
+        if response.generation < self.config.configuration.generation || response.term < ours {
+            return vec![Effect::Disconnect(index, PeerError::Unexpected("append response of an old term"))];
+        }
+        let segment = self.config.server.wal_seg_size.bytes();
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
+        let reported = response.flush_lsn;
+        // Behind a switch record the rest of the segment counts as there, so up to a segment end may be claimed unsent.
+        let sent = Lsn(peer.next_send.0.next_multiple_of(segment));
+        if reported > sent {
+            let known = "that was never sent";
+            return vec![Effect::Disconnect(index, PeerError::ImpossibleFlush { reported, known })];
+        }
+        if reported < peer.flush_lsn {
+            // It lost what it had acknowledged. Count only what it has; what is committed stays committed.
+            peer.flush_lsn = reported;
+            let known = "it had acknowledged more in this term";
+            return vec![Effect::Disconnect(index, PeerError::ImpossibleFlush { reported, known })];
+        }
+        peer.flush_lsn = reported;
+        peer.acknowledged = true;
+        self.advance_commit()
+    }
+
+    /// Rule 10: a majority of every member set, in our term, at or beyond its start.
+    fn advance_commit(&mut self) -> Vec<Effect> {
+        let Some(term_start) = self.term_start() else { return Vec::new() };
+        let counted = |p: &Peer| if p.flush_lsn >= term_start { p.flush_lsn } else { Lsn::INVALID };
+        let commit = self.member_sets().iter().map(|set| majority_lsn(set, counted)).min().unwrap_or_default();
+        if commit <= self.commit_lsn {
+            return Vec::new();
+        }
+        self.commit_lsn = commit;
+        let slowest = self.peers.iter().map(|p| p.flush_lsn).min().unwrap_or_default();
+        self.truncate_lsn = self.truncate_lsn.max(slowest.min(commit));
+        vec![Effect::Committed(commit)]
+    }
+
+    fn quorum(&self, holds: impl Fn(&Peer) -> bool) -> bool {
+        self.member_sets().iter().all(|set| {
+            let count = set.iter().filter(|member| member.is_some_and(&holds)).count();
+            count >= majority(set.len())
+        })
+    }
+
+    /// The sets that each need a majority; a member nobody answers for is `None`. Without a configuration the listed
+    /// acceptors are the one set.
+    fn member_sets(&self) -> Vec<Vec<Option<&Peer>>> {
+        let configuration = &self.config.configuration;
+        if configuration.generation == Generation(0) {
+            return vec![self.peers.iter().map(Some).collect()];
+        }
+        let by_id: BTreeMap<_, _> = self.peers.iter().filter_map(|p| Some((p.node_id?, p))).collect();
+        let sets = [Some(&configuration.members), configuration.new_members.as_ref()];
+        let members = |set: &Vec<_>| -> Vec<_> {
+            set.iter().map(|m: &pgproto::walproposer::Member| by_id.get(&m.id).copied()).collect()
+        };
+        sets.into_iter().flatten().map(members).collect()
+    }
+}
+
+/// Size of a majority of `members`.
+fn majority(members: usize) -> usize {
+    members / 2 + 1
+}
+
+/// The LSN that a majority of `set` has reached.
+fn majority_lsn(set: &[Option<&Peer>], counted: impl Fn(&Peer) -> Lsn) -> Lsn {
+    let mut lsns: Vec<_> = set.iter().map(|member| member.map_or(Lsn::INVALID, &counted)).collect();
+    lsns.sort_unstable();
+    let index = lsns.len().checked_sub(majority(lsns.len()));
+    index.and_then(|index| lsns.get(index).copied()).unwrap_or_default()
+}

@@ -1,0 +1,3 @@
+//! Consensus as transcripts: what is said, and what must follow.
+
+mod proposer;

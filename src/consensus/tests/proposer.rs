@@ -1,0 +1,252 @@
+//! Transcripts of a proposer's talk with three acceptors. `->` is what it sends, `<-` what it hears.
+
+use pgproto::feedback::HotStandbyFeedback;
+use pgproto::walproposer::{
+    AcceptorGreeting, AcceptorMessage, AppendResponse, Configuration, Member, ProposerMessage, TermLsn, VoteResponse,
+};
+use pgproto::{Generation, Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+
+use crate::consensus::proposer::*;
+use crate::consensus::state::ServerInfo;
+
+const A: PeerIndex = PeerIndex(0);
+const B: PeerIndex = PeerIndex(1);
+const C: PeerIndex = PeerIndex(2);
+
+fn proposer() -> Proposer {
+    proposer_with(Configuration::default(), 3)
+}
+
+fn proposer_with(configuration: Configuration, peers: usize) -> Proposer {
+    let server =
+        ServerInfo { pg_version: 150_018, system_id: SystemId(77), wal_seg_size: SegmentSize::new(1 << 20).unwrap() };
+    let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
+    let config = ProposerConfig { ttid, server, configuration, initial_start: Lsn(0x10_0000) };
+    Proposer::new(config, peers)
+}
+
+fn greeting(node: u64, term: u64) -> AcceptorMessage {
+    greeting_with(node, term, Configuration::default())
+}
+
+fn greeting_with(node: u64, term: u64, configuration: Configuration) -> AcceptorMessage {
+    AcceptorMessage::Greeting(AcceptorGreeting { node_id: NodeId(node), configuration, term: Term(term) })
+}
+
+fn vote(term: u64, given: bool, flush: u64, history: &[(u64, u64)]) -> AcceptorMessage {
+    AcceptorMessage::VoteResponse(VoteResponse {
+        generation: Generation(0),
+        term: Term(term),
+        vote_given: given,
+        flush_lsn: Lsn(flush),
+        truncate_lsn: Lsn(0),
+        term_history: history.iter().copied().map(TermLsn::from).collect(),
+    })
+}
+
+fn ack(term: u64, flush: u64) -> AcceptorMessage {
+    AcceptorMessage::AppendResponse(AppendResponse {
+        generation: Generation(0),
+        term: Term(term),
+        flush_lsn: Lsn(flush),
+        commit_lsn: Lsn(0),
+        hs_feedback: HotStandbyFeedback::default(),
+        pageserver_feedback: None,
+    })
+}
+
+/// The effects in short form, one line each.
+fn brief(effects: Vec<Effect>) -> Vec<String> {
+    let one = |effect| match effect {
+        Effect::Send(p, ProposerMessage::Greeting(_)) => format!("{} greeting", p.0),
+        Effect::Send(p, ProposerMessage::VoteRequest(v)) => format!("{} vote {}", p.0, v.term),
+        Effect::Send(p, ProposerMessage::Elected(e)) => {
+            let history: Vec<_> = e.term_history.iter().map(|t| format!("{}@{:x}", t.term, t.lsn.0)).collect();
+            format!("{} elected {} from {:x} [{}]", p.0, e.term, e.start_streaming_at.0, history.join(" "))
+        }
+        Effect::Send(p, ProposerMessage::Append(_)) => format!("{} append", p.0),
+        Effect::Elected { term, start } => format!("won {term} at {:x}", start.0),
+        Effect::Follows(p) => format!("{} follows", p.0),
+        Effect::Committed(lsn) => format!("committed {:x}", lsn.0),
+        Effect::Disconnect(p, error) => format!("{} disconnect: {error}", p.0),
+        Effect::StepDown(reason) => format!("step down: {reason}"),
+    };
+    effects.into_iter().map(one).collect()
+}
+
+/// A leader of term 6 elected by A and B; B has the better log, which ends at 0x100300.
+fn leader() -> Proposer {
+    let mut p = proposer();
+    assert_eq!(brief(p.connected(A)), ["0 greeting"]);
+    assert_eq!(brief(p.connected(B)), ["1 greeting"]);
+    assert!(p.handle(A, greeting(1, 5)).is_empty(), "one of three is no quorum");
+    assert_eq!(brief(p.handle(B, greeting(2, 4))), ["0 vote 6", "1 vote 6"]);
+    assert!(p.handle(A, vote(6, true, 0x10_0500, &[(1, 0x10_0000), (3, 0x10_0200)])).is_empty());
+    assert_eq!(
+        brief(p.handle(B, vote(6, true, 0x10_0300, &[(1, 0x10_0000), (4, 0x10_0100)]))),
+        [
+            "won 6 at 100300",
+            "0 elected 6 from 100100 [1@100000 4@100100 6@100300]",
+            "0 follows",
+            "1 elected 6 from 100300 [1@100000 4@100100 6@100300]",
+            "1 follows",
+        ],
+        "the higher last term wins over the longer log"
+    );
+    p
+}
+
+#[test]
+fn the_first_leader_starts_where_it_was_told() {
+    let mut p = proposer();
+    p.connected(A);
+    p.connected(C);
+    p.handle(A, greeting(1, 0));
+    assert_eq!(brief(p.handle(C, greeting(3, 0))), ["0 vote 1", "2 vote 1"]);
+    p.handle(A, vote(1, true, 0, &[]));
+    assert_eq!(
+        brief(p.handle(C, vote(1, true, 0, &[]))),
+        [
+            "won 1 at 100000",
+            "0 elected 1 from 100000 [1@100000]",
+            "0 follows",
+            "2 elected 1 from 100000 [1@100000]",
+            "2 follows",
+        ]
+    );
+}
+
+#[test]
+fn old_wal_commits_only_when_a_majority_reached_the_term_start() {
+    let mut p = leader();
+    assert!(p.handle(B, ack(6, 0x10_0300)).is_empty(), "one of three");
+    assert_eq!(p.next_append(A, 4096).map(|s| (s.begin, s.end)), Some((Lsn(0x10_0100), Lsn(0x10_0300))));
+    assert!(p.handle(A, ack(6, 0x10_0200)).is_empty(), "below the term start nothing counts");
+    assert_eq!(brief(p.handle(A, ack(6, 0x10_0300))), ["committed 100300"]);
+}
+
+#[test]
+fn a_latecomer_is_led_without_a_new_election() {
+    let mut p = leader();
+    p.connected(C);
+    assert_eq!(brief(p.handle(C, greeting(3, 2))), ["2 vote 6"]);
+    assert_eq!(
+        brief(p.handle(C, vote(6, true, 0x10_0000, &[(1, 0x10_0000)]))),
+        ["2 elected 6 from 100000 [1@100000 4@100100 6@100300]", "2 follows"]
+    );
+}
+
+#[test]
+fn a_returning_follower_may_refuse_the_vote_it_gave_before() {
+    let mut p = leader();
+    p.disconnected(A);
+    p.connected(A);
+    assert_eq!(brief(p.handle(A, greeting(1, 6))), ["0 vote 6"]);
+    let effects = p.handle(A, vote(6, false, 0x10_0100, &[(1, 0x10_0000), (4, 0x10_0100)]));
+    assert_eq!(brief(effects), ["0 elected 6 from 100100 [1@100000 4@100100 6@100300]", "0 follows"]);
+}
+
+#[test]
+fn acknowledgements_of_an_offline_follower_keep_counting() {
+    let mut p = leader();
+    p.handle(A, ack(6, 0x10_0100));
+    p.handle(B, ack(6, 0x10_0300));
+    p.wal_available(Lsn(0x10_0800));
+    while p.next_append(A, 512).is_some() {}
+    while p.next_append(B, 512).is_some() {}
+    assert_eq!(brief(p.handle(B, ack(6, 0x10_0800))), Vec::<String>::new());
+    p.disconnected(B);
+    assert_eq!(brief(p.handle(A, ack(6, 0x10_0600))), ["committed 100600"]);
+    assert_eq!(p.donor_for(Lsn(0x10_0700)), None, "an offline node is no donor");
+    assert_eq!(p.donor_for(Lsn(0x10_0600)), Some(A));
+}
+
+#[test]
+fn a_higher_term_ends_the_leader_wherever_it_shows() {
+    let fenced = ["step down: node 1 is in term 7, above our 6: another proposer took over"];
+    assert_eq!(brief(leader().handle(A, ack(7, 0))), fenced);
+    let mut p = leader();
+    p.disconnected(A);
+    p.connected(A);
+    assert_eq!(brief(p.handle(A, greeting(1, 7))), fenced);
+}
+
+#[test]
+fn a_refused_vote_ends_the_campaign() {
+    let mut p = proposer();
+    p.connected(A);
+    p.connected(B);
+    p.handle(A, greeting(1, 5));
+    p.handle(B, greeting(2, 5));
+    assert_eq!(brief(p.handle(A, vote(6, false, 0, &[]))), ["step down: node 1 refused its vote in term 6"]);
+}
+
+#[test]
+fn one_node_under_two_addresses_counts_once() {
+    let mut p = proposer();
+    p.connected(A);
+    p.connected(B);
+    p.handle(A, greeting(1, 0));
+    assert_eq!(
+        brief(p.handle(B, greeting(1, 0))),
+        ["1 disconnect: node 1 is already connected under another address of the list"]
+    );
+    p.disconnected(B);
+    p.disconnected(A);
+    p.connected(B);
+    assert!(p.handle(B, greeting(1, 0)).is_empty(), "it moved: still one node, no quorum");
+    assert_eq!(p.node_id(A), None);
+}
+
+#[test]
+fn an_impossible_acknowledgement_is_not_believed() {
+    let mut p = leader();
+    let unsent = brief(p.handle(B, ack(6, 0x20_0001)));
+    assert_eq!(unsent, ["1 disconnect: it reports flush LSN 0/200001, but that was never sent"]);
+    let mut p = leader();
+    p.handle(B, ack(6, 0x10_0300));
+    let lost = brief(p.handle(B, ack(6, 0x10_0200)));
+    assert_eq!(lost, ["1 disconnect: it reports flush LSN 0/100200, but it had acknowledged more in this term"]);
+    assert_eq!(p.peer_flush_lsn(B), Lsn(0x10_0200));
+}
+
+#[test]
+fn a_message_out_of_order_ends_only_that_connection() {
+    let mut p = proposer();
+    p.connected(A);
+    assert_eq!(brief(p.handle(A, ack(1, 0))), ["0 disconnect: unexpected append response"]);
+    assert_eq!(brief(p.handle(A, vote(1, true, 0, &[]))), ["0 disconnect: unexpected vote response"]);
+}
+
+fn configuration(generation: u32, members: &[u64], new_members: Option<&[u64]>) -> Configuration {
+    let set = |ids: &[u64]| -> Vec<_> {
+        ids.iter().map(|&id| Member { id: NodeId(id), host: format!("sk{id}"), pg_port: 5454 }).collect()
+    };
+    Configuration { generation: Generation(generation), members: set(members), new_members: new_members.map(set) }
+}
+
+#[test]
+fn a_newer_configuration_is_taken_over_before_the_campaign() {
+    let mut p = proposer();
+    p.connected(A);
+    p.connected(B);
+    p.handle(A, greeting(1, 0));
+    let told = brief(p.handle(B, greeting_with(2, 0, configuration(3, &[1, 2, 3], None))));
+    assert_eq!(told.len(), 2, "both are greeted anew with generation 3: {told:?}");
+    let Some(Effect::Send(_, ProposerMessage::Greeting(greeting))) = p.connected(A).pop() else { panic!() };
+    assert_eq!(greeting.configuration.generation, Generation(3));
+}
+
+#[test]
+fn a_joint_configuration_needs_both_majorities() {
+    let joint = configuration(2, &[1, 2, 3], Some(&[3, 4, 5]));
+    let mut p = proposer_with(joint.clone(), 5);
+    for i in 0..5 {
+        p.connected(PeerIndex(i));
+    }
+    for node in 1..=3 {
+        let effects = p.handle(PeerIndex(node - 1), greeting_with(node as u64, 0, joint.clone()));
+        assert!(effects.is_empty(), "all old members, but only one new one");
+    }
+    assert_eq!(p.handle(PeerIndex(4), greeting_with(5, 0, joint)).len(), 4, "3 and 5 are a majority of the new set");
+}

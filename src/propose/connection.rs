@@ -1,0 +1,290 @@
+//! A client's connection in the Postgres protocol, down to COPY in both directions: to a primary or to a safekeeper.
+//!
+//! `tokio-postgres` knows neither replication connections nor COPY BOTH, so this speaks the few messages that are needed.
+//! Payloads are slices of the read buffer. [`Connection::next`] is cancel safe: what was read stays in the buffer.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use pgproto::DecodeError;
+use pgproto::backend::{Authentication, BackendMessage, ErrorFields};
+use pgproto::startup::StartupMessage;
+use pgproto::{frame, frontend};
+use postgres_protocol::authentication::md5_hash;
+use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
+use postgres_protocol::message::frontend as client;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+/// Connecting and logging in must end within this time.
+const CONNECT_LIMIT: Duration = Duration::from_secs(10);
+
+/// Largest message taken from a server. XLogData has at most 128 KiB of WAL; term histories and rows are far below this.
+const MAX_BODY: usize = 4 << 20;
+
+/// Free room made in the read buffer before each read: enough for a full XLogData.
+const READ_AHEAD: usize = 192 * 1024;
+
+/// Rows kept of one command.
+const MAX_ROWS: usize = 64;
+
+/// Why a connection failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The network said no.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    /// Too slow.
+    #[error("no answer within {CONNECT_LIMIT:?}")]
+    TimedOut,
+    /// The other side closed the connection.
+    #[error("connection closed by the server")]
+    Closed,
+    /// The server refused or reported an error.
+    #[error("{0}")]
+    Server(ErrorFields),
+    /// The server sent what the protocol doesn't allow here.
+    #[error("protocol violation: {0}")]
+    Protocol(String),
+    /// An authentication method that isn't spoken here, or a missing password.
+    #[error("{0}")]
+    Authentication(String),
+}
+
+impl From<DecodeError> for ConnectError {
+    fn from(error: DecodeError) -> Self {
+        Self::Protocol(error.to_string())
+    }
+}
+
+/// Who logs in, and to what.
+#[derive(Clone, Debug)]
+pub struct Login<'a> {
+    /// Role.
+    pub user: &'a str,
+    /// Password, if the server asks for one.
+    pub password: Option<&'a [u8]>,
+    /// Database; without a meaning on a replication connection.
+    pub database: &'a str,
+    /// Whether to ask for a replication connection.
+    pub replication: bool,
+    /// How the server lists the connection.
+    pub application_name: Option<&'a str>,
+    /// Settings such as `-c name=value`.
+    pub options: Option<&'a str>,
+}
+
+impl Login<'_> {
+    fn startup(&self) -> StartupMessage {
+        let mut parameters = vec![("user", self.user), ("database", self.database), ("client_encoding", "UTF8")];
+        if self.replication {
+            parameters.push(("replication", "true"));
+        }
+        parameters.extend(self.application_name.map(|name| ("application_name", name)));
+        parameters.extend(self.options.map(|options| ("options", options)));
+        let owned = |(name, value): (&str, &str)| (name.to_owned(), value.to_owned());
+        StartupMessage { minor_version: 0, parameters: parameters.into_iter().map(owned).collect() }
+    }
+}
+
+/// A socket of either kind.
+trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
+
+/// The receiving half.
+pub struct ReadHalf {
+    socket: tokio::io::ReadHalf<Box<dyn Socket>>,
+    buffer: BytesMut,
+}
+
+/// The sending half. What is written goes out at once.
+pub type WriteHalf = tokio::io::WriteHalf<Box<dyn Socket>>;
+
+impl ReadHalf {
+    /// The next message. Cancel safe.
+    pub async fn next(&mut self) -> Result<BackendMessage, ConnectError> {
+        loop {
+            if let Some(frame) = frame::decode(&mut self.buffer, MAX_BODY)? {
+                return Ok(BackendMessage::decode(frame)?);
+            }
+            self.buffer.reserve(READ_AHEAD);
+            if self.socket.read_buf(&mut self.buffer).await? == 0 {
+                return Err(ConnectError::Closed);
+            }
+        }
+    }
+
+    /// The next message that isn't a notice or the value of a setting.
+    async fn next_answer(&mut self) -> Result<BackendMessage, ConnectError> {
+        loop {
+            match self.next().await? {
+                BackendMessage::NoticeResponse(_) | BackendMessage::ParameterStatus { .. } => {}
+                BackendMessage::ErrorResponse(error) => return Err(ConnectError::Server(error)),
+                message => return Ok(message),
+            }
+        }
+    }
+}
+
+/// A logged-in connection.
+pub struct Connection {
+    reader: ReadHalf,
+    writer: WriteHalf,
+    parameters: HashMap<String, String>,
+}
+
+/// A row of text values.
+pub type Row = Vec<Option<Bytes>>;
+
+impl Connection {
+    /// Connects over TCP and logs in.
+    pub async fn connect_tcp(host: &str, port: u16, login: &Login<'_>) -> Result<Self, ConnectError> {
+        let connect = async {
+            let stream = TcpStream::connect((host, port)).await?;
+            stream.set_nodelay(true)?;
+            Self::log_in(Box::new(stream), login).await
+        };
+        timeout(CONNECT_LIMIT, connect).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    /// Connects to the socket that a server keeps in `directory` and logs in.
+    pub async fn connect_unix(directory: &Path, port: u16, login: &Login<'_>) -> Result<Self, ConnectError> {
+        let connect = async {
+            let stream = UnixStream::connect(directory.join(format!(".s.PGSQL.{port}"))).await?;
+            Self::log_in(Box::new(stream), login).await
+        };
+        timeout(CONNECT_LIMIT, connect).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    async fn log_in(socket: Box<dyn Socket>, login: &Login<'_>) -> Result<Self, ConnectError> {
+        let (socket, writer) = tokio::io::split(socket);
+        let reader = ReadHalf { socket, buffer: BytesMut::new() };
+        let mut connection = Self { reader, writer, parameters: HashMap::new() };
+        let mut packet = BytesMut::new();
+        login.startup().encode(&mut packet);
+        connection.writer.write_all(&packet).await?;
+        loop {
+            match connection.reader.next().await? {
+                BackendMessage::Authentication(Authentication::Ok) => break,
+                BackendMessage::Authentication(request) => connection.authenticate(request, login).await?,
+                BackendMessage::NoticeResponse(_) | BackendMessage::NegotiateProtocolVersion { .. } => {}
+                BackendMessage::ErrorResponse(error) => return Err(ConnectError::Server(error)),
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} during login"))),
+            }
+        }
+        loop {
+            match connection.reader.next().await? {
+                BackendMessage::ParameterStatus { name, value } => {
+                    connection.parameters.insert(name, value);
+                }
+                BackendMessage::ReadyForQuery(_) => return Ok(connection),
+                BackendMessage::ErrorResponse(error) => return Err(ConnectError::Server(error)),
+                BackendMessage::BackendKeyData { .. } | BackendMessage::NoticeResponse(_) => {}
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} after login"))),
+            }
+        }
+    }
+
+    async fn authenticate(&mut self, request: Authentication, login: &Login<'_>) -> Result<(), ConnectError> {
+        let missing = || {
+            let text = format!("the server asks for a password of user \"{}\"; add it to the connection string", login.user);
+            ConnectError::Authentication(text)
+        };
+        let password = login.password.ok_or_else(missing)?;
+        let mut answer = BytesMut::new();
+        match request {
+            Authentication::CleartextPassword => client::password_message(password, &mut answer)?,
+            Authentication::Md5Password(salt) => {
+                let hash = md5_hash(login.user.as_bytes(), password, salt);
+                client::password_message(hash.as_bytes(), &mut answer)?;
+            }
+            Authentication::Sasl(mechanisms) if mechanisms.iter().any(|name| name == SCRAM_SHA_256) => {
+                return self.scram(password).await;
+            }
+            other => {
+                let text = format!("the server asks for an authentication method that isn't supported: {other:?}");
+                return Err(ConnectError::Authentication(text));
+            }
+        }
+        Ok(self.writer.write_all(&answer).await?)
+    }
+
+    async fn scram(&mut self, password: &[u8]) -> Result<(), ConnectError> {
+        let mut scram = ScramSha256::new(password, ChannelBinding::unsupported());
+        let mut out = BytesMut::new();
+        client::sasl_initial_response(SCRAM_SHA_256, scram.message(), &mut out)?;
+        self.writer.write_all(&out).await?;
+        loop {
+            match self.reader.next_answer().await? {
+                BackendMessage::Authentication(Authentication::SaslContinue(challenge)) => {
+                    scram.update(&challenge)?;
+                    out.clear();
+                    client::sasl_response(scram.message(), &mut out)?;
+                    self.writer.write_all(&out).await?;
+                }
+                BackendMessage::Authentication(Authentication::SaslFinal(proof)) => return Ok(scram.finish(&proof)?),
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} during SCRAM"))),
+            }
+        }
+    }
+
+    /// Value of a setting as the server reported it at login.
+    pub fn parameter(&self, name: &str) -> Option<&str> {
+        self.parameters.get(name).map(String::as_str)
+    }
+
+    /// Runs one command and returns its rows.
+    pub async fn query(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
+        self.send_query(text).await?;
+        let mut rows = Vec::new();
+        let mut failure = None;
+        loop {
+            match self.reader.next().await? {
+                BackendMessage::DataRow(row) if rows.len() < MAX_ROWS => rows.push(row),
+                BackendMessage::ErrorResponse(error) => failure = Some(error),
+                BackendMessage::ReadyForQuery(_) => return failure.map_or(Ok(rows), |e| Err(ConnectError::Server(e))),
+                BackendMessage::RowDescription(_)
+                | BackendMessage::CommandComplete(_)
+                | BackendMessage::NoticeResponse(_)
+                | BackendMessage::ParameterStatus { .. } => {}
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+            }
+        }
+    }
+
+    /// Runs a command that begins COPY in both directions.
+    pub async fn start_copy(&mut self, text: &str) -> Result<(), ConnectError> {
+        self.send_query(text).await?;
+        match timeout(CONNECT_LIMIT, self.reader.next_answer()).await.map_err(|_| ConnectError::TimedOut)?? {
+            BackendMessage::CopyBothResponse => Ok(()),
+            other => Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+        }
+    }
+
+    async fn send_query(&mut self, text: &str) -> Result<(), ConnectError> {
+        let mut out = BytesMut::new();
+        frontend::query(&mut out, text);
+        Ok(self.writer.write_all(&out).await?)
+    }
+
+    /// The next message. Cancel safe.
+    pub async fn next(&mut self) -> Result<BackendMessage, ConnectError> {
+        self.reader.next().await
+    }
+
+    /// Sends one CopyData, whose payload `body` writes.
+    pub async fn send_copy_data(&mut self, body: impl FnOnce(&mut BytesMut)) -> Result<(), ConnectError> {
+        let mut out = BytesMut::with_capacity(64);
+        frontend::copy_data(&mut out, body);
+        Ok(self.writer.write_all(&out).await?)
+    }
+
+    /// Both halves, to be used side by side.
+    pub fn into_split(self) -> (ReadHalf, WriteHalf) {
+        (self.reader, self.writer)
+    }
+}

@@ -1,0 +1,114 @@
+//! WAL for a safekeeper that is behind everything the proposer still holds, fetched from one that has it
+//! (spec: semantics 7.3): `START_REPLICATION PHYSICAL lsn (term='T')` streams up to the donor's flush LSN for as long as
+//! the donor stays in our term.
+
+use bytes::Bytes;
+use pgproto::replication::message::ServerMessage;
+use pgproto::backend::BackendMessage;
+use pgproto::{Lsn, Term};
+use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
+
+use super::safekeepers::{SafekeeperAddress, Selector};
+use crate::consensus::proposer::PeerIndex;
+
+/// Pieces of up to 128 KiB that wait for the laggard.
+const FETCHED_AHEAD: usize = 8;
+
+/// The name under which a safekeeper knows a proposer that reads (spec: wire protocol 1.4).
+const APPLICATION_NAME: &str = "wal_proposer_recovery";
+
+/// Something to look at: WAL waits, or the fetch ended.
+#[derive(Debug)]
+pub(super) struct DonorEvent {
+    pub(super) laggard: PeerIndex,
+    /// Why the fetch ended, if it did.
+    pub(super) ended: Option<String>,
+}
+
+/// A fetch under way. Dropping it ends it.
+pub(super) struct Donor {
+    pub(super) donor: PeerIndex,
+    pieces: mpsc::Receiver<Bytes>,
+    /// Left over from the last piece.
+    rest: Bytes,
+    task: AbortHandle,
+}
+
+impl Drop for Donor {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Donor {
+    /// Begins to fetch `[from, to)` for `laggard`.
+    pub(super) fn start(
+        laggard: PeerIndex,
+        donor: (PeerIndex, SafekeeperAddress),
+        selector: Selector,
+        range: (Lsn, Lsn),
+        term: Term,
+        events: mpsc::Sender<DonorEvent>,
+    ) -> Self {
+        let (queue, pieces) = mpsc::channel(FETCHED_AHEAD);
+        let (donor, address) = donor;
+        let fetch = async move {
+            let ended = fetch(laggard, &address, &selector, range, term, &queue, &events).await.err();
+            drop(queue);
+            let _ = events.send(DonorEvent { laggard, ended: Some(ended.unwrap_or_else(|| "done".to_owned())) }).await;
+        };
+        Self { donor, pieces, rest: Bytes::new(), task: tokio::spawn(fetch).abort_handle() }
+    }
+
+    /// Up to `max` bytes that follow those taken before; empty when none wait.
+    pub(super) fn take(&mut self, max: usize) -> Bytes {
+        if self.rest.is_empty() {
+            self.rest = self.pieces.try_recv().unwrap_or_default();
+        }
+        self.rest.split_to(max.min(self.rest.len()))
+    }
+
+    /// Bytes that [`Self::take`] can give at once.
+    pub(super) fn waiting(&mut self) -> usize {
+        if self.rest.is_empty() {
+            self.rest = self.pieces.try_recv().unwrap_or_default();
+        }
+        self.rest.len()
+    }
+}
+
+async fn fetch(
+    laggard: PeerIndex,
+    address: &SafekeeperAddress,
+    selector: &Selector,
+    (mut at, to): (Lsn, Lsn),
+    term: Term,
+    queue: &mpsc::Sender<Bytes>,
+    events: &mpsc::Sender<DonorEvent>,
+) -> Result<(), String> {
+    let text = |error: super::connection::ConnectError| error.to_string();
+    let mut connection = address.connect(selector, Some(APPLICATION_NAME)).await.map_err(text)?;
+    connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} (term='{term}')")).await.map_err(text)?;
+    while at < to {
+        let body = match connection.next().await.map_err(|error| error.to_string())? {
+            BackendMessage::CopyData(body) => body,
+            BackendMessage::ErrorResponse(error) => return Err(error.to_string()),
+            BackendMessage::NoticeResponse(_) => continue,
+            other => return Err(format!("unexpected message {other:?} from the donor")),
+        };
+        match ServerMessage::decode(body).map_err(|error| error.to_string())? {
+            ServerMessage::XLogData { start, data, .. } if start == at => {
+                at = at.checked_add(data.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
+                queue.send(data).await.map_err(|_| "no longer needed".to_owned())?;
+                let event = DonorEvent { laggard, ended: None };
+                events.send(event).await.map_err(|_| "no longer needed".to_owned())?;
+            }
+            ServerMessage::XLogData { start, .. } => return Err(format!("the donor sent WAL at {start}, not at {at}")),
+            // The donor has no more: it is not the donor to ask (spec: wire protocol 5.2).
+            ServerMessage::Keepalive { end, .. } if end < to => return Err(format!("the donor's WAL ends at {end}")),
+            ServerMessage::Keepalive { .. } => {}
+        }
+    }
+    Ok(())
+}

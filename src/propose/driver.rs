@@ -1,0 +1,460 @@
+//! One term of office: campaigns, follows the primary, feeds the safekeepers, reports commits back, until it ends.
+//!
+//! One task owns everything: the consensus proposer, the buffer, the stream from the primary. Safekeeper connections
+//! ([`super::peer`]), donor fetches ([`super::donor`]) and connecting to the primary run as tasks beside it and talk to it
+//! through bounded queues.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use pgproto::Lsn;
+use pgproto::walproposer::MAX_SEND_SIZE;
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::buffer::WalBuffer;
+use super::donor::{Donor, DonorEvent};
+use super::peer::{self, Event, Link, PeerDown};
+use super::status::{PeerReport, Status};
+use super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
+use super::{PrimaryFacts, Settings};
+use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
+use crate::metrics::walproposer as metrics;
+use crate::retry::Backoff;
+
+/// Heartbeats to idle safekeepers, status to the primary, and looks at the clock.
+const TICK: Duration = Duration::from_secs(1);
+
+/// A safekeeper that owes an answer and is silent for this long is disconnected (spec: wire protocol 3.8).
+const SILENCE_LIMIT: Duration = Duration::from_secs(10);
+
+/// A leader that can't get a majority to its term start within this time lacks a donor: a new election finds another.
+const TERM_START_LIMIT: Duration = Duration::from_secs(30);
+
+/// Events from safekeepers handled before anything else is looked at.
+const EVENT_BATCH: usize = 64;
+
+/// Why a term of office ended.
+#[derive(Debug)]
+pub(super) enum Ended {
+    /// Another proposer, or the campaign was lost. A new campaign may follow.
+    SteppedDown(StepDown),
+    /// No majority reached the term start in time.
+    Stalled,
+    /// The primary can't be followed; an operator is needed.
+    Fatal(UpstreamError),
+    /// Asked to stop.
+    Shutdown,
+}
+
+struct PeerSlot {
+    link: Option<Link>,
+    down: Option<PeerDown>,
+    donor: Option<Donor>,
+    /// When the last message arrived.
+    heard: Instant,
+    /// When the last message was sent.
+    told: Instant,
+}
+
+/// See the module's page.
+pub(super) struct Driver {
+    settings: Arc<Settings>,
+    facts: PrimaryFacts,
+    proposer: Proposer,
+    peers: Vec<PeerSlot>,
+    buffer: WalBuffer,
+    elected_at: Option<Instant>,
+    upstream: Option<Upstream>,
+    upstream_retry: Backoff,
+    connecting: bool,
+    status: Arc<Status>,
+    donor_events: mpsc::Sender<DonorEvent>,
+    upstream_events: mpsc::Sender<Result<Upstream, UpstreamError>>,
+    tasks: JoinSet<()>,
+}
+
+/// The receiving ends of everything that runs beside the driver.
+pub(super) struct Inbox {
+    peers: mpsc::Receiver<Event>,
+    donors: mpsc::Receiver<DonorEvent>,
+    upstream: mpsc::Receiver<Result<Upstream, UpstreamError>>,
+}
+
+impl Driver {
+    /// Starts connecting to the safekeepers.
+    pub(super) fn new(settings: Arc<Settings>, facts: PrimaryFacts, status: Arc<Status>) -> (Self, Inbox) {
+        let config = ProposerConfig {
+            ttid: facts.ttid,
+            server: facts.server,
+            configuration: Default::default(),
+            initial_start: facts.initial_start,
+        };
+        let (peer_events, peers_inbox) = mpsc::channel(256);
+        let (donor_events, donors_inbox) = mpsc::channel(64);
+        let (upstream_events, upstream_inbox) = mpsc::channel(1);
+        let mut tasks = JoinSet::new();
+        for (index, address) in settings.safekeepers.iter().enumerate() {
+            tasks.spawn(peer::run(PeerIndex(index), address.clone(), facts.ttid, peer_events.clone()));
+        }
+        let now = Instant::now();
+        let slot = |_| PeerSlot { link: None, down: None, donor: None, heard: now, told: now };
+        let driver = Self {
+            proposer: Proposer::new(config, settings.safekeepers.len()),
+            peers: settings.safekeepers.iter().map(slot).collect(),
+            buffer: WalBuffer::new(Lsn::INVALID, settings.buffer_size),
+            elected_at: None,
+            upstream: None,
+            upstream_retry: Backoff::for_peers(),
+            connecting: false,
+            settings,
+            facts,
+            status,
+            donor_events,
+            upstream_events,
+            tasks,
+        };
+        (driver, Inbox { peers: peers_inbox, donors: donors_inbox, upstream: upstream_inbox })
+    }
+
+    /// Holds office until it ends.
+    pub(super) async fn run(mut self, mut inbox: Inbox, shutdown: &tokio_util::sync::CancellationToken) -> Ended {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut events = Vec::with_capacity(EVENT_BATCH);
+        loop {
+            let read_primary = !self.buffer.is_full();
+            let step = tokio::select! {
+                () = shutdown.cancelled() => Err(Ended::Shutdown),
+                _ = inbox.peers.recv_many(&mut events, EVENT_BATCH) => self.on_peer_events(&mut events),
+                event = next_upstream(&mut self.upstream, read_primary) => self.on_upstream(event).await,
+                Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
+                Some(event) = inbox.donors.recv() => { self.on_donor(event); Ok(()) }
+                _ = tick.tick() => self.on_tick().await,
+            };
+            if let Err(ended) = step {
+                return ended;
+            }
+            if let Err(error) = self.acknowledge().await {
+                self.lost_upstream(&error);
+            }
+            self.publish();
+        }
+    }
+
+    fn on_peer_events(&mut self, events: &mut Vec<Event>) -> Result<(), Ended> {
+        for event in events.drain(..) {
+            self.on_peer_event(event)?;
+        }
+        self.pump_all();
+        Ok(())
+    }
+
+    fn on_peer_event(&mut self, event: Event) -> Result<(), Ended> {
+        let now = Instant::now();
+        match event {
+            Event::Room(_) => Ok(()),
+            Event::Connected(index, link) => {
+                if let Some(slot) = self.peers.get_mut(index.0) {
+                    *slot = PeerSlot { link: Some(link), down: None, donor: None, heard: now, told: now };
+                }
+                tracing::info!(safekeeper = %self.address(index), "connected");
+                metrics::connected(index.0);
+                let effects = self.proposer.connected(index);
+                self.apply(effects)
+            }
+            Event::Message(index, message) => {
+                if let Some(slot) = self.peers.get_mut(index.0) {
+                    slot.heard = now;
+                }
+                let effects = self.proposer.handle(index, message);
+                self.apply(effects)
+            }
+            Event::Disconnected(index, down) => {
+                self.disconnected(index, Some(down));
+                Ok(())
+            }
+        }
+    }
+
+    fn apply(&mut self, effects: Vec<Effect>) -> Result<(), Ended> {
+        for effect in effects {
+            match effect {
+                Effect::Send(index, message) => {
+                    let sent = self.link(index).is_some_and(|link| link.send(message));
+                    self.told(index);
+                    if !sent {
+                        self.disconnected(index, None);
+                    }
+                }
+                Effect::Elected { term, start } => {
+                    tracing::info!(%term, %start, "elected: this proposer leads");
+                    metrics::elected();
+                    self.elected_at = Some(Instant::now());
+                    self.buffer = WalBuffer::new(start, self.settings.buffer_size);
+                    self.connect_upstream();
+                }
+                Effect::Follows(index) => {
+                    tracing::info!(safekeeper = %self.address(index), from = ?self.proposer.peer_next_send(index), "follows");
+                    self.heartbeat(index);
+                }
+                Effect::Committed(lsn) => {
+                    self.buffer.make_room(lsn);
+                    metrics::committed(lsn);
+                }
+                Effect::Disconnect(index, error) => {
+                    tracing::warn!(safekeeper = %self.address(index), %error, "disconnecting");
+                    self.disconnected(index, None);
+                }
+                Effect::StepDown(reason) => return Err(Ended::SteppedDown(reason)),
+            }
+        }
+        Ok(())
+    }
+
+    fn disconnected(&mut self, index: PeerIndex, down: Option<PeerDown>) {
+        let was_connected = self.link(index).is_some();
+        if let Some(down) = &down {
+            if was_connected {
+                tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "connection lost");
+            } else {
+                tracing::debug!(safekeeper = %self.address(index), reason = %down.reason, "not reachable");
+            }
+        }
+        if let Some(slot) = self.peers.get_mut(index.0) {
+            slot.link = None;
+            slot.donor = None;
+            slot.down = down.or(slot.down.take());
+        }
+        self.proposer.disconnected(index);
+        for slot in &mut self.peers {
+            if slot.donor.as_ref().is_some_and(|donor| donor.donor == index) {
+                slot.donor = None;
+            }
+        }
+    }
+
+    /// Sends every follower what it lacks, as far as its queue has room; then tells the commit LSN to those who have it
+    /// all.
+    fn pump_all(&mut self) {
+        for index in (0..self.peers.len()).map(PeerIndex) {
+            self.pump(index);
+            if self.proposer.owes_commit(index) && self.link(index).is_some_and(Link::has_room) {
+                self.heartbeat(index);
+            }
+        }
+    }
+
+    fn pump(&mut self, index: PeerIndex) {
+        while let Some(next) = self.proposer.peer_next_send(index) {
+            if !self.link(index).is_some_and(Link::has_room) {
+                return;
+            }
+            let wal = if next < self.buffer.start() {
+                self.donated(index, next)
+            } else {
+                self.buffer.piece(next, MAX_SEND_SIZE).unwrap_or_default()
+            };
+            if wal.is_empty() {
+                return;
+            }
+            let Some(spec) = self.proposer.next_append(index, wal.len() as u64) else { return };
+            let sent = self.link(index).is_some_and(|link| link.send(spec.with_wal(wal)));
+            self.told(index);
+            if !sent {
+                self.disconnected(index, None);
+            }
+        }
+    }
+
+    /// WAL at `next`, which only a donor has, if it has arrived already; begins to fetch it otherwise.
+    fn donated(&mut self, index: PeerIndex, next: Lsn) -> Bytes {
+        let missing = usize::try_from(self.buffer.start().saturating_sub(next)).unwrap_or(usize::MAX);
+        let Some(slot) = self.peers.get_mut(index.0) else { return Bytes::new() };
+        if let Some(donor) = &mut slot.donor {
+            return donor.take(missing.min(MAX_SEND_SIZE));
+        }
+        let until = self.buffer.start();
+        let Some(donor) = self.proposer.donor_for(until) else { return Bytes::new() };
+        let Some(address) = self.settings.safekeepers.get(donor.0).cloned() else { return Bytes::new() };
+        tracing::info!(safekeeper = %self.address(index), donor = %address, from = %next, %until, "catching up from a donor");
+        let (term, events) = (self.proposer.term(), self.donor_events.clone());
+        let fetch = Donor::start(index, (donor, address), self.facts.ttid, (next, until), term, events);
+        if let Some(slot) = self.peers.get_mut(index.0) {
+            slot.donor = Some(fetch);
+        }
+        Bytes::new()
+    }
+
+    fn on_donor(&mut self, event: DonorEvent) {
+        self.pump(event.laggard);
+        let Some(reason) = event.ended else { return };
+        let behind = self.proposer.peer_next_send(event.laggard).is_some_and(|next| next < self.buffer.start());
+        let Some(slot) = self.peers.get_mut(event.laggard.0) else { return };
+        let drained = slot.donor.as_mut().is_none_or(|donor| donor.waiting() == 0);
+        if drained || !behind {
+            slot.donor = None;
+        }
+        if behind {
+            tracing::debug!(safekeeper = %self.address(event.laggard), %reason, "donor fetch ended");
+        }
+    }
+
+    fn heartbeat(&mut self, index: PeerIndex) {
+        let Some(spec) = self.proposer.heartbeat(index) else { return };
+        if let Some(link) = self.link(index) {
+            // A full queue is not idle: what waits in it is as good as a heartbeat.
+            link.send(spec.with_wal(Bytes::new()));
+        }
+        self.told(index);
+    }
+
+    async fn on_tick(&mut self) -> Result<(), Ended> {
+        let now = Instant::now();
+        for index in (0..self.peers.len()).map(PeerIndex) {
+            let state = self.proposer.peer_state(index);
+            let Some(slot) = self.peers.get(index.0) else { continue };
+            let owes_answer = matches!(state, PeerState::Greeting | PeerState::Voting | PeerState::Following);
+            if slot.link.is_some() && owes_answer && now.duration_since(slot.heard) > SILENCE_LIMIT {
+                tracing::warn!(safekeeper = %self.address(index), "silent for {SILENCE_LIMIT:?}: disconnecting");
+                self.disconnected(index, None);
+            } else if state == PeerState::Following && now.duration_since(slot.told) >= TICK {
+                self.heartbeat(index);
+            }
+        }
+        self.pump_all();
+        if self.upstream.is_none() && self.elected_at.is_some() {
+            self.connect_upstream();
+        }
+        if let Some(upstream) = &mut self.upstream
+            && let Err(error) = upstream.send_status().await
+        {
+            self.lost_upstream(&error);
+        }
+        let stalled = self.elected_at.is_some_and(|at| now.duration_since(at) > TERM_START_LIMIT)
+            && !self.proposer.commit_lsn().is_valid()
+            && self.majority_follows();
+        if stalled { Err(Ended::Stalled) } else { Ok(()) }
+    }
+
+    fn majority_follows(&self) -> bool {
+        let follows = |index: &usize| self.proposer.peer_state(PeerIndex(*index)) == PeerState::Following;
+        (0..self.peers.len()).filter(follows).count() > self.peers.len() / 2
+    }
+
+    /// Connects to the primary beside the driver, unless that is under way or too early.
+    fn connect_upstream(&mut self) {
+        let now = Instant::now();
+        self.upstream = None;
+        if self.connecting || !self.upstream_retry.wait(now).is_zero() {
+            return;
+        }
+        self.connecting = true;
+        let (settings, facts, events) = (Arc::clone(&self.settings), self.facts, self.upstream_events.clone());
+        let start = self.buffer.end();
+        self.tasks.spawn(async move {
+            let result = upstream::follow(&settings.primary, &facts, start).await;
+            let _ = events.send(result).await;
+        });
+    }
+
+    fn on_upstream_connected(&mut self, connected: Result<Upstream, UpstreamError>) -> Result<(), Ended> {
+        self.connecting = false;
+        match connected {
+            Ok(upstream) if upstream.position() == self.buffer.end() => {
+                tracing::info!(from = %upstream.position(), "streaming from the primary");
+                self.upstream = Some(upstream);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.is_fatal() => Err(Ended::Fatal(error)),
+            Err(error) => {
+                self.lost_upstream(&error);
+                Ok(())
+            }
+        }
+    }
+
+    fn lost_upstream(&mut self, error: &UpstreamError) {
+        self.upstream = None;
+        self.upstream_retry.failed(Instant::now());
+        let retry_in = self.upstream_retry.wait(Instant::now());
+        tracing::warn!(%error, ?retry_in, "primary not available");
+        metrics::primary_lost();
+        self.status.primary_error(&error.to_string());
+    }
+
+    async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {
+        match event {
+            Ok(UpstreamEvent::Wal { start, wal }) => {
+                self.upstream_retry.progress();
+                if !self.buffer.push(start, wal) {
+                    let error = UpstreamError::gap(self.buffer.end(), start);
+                    self.lost_upstream(&error);
+                    return Ok(());
+                }
+                self.buffer.make_room(self.proposer.commit_lsn());
+                self.proposer.wal_available(self.buffer.end());
+                self.pump_all();
+                Ok(())
+            }
+            Ok(UpstreamEvent::Idle) => Ok(()),
+            Err(error) if error.is_fatal() => Err(Ended::Fatal(error)),
+            Err(error) => {
+                self.lost_upstream(&error);
+                Ok(())
+            }
+        }
+    }
+
+    /// Reports to the primary what the quorum has, never more than the primary sent.
+    async fn acknowledge(&mut self) -> Result<(), UpstreamError> {
+        let Some(upstream) = &mut self.upstream else { return Ok(()) };
+        upstream.acknowledge(self.proposer.commit_lsn().min(self.buffer.end())).await
+    }
+
+    fn publish(&self) {
+        metrics::buffer(self.buffer.len());
+        metrics::received(self.buffer.end());
+        let report = |(i, slot): (usize, &PeerSlot)| {
+            let index = PeerIndex(i);
+            PeerReport {
+                state: self.proposer.peer_state(index),
+                node_id: self.proposer.node_id(index),
+                flush_lsn: self.proposer.peer_flush_lsn(index),
+                reason: slot.down.as_ref().filter(|_| slot.link.is_none()).map(|down| down.reason.clone()),
+                next_retry_at: slot.down.as_ref().and_then(|down| down.next_retry_at),
+            }
+        };
+        self.status.update(
+            self.proposer.term(),
+            self.proposer.commit_lsn(),
+            self.buffer.end(),
+            self.upstream.is_some(),
+            self.peers.iter().enumerate().map(report),
+        );
+    }
+
+    fn link(&self, index: PeerIndex) -> Option<&Link> {
+        self.peers.get(index.0).and_then(|slot| slot.link.as_ref())
+    }
+
+    fn told(&mut self, index: PeerIndex) {
+        if let Some(slot) = self.peers.get_mut(index.0) {
+            slot.told = Instant::now();
+        }
+    }
+
+    fn address(&self, index: PeerIndex) -> String {
+        self.settings.safekeepers.get(index.0).map_or_else(String::new, ToString::to_string)
+    }
+}
+
+/// The next event from the primary; never, while there is none or it must not be read.
+async fn next_upstream(upstream: &mut Option<Upstream>, read: bool) -> Result<UpstreamEvent, UpstreamError> {
+    match upstream {
+        Some(upstream) if read => upstream.next().await,
+        _ => std::future::pending().await,
+    }
+}

@@ -1,0 +1,203 @@
+//! The connection to one safekeeper: connects, keeps connecting, carries messages both ways.
+//!
+//! One task per safekeeper. It decides nothing: what it hears becomes an [`Event`] for the driver, what it is to say comes
+//! through the bounded queue of its [`Link`]. A lost connection is tried again at `next_retry_at`, which moves out
+//! exponentially and is reset when the safekeeper acknowledges something.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use bytes::{BufMut, BytesMut};
+use pgproto::backend::BackendMessage;
+use pgproto::frame;
+use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+
+use super::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
+use super::safekeepers::{SafekeeperAddress, Selector};
+use crate::consensus::proposer::PeerIndex;
+use crate::retry::Backoff;
+
+/// Tag of CopyData.
+const COPY_DATA: u8 = b'd';
+
+/// Messages waiting to be sent to one safekeeper; each holds at most 128 KiB of WAL.
+const OUTBOUND_QUEUE: usize = 16;
+
+/// Small messages are gathered up to this many bytes for one write; larger WAL is written without a copy.
+const GATHER: usize = 64 * 1024;
+
+/// What happens at a peer.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// A connection stands, in COPY mode.
+    Connected(PeerIndex, Link),
+    /// It said something.
+    Message(PeerIndex, AcceptorMessage),
+    /// There is room in its outbound queue again.
+    Room(PeerIndex),
+    /// The connection is gone, or couldn't be made.
+    Disconnected(PeerIndex, PeerDown),
+}
+
+/// Why there is no connection, and when the next one is tried.
+#[derive(Debug, Clone)]
+pub(super) struct PeerDown {
+    pub(super) reason: String,
+    pub(super) next_retry_at: Option<Instant>,
+}
+
+/// The driver's end of a connection. Dropping it closes the connection.
+#[derive(Debug)]
+pub(super) struct Link {
+    queue: mpsc::Sender<ProposerMessage>,
+    wants_room: Arc<AtomicBool>,
+}
+
+impl Link {
+    /// Whether something can be sent now. If not, an [`Event::Room`] follows when it can.
+    pub(super) fn has_room(&self) -> bool {
+        if self.queue.capacity() > 0 {
+            return true;
+        }
+        self.wants_room.store(true, Ordering::Release);
+        // The writer may have emptied the queue between the two looks.
+        self.queue.capacity() > 0
+    }
+
+    /// Queues a message; `false` when there is no room or the connection is gone.
+    pub(super) fn send(&self, message: ProposerMessage) -> bool {
+        self.queue.try_send(message).is_ok()
+    }
+}
+
+/// Keeps a connection to the safekeeper until the driver is gone.
+pub(super) async fn run(index: PeerIndex, address: SafekeeperAddress, selector: Selector, events: mpsc::Sender<Event>) {
+    let mut backoff = Backoff::for_peers();
+    loop {
+        tokio::time::sleep(backoff.wait(Instant::now())).await;
+        let reason = match connect(&address, &selector).await {
+            Err(error) => error.to_string(),
+            Ok(connection) => {
+                let (queue, outgoing) = mpsc::channel(OUTBOUND_QUEUE);
+                let wants_room = Arc::new(AtomicBool::new(false));
+                let link = Link { queue, wants_room: Arc::clone(&wants_room) };
+                if events.send(Event::Connected(index, link)).await.is_err() {
+                    return;
+                }
+                let mut talk = Talk { index, events: &events, acknowledged: false };
+                let reason = talk.run(connection, outgoing, &wants_room).await;
+                if talk.acknowledged {
+                    backoff.progress();
+                }
+                reason
+            }
+        };
+        backoff.failed(Instant::now());
+        let down = PeerDown { reason, next_retry_at: backoff.next_retry_at() };
+        if events.send(Event::Disconnected(index, down)).await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn connect(address: &SafekeeperAddress, selector: &Selector) -> Result<Connection, ConnectError> {
+    let mut connection = address.connect(selector, None).await?;
+    connection.start_copy("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'true')").await?;
+    Ok(connection)
+}
+
+struct Talk<'a> {
+    index: PeerIndex,
+    events: &'a mpsc::Sender<Event>,
+    acknowledged: bool,
+}
+
+impl Talk<'_> {
+    /// Carries messages until either direction ends; says why.
+    async fn run(
+        &mut self,
+        connection: Connection,
+        outgoing: mpsc::Receiver<ProposerMessage>,
+        wants_room: &AtomicBool,
+    ) -> String {
+        let (reader, writer) = connection.into_split();
+        let (index, events) = (self.index, self.events);
+        tokio::select! {
+            reason = self.read(reader) => reason,
+            reason = write(index, events, writer, outgoing, wants_room) => reason,
+        }
+    }
+
+    async fn read(&mut self, mut reader: ReadHalf) -> String {
+        loop {
+            let message = match reader.next().await {
+                Ok(BackendMessage::CopyData(body)) => AcceptorMessage::decode(body, ProtocolVersion::V3),
+                Ok(BackendMessage::ErrorResponse(error)) => return error.to_string(),
+                Ok(BackendMessage::NoticeResponse(_)) => continue,
+                Ok(other) => return format!("unexpected message {other:?} in COPY mode"),
+                Err(error) => return error.to_string(),
+            };
+            let message = match message {
+                Ok(message) => message,
+                Err(error) => return error.to_string(),
+            };
+            self.acknowledged |= matches!(&message, AcceptorMessage::AppendResponse(_));
+            if self.events.send(Event::Message(self.index, message)).await.is_err() {
+                return "the proposer ended".to_owned();
+            }
+        }
+    }
+}
+
+async fn write(
+    index: PeerIndex,
+    events: &mpsc::Sender<Event>,
+    mut writer: WriteHalf,
+    mut outgoing: mpsc::Receiver<ProposerMessage>,
+    wants_room: &AtomicBool,
+) -> String {
+    let mut gathered = BytesMut::with_capacity(GATHER);
+    loop {
+        let Some(first) = outgoing.recv().await else { return "closed by the proposer".to_owned() };
+        let mut next = Some(first);
+        while let Some(message) = next {
+            if let Err(error) = put(&mut writer, &mut gathered, message).await {
+                return format!("sending failed: {error}");
+            }
+            next = outgoing.try_recv().ok();
+        }
+        if let Err(error) = flush(&mut writer, &mut gathered).await {
+            return format!("sending failed: {error}");
+        }
+        if wants_room.swap(false, Ordering::AcqRel) && events.send(Event::Room(index)).await.is_err() {
+            return "the proposer ended".to_owned();
+        }
+    }
+}
+
+/// Appends a message to what is gathered; large WAL goes out at once, behind it, without a copy.
+async fn put(writer: &mut WriteHalf, gathered: &mut BytesMut, message: ProposerMessage) -> std::io::Result<()> {
+    let ProposerMessage::Append(append) = &message else {
+        frame::put(gathered, COPY_DATA, |body| message.encode(ProtocolVersion::V3, body));
+        return Ok(());
+    };
+    let mut header = BytesMut::with_capacity(64);
+    append.encode_header(ProtocolVersion::V3, &mut header);
+    frame::put_header(gathered, COPY_DATA, header.len() + append.wal.len());
+    gathered.put(header);
+    if gathered.len() + append.wal.len() <= GATHER {
+        gathered.put_slice(&append.wal);
+        return Ok(());
+    }
+    flush(writer, gathered).await?;
+    writer.write_all(&append.wal).await
+}
+
+async fn flush(writer: &mut WriteHalf, gathered: &mut BytesMut) -> std::io::Result<()> {
+    writer.write_all(gathered).await?;
+    gathered.clear();
+    Ok(())
+}

@@ -1,0 +1,291 @@
+//! One replicated log on one node.
+//!
+//! A [`Timeline`] has a single writer: one task owns the acceptor and the files ([`writer`]). Everybody else sends it
+//! commands through a bounded mailbox or watches what it publishes:
+//!
+//! ```text
+//!  push sessions --Command--> mailbox --> writer task --(perform in order)--> storage
+//!                                           |   acceptor decides, task performs
+//!            Progress, commit LSN <---watch-+---watch---> acknowledgements of each session
+//!  readers: wait for the commit LSN, read segments themselves
+//! ```
+//!
+//! The task exists only while there is work: an idle timeline is *parked* as a map entry without task, buffer or open
+//! file, and the next command wakes it.
+//!
+//! A failed write or sync ends the writer for good: the timeline is *failed* until the process restarts and looks at the
+//! disk again. Readers keep being served what was committed.
+//!
+//! | File | What is in it |
+//! |---|---|
+//! | `mod.rs` | [`Timeline`]: the handle everybody holds |
+//! | [`writer`] | the single writer |
+//! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
+//! | [`readers`] | who reads here and what they reported |
+//! | [`registry`] | all timelines of the node: load, look up, create |
+
+pub mod push;
+pub mod readers;
+pub mod registry;
+mod writer;
+
+use std::sync::Arc;
+
+use arc_swap::ArcSwap;
+use parking_lot::Mutex;
+use pgproto::walproposer::Configuration;
+use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::consensus::acceptor::{Acceptor, AcceptorError};
+use crate::consensus::state::ControlState;
+use crate::storage::{StorageError, TimelineStore, WalReader};
+use readers::Readers;
+use writer::{Command, Writer};
+
+/// Commands waiting for the writer. Full means back-pressure: the connection that sends stops being read.
+const MAILBOX_CAPACITY: usize = 256;
+
+/// Where a timeline stands, as last published by its writer. Everything in it is true on disk except `write_lsn`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Highest term promised.
+    pub term: Term,
+    /// Term of the last durable record.
+    pub last_log_term: Term,
+    /// Start of the accepted leader's own term; 0 while none was accepted.
+    pub term_start_lsn: Lsn,
+    /// End of the bytes received.
+    pub write_lsn: Lsn,
+    /// Durable end of whole records; 0 while there is no WAL.
+    pub flush_lsn: Lsn,
+    /// Committed by a quorum and durable here; 0 while nothing is known to be.
+    pub commit_lsn: Lsn,
+    /// See [`ControlState::backup_lsn`].
+    pub backup_lsn: Lsn,
+    /// See [`ControlState::peer_horizon_lsn`].
+    pub peer_horizon_lsn: Lsn,
+    /// See [`ControlState::remote_consistent_lsn`].
+    pub remote_consistent_lsn: Lsn,
+}
+
+impl Progress {
+    fn of(acceptor: &Acceptor) -> Self {
+        let lazy = acceptor.lazy_lsns();
+        Self {
+            term: acceptor.term(),
+            last_log_term: acceptor.last_log_term(),
+            term_start_lsn: acceptor.term_start_lsn(),
+            write_lsn: acceptor.write_lsn(),
+            flush_lsn: acceptor.flush_lsn(),
+            commit_lsn: lazy.commit_lsn,
+            backup_lsn: lazy.backup_lsn,
+            peer_horizon_lsn: lazy.peer_horizon_lsn,
+            remote_consistent_lsn: lazy.remote_consistent_lsn,
+        }
+    }
+}
+
+/// Why the timeline didn't do what was asked.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum TimelineError {
+    /// The acceptor refused the message; nothing was changed.
+    #[error(transparent)]
+    Refused(#[from] AcceptorError),
+    /// Writing or syncing failed; the timeline takes nothing more until the process restarts.
+    #[error("timeline {ttid} stopped after a storage failure and takes no writes until safekeeper restarts: {reason}")]
+    Failed {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// The first failure.
+        reason: Arc<str>,
+    },
+    /// The process is going down.
+    #[error("timeline {0} is shutting down")]
+    ShuttingDown(TenantTimelineId),
+}
+
+/// Who has the writer at the moment.
+enum Seat {
+    /// Nobody: it waits here for work.
+    Parked(Box<Writer>),
+    /// A task; commands go to its mailbox. Clones of the sender are made only under the seat's lock.
+    Running(mpsc::Sender<Command>),
+    /// It is being handed over.
+    Vacant,
+    /// It failed for good.
+    Failed(Arc<str>),
+}
+
+/// One replicated log on this node.
+pub struct Timeline {
+    ttid: TenantTimelineId,
+    node_id: NodeId,
+    progress: watch::Sender<Progress>,
+    /// Apart from `progress`, so that committed-WAL readers wake only when there is something for them.
+    commit_lsn: watch::Sender<Lsn>,
+    control: ArcSwap<ControlState>,
+    seat: Mutex<Seat>,
+    readers: Readers,
+    push_sessions: push::PushSessions,
+    wal_reader: WalReader,
+}
+
+impl Timeline {
+    /// Puts acceptor and store together; the writer starts parked.
+    fn new(acceptor: Acceptor, store: TimelineStore) -> Arc<Self> {
+        let control = acceptor.durable_state().clone();
+        let progress = Progress::of(&acceptor);
+        let wal_reader = store.reader();
+        Arc::new(Self {
+            ttid: control.ttid,
+            node_id: acceptor.node_id(),
+            progress: watch::Sender::new(progress),
+            commit_lsn: watch::Sender::new(progress.commit_lsn),
+            control: ArcSwap::from_pointee(control),
+            seat: Mutex::new(Seat::Parked(Box::new(Writer::new(acceptor, store)))),
+            readers: Readers::default(),
+            push_sessions: push::PushSessions::default(),
+            wal_reader,
+        })
+    }
+
+    /// Its name.
+    pub fn ttid(&self) -> TenantTimelineId {
+        self.ttid
+    }
+
+    /// The node this is on.
+    pub fn node_id(&self) -> NodeId {
+        self.node_id
+    }
+
+    /// Where it stands.
+    pub fn progress(&self) -> Progress {
+        *self.progress.borrow()
+    }
+
+    /// Wakes on every change of [`Self::progress`].
+    pub fn watch_progress(&self) -> watch::Receiver<Progress> {
+        self.progress.subscribe()
+    }
+
+    /// Wakes when the commit LSN advances.
+    pub fn watch_commit_lsn(&self) -> watch::Receiver<Lsn> {
+        self.commit_lsn.subscribe()
+    }
+
+    /// The state as persisted: facts about the server, term history, configuration.
+    pub fn control_state(&self) -> Arc<ControlState> {
+        self.control.load_full()
+    }
+
+    /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
+    pub fn wal_reader(&self) -> WalReader {
+        self.wal_reader.clone()
+    }
+
+    /// Who reads here.
+    pub fn readers(&self) -> &Readers {
+        &self.readers
+    }
+
+    /// Proposers connected at the moment.
+    pub fn push_sessions(&self) -> &push::PushSessions {
+        &self.push_sessions
+    }
+
+    /// Why the timeline takes no writes, if a storage failure stopped it.
+    pub fn failure(&self) -> Option<Arc<str>> {
+        match &*self.seat.lock() {
+            Seat::Failed(reason) => Some(Arc::clone(reason)),
+            _ => None,
+        }
+    }
+
+    /// Raises the term to `to`, or by one; returns the term before and after. Fences any current leader.
+    pub async fn bump_term(self: &Arc<Self>, to: Option<Term>) -> Result<(Term, Term), TimelineError> {
+        self.ask(|reply| Command::BumpTerm { to, reply }).await
+    }
+
+    /// Adopts a configuration of a higher generation.
+    pub async fn switch_configuration(self: &Arc<Self>, to: Configuration) -> Result<(), TimelineError> {
+        self.ask(|reply| Command::SwitchConfiguration { to, reply }).await
+    }
+
+    /// Saves the lazily saved LSNs now.
+    pub async fn checkpoint(self: &Arc<Self>) -> Result<(), TimelineError> {
+        self.ask(|reply| Command::Checkpoint { reply }).await
+    }
+
+    async fn ask<T>(
+        self: &Arc<Self>,
+        command: impl FnOnce(oneshot::Sender<Result<T, TimelineError>>) -> Command,
+    ) -> Result<T, TimelineError> {
+        let (reply, answer) = oneshot::channel();
+        let mailbox = self.mailbox()?;
+        mailbox.send(command(reply)).await.map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())?
+    }
+
+    /// The writer's mailbox; starts the writer if it is parked.
+    fn mailbox(self: &Arc<Self>) -> Result<mpsc::Sender<Command>, TimelineError> {
+        let mut seat = self.seat.lock();
+        match std::mem::replace(&mut *seat, Seat::Vacant) {
+            Seat::Parked(writer) => {
+                let (mailbox, commands) = mpsc::channel(MAILBOX_CAPACITY);
+                *seat = Seat::Running(mailbox.clone());
+                tokio::spawn(writer::run(Arc::clone(self), writer, commands));
+                Ok(mailbox)
+            }
+            Seat::Running(mailbox) => {
+                *seat = Seat::Running(mailbox.clone());
+                Ok(mailbox)
+            }
+            Seat::Vacant => Err(TimelineError::ShuttingDown(self.ttid)),
+            Seat::Failed(reason) => {
+                *seat = Seat::Failed(Arc::clone(&reason));
+                Err(TimelineError::Failed { ttid: self.ttid, reason })
+            }
+        }
+    }
+
+    /// What to say when the writer went away without an answer.
+    fn gone(&self) -> TimelineError {
+        match self.failure() {
+            Some(reason) => TimelineError::Failed { ttid: self.ttid, reason },
+            None => TimelineError::ShuttingDown(self.ttid),
+        }
+    }
+
+    fn publish(&self, acceptor: &Acceptor) {
+        let now = Progress::of(acceptor);
+        let advanced = |commit: &mut Lsn| {
+            let advanced = now.commit_lsn > *commit;
+            *commit = now.commit_lsn.max(*commit);
+            advanced
+        };
+        self.progress.send_if_modified(|progress| {
+            let changed = *progress != now;
+            *progress = now;
+            changed
+        });
+        self.commit_lsn.send_if_modified(advanced);
+    }
+
+    /// Publishes a new term alone, while an action sequence is under way and the LSNs are not yet true.
+    fn publish_term(&self, acceptor: &Acceptor) {
+        self.progress.send_if_modified(|progress| {
+            let changed = progress.term != acceptor.term();
+            progress.term = acceptor.term();
+            changed
+        });
+    }
+
+    fn fail(&self, error: &StorageError) -> Arc<str> {
+        let reason: Arc<str> = error.to_string().into();
+        tracing::error!(ttid = %self.ttid, %error, "storage failure: this timeline takes no writes until restart");
+        *self.seat.lock() = Seat::Failed(Arc::clone(&reason));
+        reason
+    }
+}

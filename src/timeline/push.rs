@@ -1,0 +1,156 @@
+//! One proposer's connection to a timeline.
+//!
+//! Greeting, votes and elections are requests with one answer each. Appends are pipelined: they enter the bounded mailbox,
+//! and the session's acknowledgement, of which only the newest counts, changes when they are durable.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parking_lot::Mutex;
+use pgproto::walproposer::{AcceptorMessage, AppendRequest, AppendResponse, ProposerMessage};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::writer::Command;
+use super::{Timeline, TimelineError};
+
+/// The newest word to a proposer about its appends.
+#[derive(Clone, Debug)]
+pub enum Ack {
+    /// Nothing was appended yet.
+    None,
+    /// What is durable.
+    Response(AppendResponse),
+    /// An append was refused; the connection must end with this error.
+    Refused(TimelineError),
+}
+
+/// What the writer knows of a connection.
+pub(super) struct Session {
+    acks: watch::Sender<Ack>,
+}
+
+impl Session {
+    /// Replaces the last word, unless that was a refusal, which is final.
+    pub(super) fn acknowledge(&self, ack: Ack) {
+        self.acks.send_if_modified(|last| {
+            let open = !matches!(last, Ack::Refused(_));
+            if open {
+                *last = ack;
+            }
+            open
+        });
+    }
+}
+
+/// A proposer's connection. Dropping it ends the session; what was appended stays and is still flushed.
+pub struct PushSession {
+    timeline: Arc<Timeline>,
+    mailbox: mpsc::Sender<Command>,
+    session: Arc<Session>,
+    listed: Arc<ListedSession>,
+}
+
+impl PushSession {
+    /// Opens a session for the connection `conn_id`; wakes the timeline's writer.
+    pub fn open(timeline: &Arc<Timeline>, conn_id: u32) -> Result<Self, TimelineError> {
+        let mailbox = timeline.mailbox()?;
+        let session = Arc::new(Session { acks: watch::Sender::new(Ack::None) });
+        let listed = timeline.push_sessions.add(conn_id);
+        Ok(Self { timeline: Arc::clone(timeline), mailbox, session, listed })
+    }
+
+    /// The timeline it writes to.
+    pub fn timeline(&self) -> &Arc<Timeline> {
+        &self.timeline
+    }
+
+    /// Hands over a message; appends return as soon as the mailbox took them and have no reply here. The reply to the
+    /// others is what to send back, if anything.
+    pub async fn handle(&self, message: ProposerMessage) -> Result<Option<AcceptorMessage>, TimelineError> {
+        match message {
+            ProposerMessage::Append(append) => self.append(append).await.map(|()| None),
+            message => self.request(message).await,
+        }
+    }
+
+    async fn request(&self, message: ProposerMessage) -> Result<Option<AcceptorMessage>, TimelineError> {
+        let elected = matches!(message, ProposerMessage::Elected(_));
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Request { message, reply };
+        self.mailbox.send(command).await.map_err(|_| self.timeline.gone())?;
+        let reply = answer.await.map_err(|_| self.timeline.gone())??;
+        if elected {
+            self.listed.streaming.store(true, Ordering::Relaxed);
+        }
+        Ok(reply)
+    }
+
+    async fn append(&self, append: AppendRequest) -> Result<(), TimelineError> {
+        let command = Command::Append { session: Arc::clone(&self.session), append };
+        self.mailbox.send(command).await.map_err(|_| self.timeline.gone())
+    }
+
+    /// Wakes when there is a newer word about the appends. The channel closes when the writer is gone for good.
+    pub fn acks(&self) -> watch::Receiver<Ack> {
+        self.session.acks.subscribe()
+    }
+
+    /// Resolves when the writer is gone, with the reason.
+    pub async fn writer_gone(&self) -> TimelineError {
+        self.mailbox.closed().await;
+        self.timeline.gone()
+    }
+}
+
+impl Drop for PushSession {
+    fn drop(&mut self) {
+        self.timeline.push_sessions.remove(&self.listed);
+    }
+}
+
+struct ListedSession {
+    conn_id: u32,
+    streaming: AtomicBool,
+}
+
+/// A connected proposer, for status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PushStatus {
+    /// Connection number.
+    pub conn_id: u32,
+    /// Past the election; otherwise still voting.
+    pub streaming: bool,
+}
+
+/// The proposers connected to a timeline.
+#[derive(Default)]
+pub struct PushSessions {
+    list: Mutex<BTreeMap<u32, Arc<ListedSession>>>,
+}
+
+impl PushSessions {
+    fn add(&self, conn_id: u32) -> Arc<ListedSession> {
+        let listed = Arc::new(ListedSession { conn_id, streaming: AtomicBool::new(false) });
+        self.list.lock().insert(conn_id, Arc::clone(&listed));
+        listed
+    }
+
+    fn remove(&self, listed: &Arc<ListedSession>) {
+        self.list.lock().remove(&listed.conn_id);
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.list.lock().len()
+    }
+
+    /// All of them.
+    pub fn list(&self) -> Vec<PushStatus> {
+        let status = |s: &Arc<ListedSession>| PushStatus {
+            conn_id: s.conn_id,
+            streaming: s.streaming.load(Ordering::Relaxed),
+        };
+        self.list.lock().values().map(status).collect()
+    }
+}

@@ -1,0 +1,262 @@
+//! The single writer of a timeline: performs what the acceptor decides, in its order, and answers.
+//!
+//! Group commit: everything that waits in the mailbox is handled, then written with one call and synced once, then all
+//! sessions that appended are answered. No timer delays an acknowledgement.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use pgproto::walproposer::{AcceptorMessage, AppendRequest, Configuration, ProposerMessage};
+use pgproto::{Lsn, Term};
+use tokio::sync::{mpsc, oneshot};
+
+use super::push::{Ack, Session};
+use super::{Seat, Timeline, TimelineError};
+use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
+use crate::metrics;
+use crate::storage::{StorageError, TimelineStore};
+
+/// A writer without work for this long is parked.
+const IDLE_BEFORE_PARKING: Duration = Duration::from_secs(60);
+
+/// Lazily saved LSNs are at most this old on disk (`--control-file-save-interval` of Neon).
+const SAVE_INTERVAL: Duration = Duration::from_secs(300);
+
+/// WAL gathered before it is handed to the kernel without waiting for the end of the batch, in bytes.
+const WRITE_THROUGH: usize = 4 << 20;
+
+/// What a writer can be asked.
+pub(super) enum Command {
+    /// Greeting, vote request or elected: answered one by one.
+    Request { message: ProposerMessage, reply: oneshot::Sender<Result<Option<AcceptorMessage>, TimelineError>> },
+    /// WAL or a heartbeat: acknowledged through the session when it is durable.
+    Append { session: Arc<Session>, append: AppendRequest },
+    BumpTerm { to: Option<Term>, reply: oneshot::Sender<Result<(Term, Term), TimelineError>> },
+    SwitchConfiguration { to: Configuration, reply: oneshot::Sender<Result<(), TimelineError>> },
+    Checkpoint { reply: oneshot::Sender<Result<(), TimelineError>> },
+}
+
+/// Acceptor and files of one timeline, owned by whoever writes.
+pub(super) struct Writer {
+    acceptor: Acceptor,
+    store: TimelineStore,
+    /// WAL to write, contiguous from `batch_start`.
+    batch: Vec<Bytes>,
+    batch_start: Lsn,
+    batch_bytes: usize,
+    /// Sessions that appended since the last flush, and the term they did it in.
+    unacknowledged: Vec<(Arc<Session>, Term)>,
+}
+
+impl Writer {
+    pub(super) fn new(acceptor: Acceptor, store: TimelineStore) -> Self {
+        Self {
+            acceptor,
+            store,
+            batch: Vec::new(),
+            batch_start: Lsn::INVALID,
+            batch_bytes: 0,
+            unacknowledged: Vec::new(),
+        }
+    }
+}
+
+/// Serves the mailbox until the timeline has been idle for a while, fails, or the process ends.
+pub(super) async fn run(timeline: Arc<Timeline>, writer: Box<Writer>, mut mailbox: mpsc::Receiver<Command>) {
+    let mut task = Task { timeline, writer };
+    let mut inbox = Vec::with_capacity(super::MAILBOX_CAPACITY);
+    let mut save_due = tokio::time::Instant::now() + SAVE_INTERVAL;
+    loop {
+        inbox.clear();
+        match tokio::time::timeout(IDLE_BEFORE_PARKING, mailbox.recv_many(&mut inbox, super::MAILBOX_CAPACITY)).await {
+            Ok(0) => return,
+            Ok(_) => {
+                if let Err(error) = task.perform_batch(&mut inbox).await {
+                    task.timeline.fail(&error);
+                    return;
+                }
+            }
+            Err(_idle) => {
+                if let Err(error) = task.save_lazy().await {
+                    task.timeline.fail(&error);
+                    return;
+                }
+                match task.park(&mailbox) {
+                    Some(back) => task = back,
+                    None => return,
+                }
+            }
+        }
+        if tokio::time::Instant::now() >= save_due {
+            save_due = tokio::time::Instant::now() + SAVE_INTERVAL;
+            if let Err(error) = task.save_lazy().await {
+                task.timeline.fail(&error);
+                return;
+            }
+        }
+    }
+}
+
+struct Task {
+    timeline: Arc<Timeline>,
+    writer: Box<Writer>,
+}
+
+impl Task {
+    /// Gives the writer back to the seat if nobody can send any more; otherwise returns the task to go on.
+    fn park(mut self, mailbox: &mpsc::Receiver<Command>) -> Option<Task> {
+        let timeline = Arc::clone(&self.timeline);
+        let mut seat = timeline.seat.lock();
+        // Senders are cloned only under this lock, so a count of one means the seat's own.
+        let deserted = matches!(&*seat, Seat::Running(sender) if sender.strong_count() == 1) && mailbox.is_empty();
+        if !deserted {
+            return Some(self);
+        }
+        self.writer.store.park();
+        *seat = Seat::Parked(self.writer);
+        None
+    }
+
+    async fn save_lazy(&mut self) -> Result<(), StorageError> {
+        let actions = self.writer.acceptor.checkpoint();
+        self.perform(actions).await.map(drop)
+    }
+
+    async fn perform_batch(&mut self, inbox: &mut Vec<Command>) -> Result<(), StorageError> {
+        for command in inbox.drain(..) {
+            self.command(command).await?;
+        }
+        let actions = self.writer.acceptor.flush();
+        self.perform(actions).await?;
+        self.timeline.publish(&self.writer.acceptor);
+        self.acknowledge();
+        Ok(())
+    }
+
+    async fn command(&mut self, command: Command) -> Result<(), StorageError> {
+        match command {
+            Command::Append { session, append } => return self.append(session, append).await,
+            Command::Request { message, reply } => {
+                let result = self.writer.acceptor.handle(message);
+                self.answer(result, reply, |_, message| message).await
+            }
+            Command::BumpTerm { to, reply } => {
+                let before = self.writer.acceptor.term();
+                let actions = self.writer.acceptor.bump_term(to);
+                self.answer(Ok(actions), reply, |writer, _| (before, writer.acceptor.term())).await
+            }
+            Command::SwitchConfiguration { to, reply } => {
+                let result = self.writer.acceptor.switch_configuration(to);
+                self.answer(result, reply, |_, _| ()).await
+            }
+            Command::Checkpoint { reply } => {
+                let actions = self.writer.acceptor.checkpoint();
+                self.answer(Ok(actions), reply, |_, _| ()).await
+            }
+        }
+    }
+
+    /// Performs, publishes, and only then answers.
+    async fn answer<T>(
+        &mut self,
+        result: Result<Vec<Action>, AcceptorError>,
+        reply: oneshot::Sender<Result<T, TimelineError>>,
+        value: impl FnOnce(&Writer, Option<AcceptorMessage>) -> T,
+    ) -> Result<(), StorageError> {
+        metrics::acceptor_message(result.is_ok());
+        let answer = match result {
+            Ok(actions) => {
+                let message = self.perform(actions).await?;
+                self.timeline.publish(&self.writer.acceptor);
+                Ok(value(&self.writer, message))
+            }
+            Err(error) => Err(self.refused(error)),
+        };
+        // A requester that left doesn't want the answer.
+        let _ = reply.send(answer);
+        Ok(())
+    }
+
+    async fn append(&mut self, session: Arc<Session>, append: AppendRequest) -> Result<(), StorageError> {
+        let term = append.term;
+        let result = self.writer.acceptor.handle(ProposerMessage::Append(append));
+        metrics::acceptor_message(result.is_ok());
+        match result {
+            Err(error) => session.acknowledge(Ack::Refused(self.refused(error))),
+            Ok(actions) => match self.perform(actions).await? {
+                Some(AcceptorMessage::AppendResponse(refusal)) => session.acknowledge(Ack::Response(refusal)),
+                _ => {
+                    let waiting = &mut self.writer.unacknowledged;
+                    if !waiting.iter().any(|(other, _)| Arc::ptr_eq(other, &session)) {
+                        waiting.push((session, term));
+                    }
+                }
+            },
+        }
+        Ok(())
+    }
+
+    fn refused(&self, error: AcceptorError) -> TimelineError {
+        if error.is_alarming() {
+            tracing::error!(ttid = %self.timeline.ttid, %error, "a proposer's message contradicts what is committed here");
+        }
+        TimelineError::Refused(error)
+    }
+
+    fn acknowledge(&mut self) {
+        let hs_feedback = self.timeline.readers.hot_standby_feedback();
+        for (session, term) in self.writer.unacknowledged.drain(..) {
+            session.acknowledge(Ack::Response(self.writer.acceptor.append_response(term, hs_feedback)));
+        }
+    }
+
+    /// Performs actions one after the other, stopping at the first failure. Returns the reply among them, if any.
+    async fn perform(&mut self, actions: Vec<Action>) -> Result<Option<AcceptorMessage>, StorageError> {
+        let mut reply = None;
+        for action in actions {
+            match action {
+                Action::Write { at, wal } => self.writer.gather(at, wal).await?,
+                Action::Flush => self.writer.write_out(true).await?,
+                Action::Persist(state) => {
+                    self.writer.store.persist(&state).await?;
+                    self.timeline.control.store(Arc::from(state));
+                    // Readers bound to a term must know of a new one before WAL is cut under it.
+                    self.timeline.publish_term(&self.writer.acceptor);
+                }
+                Action::InitFirstSegment { start } => self.writer.store.init_first_segment(start).await?,
+                Action::Truncate { end } => {
+                    self.writer.write_out(false).await?;
+                    self.writer.store.truncate(end).await?;
+                }
+                Action::Reply(message) => reply = Some(message),
+            }
+        }
+        Ok(reply)
+    }
+}
+
+impl Writer {
+    /// Adds WAL to the batch; what was gathered goes to the kernel when it gets large.
+    async fn gather(&mut self, at: Lsn, wal: Bytes) -> Result<(), StorageError> {
+        if self.batch.is_empty() {
+            self.batch_start = at;
+        }
+        self.batch_bytes += wal.len();
+        self.batch.push(wal);
+        if self.batch_bytes >= WRITE_THROUGH {
+            self.write_out(false).await?;
+        }
+        Ok(())
+    }
+
+    async fn write_out(&mut self, sync: bool) -> Result<(), StorageError> {
+        if self.batch.is_empty() && !sync {
+            return Ok(());
+        }
+        self.store.append(self.batch_start, &self.batch, sync).await?;
+        self.batch.clear();
+        self.batch_bytes = 0;
+        Ok(())
+    }
+}
