@@ -1,0 +1,355 @@
+//! The stream from a stock primary, and the reports to it (spec: postgres clients 9).
+//!
+//! The primary believes any flush position it is told: it releases commits and removes WAL on our word. So only what the
+//! quorum committed is reported, never more than was received, and never less than before.
+
+use std::time::{Duration, Instant};
+
+use bytes::{BufMut, Bytes};
+use pgproto::backend::{BackendMessage, SqlState};
+use pgproto::replication::message::{ServerMessage, StandbyStatus};
+use pgproto::{Lsn, SegmentNumber, SegmentSize, SystemId};
+use tokio_postgres::config::Host;
+
+use super::connection::{ConnectError, Connection, Login};
+use super::throttle::AckThrottle;
+use super::{PrimaryFacts, Settings};
+use crate::consensus::state::ServerInfo;
+
+/// The only Postgres timeline this version follows.
+const PG_TIMELINE: u32 = 1;
+
+/// A primary that sends nothing for this long is taken for dead; it sends keepalives far more often.
+const PRIMARY_SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Makes the primary notice a dead proposer soon, so that a new connection gets the slot (spec: postgres clients 9.1).
+const WAL_SENDER_OPTIONS: &str = "-c wal_sender_timeout=5s";
+
+/// Why the primary can't be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum UpstreamError {
+    /// No connection, or it was lost.
+    #[error("primary: {0}")]
+    Connection(#[from] ConnectError),
+    /// The slot belongs to another connection, or to our last one that the primary still thinks alive.
+    #[error("replication slot \"{slot}\" is in use on the primary; waiting until it is free ({reason})")]
+    SlotInUse {
+        /// The slot.
+        slot: String,
+        /// What the primary said.
+        reason: String,
+    },
+    /// WAL is not contiguous.
+    #[error("primary sent WAL at {got} where {expected} was expected")]
+    Gap {
+        /// What had to follow.
+        expected: Lsn,
+        /// What came.
+        got: Lsn,
+    },
+    /// The primary answered something that makes no sense.
+    #[error("unexpected answer from the primary: {0}")]
+    Unexpected(String),
+    /// The primary is on another Postgres timeline.
+    #[error(
+        "the primary is on Postgres timeline {0}, and this version follows only timeline {PG_TIMELINE}: \
+         it was promoted or restored. Nothing was changed"
+    )]
+    WrongTimeline(u32),
+    /// Another database cluster answers at this address.
+    #[error("the primary has system identifier {got}, not {expected}: this is another database cluster")]
+    WrongSystem {
+        /// The cluster followed so far.
+        expected: SystemId,
+        /// The cluster that answered.
+        got: SystemId,
+    },
+    /// The primary has less WAL than the quorum.
+    #[error(
+        "the primary's WAL ends before {0}, which the safekeepers hold: it lost data or was restored from a backup. \
+         Stopping without touching anything; decide which copy is right"
+    )]
+    PrimaryBehind(Lsn),
+    /// The primary removed WAL that is needed.
+    #[error("the primary no longer has the WAL from {0}: {1}")]
+    WalRemoved(Lsn, String),
+}
+
+impl UpstreamError {
+    /// Whether only an operator can help.
+    pub fn is_fatal(&self) -> bool {
+        matches!(
+            self,
+            Self::WrongTimeline(_) | Self::WrongSystem { .. } | Self::PrimaryBehind(_) | Self::WalRemoved(..)
+        )
+    }
+}
+
+/// What the primary sent.
+#[derive(Debug)]
+pub enum UpstreamEvent {
+    /// WAL.
+    Wal {
+        /// Position of the first byte.
+        start: Lsn,
+        /// The bytes.
+        wal: Bytes,
+    },
+    /// Something that needs nothing from the caller.
+    Idle,
+}
+
+/// A stream that is flowing.
+pub struct Upstream {
+    connection: Connection,
+    position: Lsn,
+    commit_lsn: Lsn,
+    throttle: AckThrottle,
+}
+
+/// Learns what must be known of the primary before anything is proposed, and makes sure that its slot exists.
+pub async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
+    let mut connection = connect(settings).await?;
+    let (system_id, flush_lsn) = identify(&mut connection).await?;
+    let wal_seg_size = segment_size(&mut connection).await?;
+    let version = connection.parameter("server_version").unwrap_or_default();
+    let pg_version = version_number(version)
+        .ok_or_else(|| UpstreamError::Unexpected(format!("server_version \"{version}\" is not a version")))?;
+    if !(140_000..190_000).contains(&pg_version) {
+        return Err(UpstreamError::Unexpected(format!("PostgreSQL {version} is not supported: use 14 to 18")));
+    }
+    create_slot(&mut connection, &settings.slot).await?;
+    let held_from = slot_start(&mut connection, settings, pg_version).await?;
+    // Stock readers ask from a segment start, so the log must begin at one. The slot keeps the whole segment.
+    let first = SegmentNumber::containing(held_from.unwrap_or(flush_lsn), wal_seg_size);
+    let server = ServerInfo { pg_version, system_id, wal_seg_size };
+    Ok(PrimaryFacts { ttid: settings.ttid(system_id), server, initial_start: first.start(wal_seg_size) })
+}
+
+/// Begins to stream from `start`.
+pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
+    let mut connection = connect(settings).await?;
+    let (system_id, flush_lsn) = identify(&mut connection).await?;
+    if system_id != facts.server.system_id {
+        return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
+    }
+    if flush_lsn < start && !ends_in_padding(flush_lsn, start, facts.server.wal_seg_size) {
+        return Err(UpstreamError::PrimaryBehind(start));
+    }
+    // The slot may have been dropped meanwhile; without it the primary would remove WAL that is not safe yet.
+    create_slot(&mut connection, &settings.slot).await?;
+    let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {PG_TIMELINE}", quoted(&settings.slot));
+    match connection.start_copy(&command).await {
+        Ok(()) => {}
+        Err(ConnectError::Server(error)) if error.code == SqlState::OBJECT_IN_USE => {
+            return Err(UpstreamError::SlotInUse { slot: settings.slot.clone(), reason: error.message });
+        }
+        Err(error) => return Err(error.into()),
+    }
+    Ok(Upstream { connection, position: start, commit_lsn: Lsn::INVALID, throttle: AckThrottle::default() })
+}
+
+/// Whether everything in `[flush_lsn, start)` can be the unwritten rest of a segment that was switched away from: a
+/// safekeeper counts it as there once it has the switch record.
+fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
+    start == SegmentNumber::containing(flush_lsn, size).end(size) && flush_lsn.0 % size.bytes() != 0
+}
+
+async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
+    let primary = &settings.primary;
+    let user = primary.get_user().unwrap_or("postgres");
+    let options = match primary.get_options() {
+        Some(own) => format!("{WAL_SENDER_OPTIONS} {own}"),
+        None => WAL_SENDER_OPTIONS.to_owned(),
+    };
+    let login = Login {
+        user,
+        password: primary.get_password(),
+        database: "replication",
+        replication: true,
+        application_name: Some(&settings.application_name),
+        options: Some(&options),
+    };
+    let mut last = None;
+    for (i, host) in primary.get_hosts().iter().enumerate() {
+        let ports = primary.get_ports();
+        let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+        let result = match host {
+            Host::Tcp(host) => Connection::connect_tcp(host, port, &login).await,
+            Host::Unix(directory) => Connection::connect_unix(directory, port, &login).await,
+        };
+        match result {
+            Ok(connection) => return Ok(connection),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(last.map_or_else(|| UpstreamError::Unexpected("no host is configured".to_owned()), Into::into))
+}
+
+async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), UpstreamError> {
+    let rows = connection.query("IDENTIFY_SYSTEM").await?;
+    let field = |index: usize| rows.first().and_then(|row| text(row.get(index)?.as_ref()?));
+    let unexpected = || UpstreamError::Unexpected(format!("IDENTIFY_SYSTEM returned {rows:?}"));
+    let system_id = field(0).and_then(|t| t.parse().ok()).map(SystemId).ok_or_else(unexpected)?;
+    let timeline: u32 = field(1).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
+    let flush_lsn = field(2).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
+    if timeline != PG_TIMELINE {
+        return Err(UpstreamError::WrongTimeline(timeline));
+    }
+    Ok((system_id, flush_lsn))
+}
+
+async fn segment_size(connection: &mut Connection) -> Result<SegmentSize, UpstreamError> {
+    let rows = connection.query("SHOW wal_segment_size").await?;
+    let shown = rows.first().and_then(|row| text(row.first()?.as_ref()?)).unwrap_or_default();
+    let parsed = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
+        (Some(number), _) => number.parse::<u32>().ok().and_then(|n| n.checked_mul(1 << 20)),
+        (_, Some(number)) => number.parse::<u32>().ok().and_then(|n| n.checked_mul(1 << 30)),
+        _ => None,
+    };
+    let size = parsed.and_then(|bytes| SegmentSize::new(bytes).ok());
+    size.ok_or_else(|| UpstreamError::Unexpected(format!("wal_segment_size is \"{shown}\"")))
+}
+
+/// `PG_VERSION_NUM` of a text such as `15.18 (Debian 15.18-0+deb12u1)`.
+fn version_number(text: &str) -> Option<u32> {
+    let number = text.split_whitespace().next()?;
+    let digits = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().ok();
+    let (major, minor) = number.split_once('.').unwrap_or((number, "0"));
+    digits(major)?.checked_mul(10_000)?.checked_add(digits(minor).unwrap_or(0))
+}
+
+async fn create_slot(connection: &mut Connection, slot: &str) -> Result<(), UpstreamError> {
+    // This spelling is understood by every version from 14 on.
+    match connection.query(&format!("CREATE_REPLICATION_SLOT {} PHYSICAL RESERVE_WAL", quoted(slot))).await {
+        Ok(_) => tracing::info!(slot, "created the replication slot on the primary"),
+        Err(ConnectError::Server(error)) if error.code == SqlState::DUPLICATE_OBJECT => {}
+        Err(error) => return Err(error.into()),
+    }
+    Ok(())
+}
+
+/// The first LSN that the slot keeps, or `None` when the primary doesn't say.
+async fn slot_start(
+    connection: &mut Connection,
+    settings: &Settings,
+    pg_version: u32,
+) -> Result<Option<Lsn>, UpstreamError> {
+    if pg_version < 150_000 {
+        return Ok(super::checks::slot_start(settings).await);
+    }
+    let rows = connection.query(&format!("READ_REPLICATION_SLOT {}", quoted(&settings.slot))).await?;
+    Ok(rows.first().and_then(|row| text(row.get(1)?.as_ref()?)).and_then(|t| t.parse().ok()))
+}
+
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+fn text(value: &Bytes) -> Option<&str> {
+    std::str::from_utf8(value).ok()
+}
+
+impl Upstream {
+    /// Position of the next byte to come.
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
+    pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        let due = self.throttle.reply_due().map(tokio::time::Instant::from_std);
+        let answer = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        let message = tokio::select! {
+            message = self.connection.next() => message?,
+            () = answer => {
+                self.send_status().await?;
+                return Ok(UpstreamEvent::Idle);
+            }
+            () = tokio::time::sleep(PRIMARY_SILENCE_LIMIT) => return Err(ConnectError::TimedOut.into()),
+        };
+        match message {
+            BackendMessage::CopyData(body) => self.copy_data(body),
+            BackendMessage::ErrorResponse(error) => Err(self.refused(error)),
+            BackendMessage::CommandComplete(_) | BackendMessage::CopyDone => Err(ConnectError::Closed.into()),
+            BackendMessage::NoticeResponse(_) | BackendMessage::ParameterStatus { .. } => Ok(UpstreamEvent::Idle),
+            other => Err(UpstreamError::Unexpected(format!("{other:?} in the WAL stream"))),
+        }
+    }
+
+    fn copy_data(&mut self, body: Bytes) -> Result<UpstreamEvent, UpstreamError> {
+        match ServerMessage::decode(body).map_err(ConnectError::from)? {
+            ServerMessage::XLogData { start, data, .. } => {
+                if start != self.position {
+                    return Err(UpstreamError::Gap { expected: self.position, got: start });
+                }
+                self.position = Lsn(start.0.saturating_add(data.len() as u64));
+                Ok(UpstreamEvent::Wal { start, wal: data })
+            }
+            ServerMessage::Keepalive { reply_requested, .. } => {
+                if reply_requested {
+                    self.throttle.asked(Instant::now());
+                }
+                Ok(UpstreamEvent::Idle)
+            }
+        }
+    }
+
+    fn refused(&self, error: pgproto::backend::ErrorFields) -> UpstreamError {
+        if error.code == SqlState::UNDEFINED_FILE {
+            return UpstreamError::WalRemoved(self.position, error.message);
+        }
+        if error.message.contains("is ahead of the WAL flush position") {
+            return UpstreamError::PrimaryBehind(self.position);
+        }
+        ConnectError::Server(error).into()
+    }
+
+    /// The quorum has everything below `commit_lsn`: reports it if that is news.
+    pub async fn acknowledge(&mut self, commit_lsn: Lsn) -> Result<(), UpstreamError> {
+        self.commit_lsn = self.commit_lsn.max(commit_lsn.min(self.position));
+        if self.throttle.advanced(self.commit_lsn) { self.send_status().await } else { Ok(()) }
+    }
+
+    /// Reports where the quorum stands. Flush and apply are the commit LSN too: `synchronous_commit=remote_apply` would
+    /// otherwise wait for ever (spec: postgres clients 9.4).
+    pub async fn send_status(&mut self) -> Result<(), UpstreamError> {
+        let lsn = self.commit_lsn;
+        let status = StandbyStatus {
+            write_lsn: lsn,
+            flush_lsn: lsn,
+            apply_lsn: lsn,
+            timestamp: pgproto::replication::message::timestamp_now(),
+            reply_requested: false,
+        };
+        self.connection.send_copy_data(|body| status.encode(body)).await?;
+        self.throttle.reported(lsn, Instant::now());
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn version_texts() {
+        assert_eq!(version_number("15.18 (Debian 15.18-0+deb12u1)"), Some(150_018));
+        assert_eq!(version_number("18beta1"), Some(180_000));
+        assert_eq!(version_number("14.23"), Some(140_023));
+        assert_eq!(version_number("x"), None);
+    }
+
+    #[test]
+    fn only_the_rest_of_a_switched_segment_may_be_missing_at_the_primary() {
+        let size = SegmentSize::DEFAULT;
+        assert!(ends_in_padding(Lsn(0x1F0_0000), Lsn(0x200_0000), size));
+        assert!(!ends_in_padding(Lsn(0x100_0000), Lsn(0x200_0000), size), "a whole segment");
+        assert!(!ends_in_padding(Lsn(0x1F0_0000), Lsn(0x1F0_0008), size));
+    }
+}
