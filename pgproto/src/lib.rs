@@ -26,6 +26,7 @@ pub mod frontend;
 pub mod ids;
 pub mod lsn;
 pub mod read;
+pub mod replication;
 pub mod startup;
 pub mod walproposer;
 

@@ -182,7 +182,7 @@ impl StartupMessage {
 }
 
 /// A boolean as PostgreSQL reads it: unique prefixes of true, false, yes, no, on, off, or a digit; in any case.
-fn parse_bool(text: &str) -> Option<bool> {
+pub(crate) fn parse_bool(text: &str) -> Option<bool> {
     let text = text.to_ascii_lowercase();
     let prefix_of = |word: &str, shortest: usize| text.len() >= shortest && word.starts_with(&text);
     if prefix_of("true", 1) || prefix_of("yes", 1) || text == "on" || text == "1" {

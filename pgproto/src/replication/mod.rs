@@ -1,0 +1,11 @@
+//! The replication protocol: commands as text, and the messages inside COPY BOTH.
+//!
+//! * [`command`] parses what a client asks for: PostgreSQL's own commands (spec: postgres clients 3.1) and those of Neon
+//!   (spec: wire protocol 2), by a real lexer and parser.
+//! * [`message`] is what server and reader then say to each other in CopyData.
+
+pub mod command;
+mod lexer;
+pub mod message;
+
+pub use command::{Command, CommandError};
