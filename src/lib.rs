@@ -11,4 +11,5 @@
 //! | `storage` | WAL and control file on disk, over one `Disk` seam |
 //! | [`consensus`] | acceptor and proposer as pure state machines |
 
+pub mod config;
 pub mod consensus;

@@ -1,0 +1,107 @@
+//! Settings of the `safekeeper` daemon. Names and defaults are those of Neon's safekeeper where it has them
+//! (spec: semantics 18), so that a start script for one starts the other.
+
+use std::path::PathBuf;
+
+use clap::{ArgAction, Parser, builder::BoolishValueParser};
+use pgproto::NodeId;
+
+use super::{ForeignFlag, HostPort, LogFormat, Settings, foreign, values};
+
+/// Keeps the write-ahead log (WAL) of PostgreSQL servers safe.
+///
+/// A safekeeper stores WAL that a proposer sends to it, acknowledges it once it is on disk, and serves it to standbys,
+/// pg_receivewal and other readers over PostgreSQL's replication protocol. Run three (or five) of them on different
+/// machines: WAL is committed when a majority has it.
+///
+/// Every setting below may be given as a flag, as an environment variable, or in a TOML file (--config), where its key
+/// is the flag's name without the dashes. The flag wins over the environment, the environment over the file.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "safekeeper", version, args_override_self = true, after_long_help = EXAMPLES)]
+pub struct SafekeeperSettings {
+    /// TOML file with any of the settings below.
+    #[arg(long, value_name = "FILE", env = "SAFEKEEPER_CONFIG")]
+    pub config: Option<PathBuf>,
+
+    /// Directory that holds everything this safekeeper knows. It must exist, and only one process may use it.
+    #[arg(short = 'D', long, value_name = "DIR", env = "SAFEKEEPER_DATADIR", default_value = "./")]
+    pub datadir: PathBuf,
+
+    /// Id of this safekeeper: a number from 1 on, different on each. Needed at the first start, then kept in the data
+    /// directory; a later start with another id is refused.
+    #[arg(long, value_name = "N", env = "SAFEKEEPER_ID", value_parser = values::node_id)]
+    pub id: Option<NodeId>,
+
+    /// Address of the Postgres-protocol endpoint, for proposers and readers.
+    ///
+    /// There is no authentication and no encryption: use an address that only trusted machines reach.
+    #[arg(short = 'l', long, value_name = "HOST:PORT", env = "SAFEKEEPER_LISTEN_PG", default_value = "127.0.0.1:5454")]
+    pub listen_pg: HostPort,
+
+    /// Address of the HTTP endpoint: management API under /v1 and Prometheus metrics at /metrics.
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPER_LISTEN_HTTP", default_value = "127.0.0.1:7676")]
+    pub listen_http: HostPort,
+
+    /// Don't wait for data to reach the disk. For tests only: acknowledged WAL is lost when the machine crashes.
+    #[arg(
+        short = 'n',
+        long,
+        value_name = "BOOL",
+        env = "SAFEKEEPER_NO_SYNC",
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "false",
+        default_missing_value = "true",
+        hide_possible_values = true,
+        value_parser = BoolishValueParser::new()
+    )]
+    pub no_sync: bool,
+
+    /// Form of the log on standard error. What is logged is set by RUST_LOG, such as "info" (the default) or
+    /// "info,safekeeper::server=debug".
+    #[arg(long, value_name = "FORMAT", env = "SAFEKEEPER_LOG_FORMAT", value_enum, default_value_t)]
+    pub log_format: LogFormat,
+
+    /// Prepare the data directory (write the id file) and exit.
+    #[arg(long)]
+    pub init: bool,
+
+    /// Print a timeline's control file as JSON and exit.
+    #[arg(long, value_name = "FILE")]
+    pub dump_control_file: Option<PathBuf>,
+}
+
+impl Settings for SafekeeperSettings {
+    const FOREIGN: &'static [ForeignFlag] = foreign::NEON_SAFEKEEPER;
+
+    fn check(&self) -> Result<Vec<String>, String> {
+        Ok(match self.no_sync {
+            true => vec!["--no-sync: acknowledged WAL is lost when this machine crashes; use it for tests only".into()],
+            false => Vec::new(),
+        })
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  The first of three safekeepers (the directory must exist):
+    safekeeper -D /var/lib/safekeeper --id 1 --listen-pg 10.0.0.1:5454 --listen-http 10.0.0.1:7676
+
+  The same from a file, with one setting overridden:
+    cat /etc/safekeeper.toml
+      datadir = \"/var/lib/safekeeper\"
+      id = 1
+      listen-pg = \"10.0.0.1:5454\"
+      listen-http = \"10.0.0.1:7676\"
+    safekeeper --config /etc/safekeeper.toml --listen-http 127.0.0.1:7676
+
+  Is it up, and what does it keep:
+    curl -s http://10.0.0.1:7676/v1/status
+    curl -s http://10.0.0.1:7676/v1/tenant/timeline
+
+  Pull its WAL with PostgreSQL's own tool:
+    pg_receivewal -D wal -d 'host=10.0.0.1 port=5454 user=replicator'
+
+Flags of Neon's safekeeper that have no effect here are accepted with a warning; those for authentication, TLS, remote
+storage and disk limits are refused.";

@@ -1,0 +1,164 @@
+//! The kinds of values settings have, each with a spelling a person would write and an error that shows it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use pgproto::NodeId;
+
+/// A network address as `host:port`; the host is a name, an IPv4 address, or an IPv6 address in brackets.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostPort {
+    /// Name or address, IPv6 without the brackets.
+    pub host: String,
+    /// TCP port; 0 when listening lets the system choose.
+    pub port: u16,
+}
+
+/// The text was not `host:port`.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expected host:port, such as 127.0.0.1:5454, sk1.example.com:5454 or [::1]:5454")]
+pub struct ParseHostPortError;
+
+impl FromStr for HostPort {
+    type Err = ParseHostPortError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (host, port) = text.rsplit_once(':').ok_or(ParseHostPortError)?;
+        let port = port.parse().map_err(|_| ParseHostPortError)?;
+        let bracketed = host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+        let host = match bracketed {
+            Some(v6) => v6.parse::<std::net::Ipv6Addr>().map(|_| v6).map_err(|_| ParseHostPortError)?,
+            None if host.is_empty() || host.contains([':', '[', ']', '/', ' ', ',']) => return Err(ParseHostPortError),
+            None => host,
+        };
+        Ok(HostPort { host: host.to_owned(), port })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.host.contains(':') {
+            true => write!(f, "[{}]:{}", self.host, self.port),
+            false => write!(f, "{}:{}", self.host, self.port),
+        }
+    }
+}
+
+/// A number of bytes, written `1048576`, `1MiB` (2^20) or `1MB` (10^6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+/// The text was not a size.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("expected a size such as 64MiB, 1GiB, 500MB or a plain number of bytes")]
+pub struct ParseByteSizeError;
+
+const UNITS: [(&str, u64); 10] = [
+    ("", 1),
+    ("b", 1),
+    ("kib", 1 << 10),
+    ("mib", 1 << 20),
+    ("gib", 1 << 30),
+    ("tib", 1 << 40),
+    ("kb", 1_000),
+    ("mb", 1_000_000),
+    ("gb", 1_000_000_000),
+    ("tb", 1_000_000_000_000),
+];
+
+impl FromStr for ByteSize {
+    type Err = ParseByteSizeError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let text = text.trim();
+        let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at_checked(end).ok_or(ParseByteSizeError)?;
+        let unit = unit.trim().to_ascii_lowercase();
+        let factor = UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor);
+        let number: Option<u64> = number.parse().ok();
+        number.zip(factor).and_then(|(n, f)| n.checked_mul(f)).map(ByteSize).ok_or(ParseByteSizeError)
+    }
+}
+
+impl fmt::Display for ByteSize {
+    /// In the largest binary unit that shows the exact value.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let fitting = [("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)]
+            .into_iter()
+            .find(|(_, shift)| self.0 != 0 && self.0.is_multiple_of(1 << shift));
+        match fitting {
+            Some((unit, shift)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => write!(f, "{}", self.0),
+        }
+    }
+}
+
+/// Parses a safekeeper's id, which is never 0.
+pub(super) fn node_id(text: &str) -> Result<NodeId, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a whole number from 1 on, different on every safekeeper".to_owned()),
+        Ok(id) => Ok(NodeId(id)),
+    }
+}
+
+/// Parses a replication slot's name by PostgreSQL's rules.
+pub(super) fn slot_name(text: &str) -> Result<String, String> {
+    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    match (1..=63).contains(&text.len()) && text.chars().all(legal) {
+        true => Ok(text.to_owned()),
+        false => Err("a slot name has 1 to 63 lower-case letters, digits and underscores".to_owned()),
+    }
+}
+
+/// Parses an `application_name`: what PostgreSQL would keep of it unchanged, so that
+/// `synchronous_standby_names` finds it.
+pub(super) fn application_name(text: &str) -> Result<String, String> {
+    let legal = |c: char| c == ' ' || c.is_ascii_graphic();
+    match (1..=63).contains(&text.len()) && text.chars().all(legal) {
+        true => Ok(text.to_owned()),
+        false => Err("an application name has 1 to 63 printable ASCII characters".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_and_port() {
+        let parsed: HostPort = "[::1]:5454".parse().unwrap();
+        assert_eq!((parsed.host.as_str(), parsed.port), ("::1", 5454));
+        for text in ["127.0.0.1:0", "sk-1.example.com:65535", "[fe80::1]:7676"] {
+            assert_eq!(text.parse::<HostPort>().unwrap().to_string(), text);
+        }
+        for bad in ["", ":", "host", "host:", ":5454", "::1:5454", "host:65536", "[host]:1", "[::1:5", "a,b:1", "a b:1"]
+        {
+            assert!(bad.parse::<HostPort>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("0", 0), ("17", 17), ("64MiB", 64 << 20), ("1 gib", 1 << 30), ("5kB", 5_000), ("8b", 8)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for bad in ["", "MiB", "-1", "1.5MiB", "1 parsec", "18446744073709551616", "99999999TiB", "\u{661}"] {
+            assert!(bad.parse::<ByteSize>().is_err(), "{bad:?}");
+        }
+        for (bytes, text) in [(0, "0"), (1, "1"), (1 << 20, "1MiB"), (1025, "1025"), (3 << 30, "3GiB")] {
+            assert_eq!(ByteSize(bytes).to_string(), text);
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)));
+        }
+    }
+
+    #[test]
+    fn names() {
+        assert_eq!(node_id("3"), Ok(NodeId(3)));
+        assert!(node_id("0").is_err() && node_id("-1").is_err() && node_id("").is_err());
+        assert!(slot_name("sk_1").is_ok() && slot_name("Sk").is_err() && slot_name("").is_err());
+        assert!(slot_name(&"a".repeat(64)).is_err());
+        assert!(application_name("walproposer 1").is_ok() && application_name("").is_err());
+        assert!(application_name("ä").is_err() && application_name("a\n").is_err());
+    }
+}
