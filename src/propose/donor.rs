@@ -5,11 +5,12 @@
 use bytes::Bytes;
 use pgproto::replication::message::ServerMessage;
 use pgproto::backend::BackendMessage;
-use pgproto::{Lsn, Term};
+use pgproto::{Lsn, TenantTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::safekeepers::{SafekeeperAddress, Selector};
+use super::safekeepers;
+use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 
 /// Pieces of up to 128 KiB that wait for the laggard.
@@ -45,8 +46,8 @@ impl Donor {
     /// Begins to fetch `[from, to)` for `laggard`.
     pub(super) fn start(
         laggard: PeerIndex,
-        donor: (PeerIndex, SafekeeperAddress),
-        selector: Selector,
+        donor: (PeerIndex, HostPort),
+        ttid: TenantTimelineId,
         range: (Lsn, Lsn),
         term: Term,
         events: mpsc::Sender<DonorEvent>,
@@ -54,7 +55,7 @@ impl Donor {
         let (queue, pieces) = mpsc::channel(FETCHED_AHEAD);
         let (donor, address) = donor;
         let fetch = async move {
-            let ended = fetch(laggard, &address, &selector, range, term, &queue, &events).await.err();
+            let ended = fetch(laggard, &address, ttid, range, term, &queue, &events).await.err();
             drop(queue);
             let _ = events.send(DonorEvent { laggard, ended: Some(ended.unwrap_or_else(|| "done".to_owned())) }).await;
         };
@@ -80,15 +81,15 @@ impl Donor {
 
 async fn fetch(
     laggard: PeerIndex,
-    address: &SafekeeperAddress,
-    selector: &Selector,
+    address: &HostPort,
+    ttid: TenantTimelineId,
     (mut at, to): (Lsn, Lsn),
     term: Term,
     queue: &mpsc::Sender<Bytes>,
     events: &mpsc::Sender<DonorEvent>,
 ) -> Result<(), String> {
     let text = |error: super::connection::ConnectError| error.to_string();
-    let mut connection = address.connect(selector, Some(APPLICATION_NAME)).await.map_err(text)?;
+    let mut connection = safekeepers::connect(address, ttid, Some(APPLICATION_NAME)).await.map_err(text)?;
     connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} (term='{term}')")).await.map_err(text)?;
     while at < to {
         let body = match connection.next().await.map_err(|error| error.to_string())? {
@@ -98,16 +99,20 @@ async fn fetch(
             other => return Err(format!("unexpected message {other:?} from the donor")),
         };
         match ServerMessage::decode(body).map_err(|error| error.to_string())? {
-            ServerMessage::XLogData { start, data, .. } if start == at => {
-                at = at.checked_add(data.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
-                queue.send(data).await.map_err(|_| "no longer needed".to_owned())?;
+            ServerMessage::XLogData(data) if data.header.start == at => {
+                at = at.checked_add(data.wal.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
+                queue.send(data.wal).await.map_err(|_| "no longer needed".to_owned())?;
                 let event = DonorEvent { laggard, ended: None };
                 events.send(event).await.map_err(|_| "no longer needed".to_owned())?;
             }
-            ServerMessage::XLogData { start, .. } => return Err(format!("the donor sent WAL at {start}, not at {at}")),
+            ServerMessage::XLogData(data) => {
+                return Err(format!("the donor sent WAL at {}, not at {at}", data.header.start));
+            }
             // The donor has no more: it is not the donor to ask (spec: wire protocol 5.2).
-            ServerMessage::Keepalive { end, .. } if end < to => return Err(format!("the donor's WAL ends at {end}")),
-            ServerMessage::Keepalive { .. } => {}
+            ServerMessage::Keepalive(alive) if alive.end < to => {
+                return Err(format!("the donor's WAL ends at {}, before {to}", alive.end));
+            }
+            ServerMessage::Keepalive(_) => {}
         }
     }
     Ok(())

@@ -354,7 +354,7 @@ impl Driver {
         let (settings, facts, events) = (Arc::clone(&self.settings), self.facts, self.upstream_events.clone());
         let start = self.buffer.end();
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings.primary, &facts, start).await;
+            let result = upstream::follow(&settings, &facts, start).await;
             let _ = events.send(result).await;
         });
     }
@@ -365,6 +365,7 @@ impl Driver {
             Ok(upstream) if upstream.position() == self.buffer.end() => {
                 tracing::info!(from = %upstream.position(), "streaming from the primary");
                 self.upstream = Some(upstream);
+                self.status.update(|status| status.primary_error = None);
                 Ok(())
             }
             Ok(_) => Ok(()),
@@ -382,7 +383,7 @@ impl Driver {
         let retry_in = self.upstream_retry.wait(Instant::now());
         tracing::warn!(%error, ?retry_in, "primary not available");
         metrics::primary_lost();
-        self.status.primary_error(&error.to_string());
+        self.status.update(|status| status.primary_error = Some(error.to_string()));
     }
 
     async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {
@@ -390,7 +391,7 @@ impl Driver {
             Ok(UpstreamEvent::Wal { start, wal }) => {
                 self.upstream_retry.progress();
                 if !self.buffer.push(start, wal) {
-                    let error = UpstreamError::gap(self.buffer.end(), start);
+                    let error = UpstreamError::Gap { expected: self.buffer.end(), got: start };
                     self.lost_upstream(&error);
                     return Ok(());
                 }
@@ -415,25 +416,27 @@ impl Driver {
     }
 
     fn publish(&self) {
-        metrics::buffer(self.buffer.len());
-        metrics::received(self.buffer.end());
         let report = |(i, slot): (usize, &PeerSlot)| {
             let index = PeerIndex(i);
+            let down = slot.down.as_ref().filter(|_| slot.link.is_none());
             PeerReport {
                 state: self.proposer.peer_state(index),
                 node_id: self.proposer.node_id(index),
                 flush_lsn: self.proposer.peer_flush_lsn(index),
-                reason: slot.down.as_ref().filter(|_| slot.link.is_none()).map(|down| down.reason.clone()),
-                next_retry_at: slot.down.as_ref().and_then(|down| down.next_retry_at),
+                reason: down.map(|down| down.reason.clone()),
+                next_retry_at: down.and_then(|down| down.next_retry_at),
             }
         };
-        self.status.update(
-            self.proposer.term(),
-            self.proposer.commit_lsn(),
-            self.buffer.end(),
-            self.upstream.is_some(),
-            self.peers.iter().enumerate().map(report),
-        );
+        self.status.update(|status| {
+            status.term = self.proposer.term();
+            status.leading = self.proposer.term_start().is_some();
+            status.commit_lsn = self.proposer.commit_lsn();
+            status.received_lsn = self.buffer.end();
+            status.buffered_bytes = self.buffer.len();
+            status.streaming = self.upstream.is_some();
+            status.peers.clear();
+            status.peers.extend(self.peers.iter().enumerate().map(report));
+        });
     }
 
     fn link(&self, index: PeerIndex) -> Option<&Link> {

@@ -13,19 +13,135 @@
 //!
 //! | File | What is in it |
 //! |---|---|
-//! | [`driver`] | one term of office, from campaign to step-down |
+//! | `driver` | one term of office, from campaign to step-down |
 //! | [`upstream`] | the stream from the primary and the reports to it |
 //! | [`buffer`] | WAL received and not yet everywhere |
-//! | [`peer`] | the connection to one safekeeper |
-//! | [`donor`] | old WAL for a safekeeper that is far behind |
+//! | `peer` | the connection to one safekeeper |
+//! | `donor` | old WAL for a safekeeper that is far behind |
 //! | [`connection`] | the client side of the Postgres protocol |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
+pub mod checks;
 pub mod connection;
 mod donor;
 mod driver;
 mod peer;
-pub mod safekeepers;
+mod safekeepers;
 pub mod status;
+pub mod throttle;
 pub mod upstream;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, TimelineId};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::HostPort;
+use crate::consensus::state::ServerInfo;
+use crate::retry::Backoff;
+use driver::{Driver, Ended};
+use status::Status;
+use upstream::UpstreamError;
+
+/// How to find the primary and the safekeepers.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// The primary, as in a libpq connection string.
+    pub primary: tokio_postgres::Config,
+    /// All safekeepers.
+    pub safekeepers: Vec<HostPort>,
+    /// Physical replication slot on the primary.
+    pub slot: String,
+    /// Name in `synchronous_standby_names`.
+    pub application_name: String,
+    /// The log on the safekeepers; made from the system identifier when not given.
+    pub ttid: Option<TenantTimelineId>,
+    /// WAL kept for safekeepers that are behind, in bytes.
+    pub buffer_size: u64,
+}
+
+impl Settings {
+    /// The log on the safekeepers for the cluster `system_id`. By default tenant and timeline are eight zero bytes and
+    /// the identifier, so that every proposer of one cluster comes to the same and two clusters never share a log.
+    pub fn ttid(&self, system_id: SystemId) -> TenantTimelineId {
+        self.ttid.unwrap_or_else(|| {
+            let id = u128::from(system_id.0).to_be_bytes();
+            TenantTimelineId::new(TenantId(id), TimelineId(id))
+        })
+    }
+}
+
+/// What is known of the primary before anything is proposed.
+#[derive(Clone, Copy, Debug)]
+pub struct PrimaryFacts {
+    /// The log on the safekeepers.
+    pub ttid: TenantTimelineId,
+    /// Version, system identifier, segment size.
+    pub server: ServerInfo,
+    /// Where the log begins if the safekeepers have none yet: a segment start.
+    pub initial_start: Lsn,
+}
+
+/// Pause after a lost election: longer each time, so that two proposers don't keep deposing each other.
+const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
+
+/// Follows the primary and proposes its WAL until `shutdown`. An error means that only an operator can help.
+pub async fn run(
+    settings: Settings,
+    status: Arc<Status>,
+    shutdown: CancellationToken,
+) -> Result<(), UpstreamError> {
+    let settings = Arc::new(settings);
+    let Some(facts) = primary_facts(&settings, &status, &shutdown).await? else { return Ok(()) };
+    tracing::info!(
+        timeline = %facts.ttid, system_id = %facts.server.system_id, pg_version = facts.server.pg_version,
+        "following the primary"
+    );
+    checks::warn_about(&settings).await;
+    status.update(|report| report.ttid = Some(facts.ttid));
+    let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
+    loop {
+        let (driver, inbox) = Driver::new(Arc::clone(&settings), facts, Arc::clone(&status));
+        let began = Instant::now();
+        match driver.run(inbox, &shutdown).await {
+            Ended::Shutdown => return Ok(()),
+            Ended::Fatal(error) => return Err(error),
+            Ended::SteppedDown(reason) => tracing::warn!(%reason, "stepping down"),
+            Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
+        }
+        if began.elapsed() > STEP_DOWN_PAUSE.1 {
+            pause.progress();
+        }
+        pause.failed(Instant::now());
+        tokio::select! {
+            () = tokio::time::sleep(pause.wait(Instant::now())) => {}
+            () = shutdown.cancelled() => return Ok(()),
+        }
+    }
+}
+
+/// Asks the primary until it answers; `None` on shutdown.
+async fn primary_facts(
+    settings: &Settings,
+    status: &Status,
+    shutdown: &CancellationToken,
+) -> Result<Option<PrimaryFacts>, UpstreamError> {
+    let mut retry = Backoff::for_peers();
+    loop {
+        match upstream::facts(settings).await {
+            Ok(facts) => return Ok(Some(facts)),
+            Err(error) if error.is_fatal() => return Err(error),
+            Err(error) => {
+                retry.failed(Instant::now());
+                tracing::warn!(%error, retry_in = ?retry.wait(Instant::now()), "primary not available");
+                status.update(|report| report.primary_error = Some(error.to_string()));
+            }
+        }
+        tokio::select! {
+            () = tokio::time::sleep(retry.wait(Instant::now())) => {}
+            () = shutdown.cancelled() => return Ok(None),
+        }
+    }
+}

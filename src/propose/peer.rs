@@ -10,13 +10,14 @@ use std::time::Instant;
 
 use bytes::{BufMut, BytesMut};
 use pgproto::backend::BackendMessage;
-use pgproto::frame;
+use pgproto::{TenantTimelineId, frame};
 use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
 use super::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
-use super::safekeepers::{SafekeeperAddress, Selector};
+use super::safekeepers;
+use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 use crate::retry::Backoff;
 
@@ -74,11 +75,11 @@ impl Link {
 }
 
 /// Keeps a connection to the safekeeper until the driver is gone.
-pub(super) async fn run(index: PeerIndex, address: SafekeeperAddress, selector: Selector, events: mpsc::Sender<Event>) {
+pub(super) async fn run(index: PeerIndex, address: HostPort, ttid: TenantTimelineId, events: mpsc::Sender<Event>) {
     let mut backoff = Backoff::for_peers();
     loop {
         tokio::time::sleep(backoff.wait(Instant::now())).await;
-        let reason = match connect(&address, &selector).await {
+        let reason = match connect(&address, ttid).await {
             Err(error) => error.to_string(),
             Ok(connection) => {
                 let (queue, outgoing) = mpsc::channel(OUTBOUND_QUEUE);
@@ -103,8 +104,8 @@ pub(super) async fn run(index: PeerIndex, address: SafekeeperAddress, selector: 
     }
 }
 
-async fn connect(address: &SafekeeperAddress, selector: &Selector) -> Result<Connection, ConnectError> {
-    let mut connection = address.connect(selector, None).await?;
+async fn connect(address: &HostPort, ttid: TenantTimelineId) -> Result<Connection, ConnectError> {
+    let mut connection = safekeepers::connect(address, ttid, None).await?;
     connection.start_copy("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'true')").await?;
     Ok(connection)
 }

@@ -5,9 +5,9 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::{BufMut, Bytes};
+use bytes::Bytes;
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::replication::message::{ServerMessage, StandbyStatus};
+use pgproto::replication::message::{ServerMessage, StandbyStatusUpdate};
 use pgproto::{Lsn, SegmentNumber, SegmentSize, SystemId};
 use tokio_postgres::config::Host;
 
@@ -284,15 +284,16 @@ impl Upstream {
 
     fn copy_data(&mut self, body: Bytes) -> Result<UpstreamEvent, UpstreamError> {
         match ServerMessage::decode(body).map_err(ConnectError::from)? {
-            ServerMessage::XLogData { start, data, .. } => {
+            ServerMessage::XLogData(data) => {
+                let start = data.header.start;
                 if start != self.position {
                     return Err(UpstreamError::Gap { expected: self.position, got: start });
                 }
-                self.position = Lsn(start.0.saturating_add(data.len() as u64));
-                Ok(UpstreamEvent::Wal { start, wal: data })
+                self.position = Lsn(start.0.saturating_add(data.wal.len() as u64));
+                Ok(UpstreamEvent::Wal { start, wal: data.wal })
             }
-            ServerMessage::Keepalive { reply_requested, .. } => {
-                if reply_requested {
+            ServerMessage::Keepalive(keepalive) => {
+                if keepalive.reply_requested {
                     self.throttle.asked(Instant::now());
                 }
                 Ok(UpstreamEvent::Idle)
@@ -320,13 +321,9 @@ impl Upstream {
     /// otherwise wait for ever (spec: postgres clients 9.4).
     pub async fn send_status(&mut self) -> Result<(), UpstreamError> {
         let lsn = self.commit_lsn;
-        let status = StandbyStatus {
-            write_lsn: lsn,
-            flush_lsn: lsn,
-            apply_lsn: lsn,
-            timestamp: pgproto::replication::message::timestamp_now(),
-            reply_requested: false,
-        };
+        let (write, flush, apply) = (lsn, lsn, lsn);
+        let timestamp = crate::clock::since_2000();
+        let status = StandbyStatusUpdate { write, flush, apply, timestamp, reply_requested: false };
         self.connection.send_copy_data(|body| status.encode(body)).await?;
         self.throttle.reported(lsn, Instant::now());
         Ok(())
