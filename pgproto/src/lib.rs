@@ -28,6 +28,7 @@ pub mod lsn;
 pub mod read;
 pub mod replication;
 pub mod startup;
+pub mod wal;
 pub mod walproposer;
 
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};

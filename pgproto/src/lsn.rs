@@ -53,7 +53,7 @@ impl Lsn {
 
     /// Rounded up to the next multiple of 8 (`MAXALIGN`), where records start. Saturates at the top aligned position.
     pub fn align_up(self) -> Lsn {
-        Lsn(self.0.checked_add(7).map_or(u64::MAX & !7, |v| v & !7))
+        Lsn(self.0.checked_add(7).map_or(!7, |v| v & !7))
     }
 }
 

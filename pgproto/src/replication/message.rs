@@ -2,9 +2,9 @@
 //!
 //! | First byte | Direction | Message |
 //! |---|---|---|
-//! | `w` | to the reader | [`XLogData`] |
-//! | `k` | to the reader | [`Keepalive`] |
-//! | `r` | from the reader | [`StandbyStatusUpdate`] |
+//! | `w` | to the reader | [`ServerMessage::XLogData`] |
+//! | `k` | to the reader | [`ServerMessage::Keepalive`] |
+//! | `r` | from the reader | standby status update: [`StandbyStatus`] |
 //! | `h` | from the reader | hot-standby feedback: [`HotStandbyFeedback`] |
 //! | `z` | from the reader | a Neon page server's report: [`PageserverFeedback`] |
 //!
@@ -12,7 +12,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use crate::backend::encode::copy_data_header;
+use crate::backend::encode::{copy_data, copy_data_header};
 use crate::feedback::{HotStandbyFeedback, PAGESERVER_FEEDBACK_TAG, PageserverFeedback};
 use crate::read::Reader;
 use crate::{DecodeError, Lsn};
@@ -22,100 +22,80 @@ const KEEPALIVE: u8 = b'k';
 const STATUS_UPDATE: u8 = b'r';
 const HOT_STANDBY_FEEDBACK: u8 = b'h';
 
-/// Everything in front of the WAL of an XLogData message.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct XLogDataHeader {
-    /// Position of the first byte of WAL.
-    pub start: Lsn,
-    /// End of the WAL that the sender could send now.
-    pub end: Lsn,
-    /// When it was sent.
-    pub timestamp: i64,
-}
-
-impl XLogDataHeader {
-    /// Bytes of the header, tag included.
-    pub const LEN: usize = 25;
-
-    /// Appends the header of a CopyData message and this header; the caller sends `wal_len` bytes of WAL behind them.
-    pub fn encode(&self, wal_len: usize, out: &mut BytesMut) {
-        copy_data_header(out, Self::LEN.saturating_add(wal_len));
-        out.put_u8(XLOG_DATA);
-        out.put_u64(self.start.0);
-        out.put_u64(self.end.0);
-        out.put_i64(self.timestamp);
-    }
-}
-
-/// A piece of WAL.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct XLogData {
-    /// Where it belongs.
-    pub header: XLogDataHeader,
-    /// The bytes, sharing the buffer of the message.
-    pub wal: Bytes,
-}
-
-/// Says that the server is alive, and asks the same of the reader.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Keepalive {
-    /// End of the WAL that the server could send now.
-    pub end: Lsn,
-    /// When it was sent.
-    pub timestamp: i64,
-    /// The reader shall answer at once.
-    pub reply_requested: bool,
-}
-
-impl Keepalive {
-    /// Appends the body of a CopyData message.
-    pub fn encode(&self, out: &mut BytesMut) {
-        out.put_u8(KEEPALIVE);
-        out.put_u64(self.end.0);
-        out.put_i64(self.timestamp);
-        out.put_u8(self.reply_requested.into());
-    }
-}
+/// Bytes in front of the WAL of an XLogData message, tag included.
+pub const XLOG_DATA_HEADER_LEN: usize = 25;
 
 /// Server to reader.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerMessage {
-    /// `w`
-    XLogData(XLogData),
-    /// `k`
-    Keepalive(Keepalive),
+    /// `w`: a piece of WAL.
+    XLogData {
+        /// Position of the first byte of `data`.
+        start: Lsn,
+        /// End of the WAL that the sender could send now.
+        end: Lsn,
+        /// When it was sent.
+        timestamp: i64,
+        /// The WAL, sharing the buffer of the message.
+        data: Bytes,
+    },
+    /// `k`: the server is alive, and may ask the same of the reader.
+    Keepalive {
+        /// End of the WAL that the server could send now.
+        end: Lsn,
+        /// When it was sent.
+        timestamp: i64,
+        /// The reader shall answer at once.
+        reply_requested: bool,
+    },
 }
 
 impl ServerMessage {
     /// Decodes the body of a CopyData message.
     pub fn decode(body: Bytes) -> Result<Self, DecodeError> {
         let mut body = Reader::new(body);
-        match body.u8("tag")? {
-            XLOG_DATA => {
-                let header = XLogDataHeader {
-                    start: Lsn(body.u64("start of WAL")?),
-                    end: Lsn(body.u64("end of WAL")?),
-                    timestamp: body.i64("time")?,
-                };
-                Ok(Self::XLogData(XLogData { header, wal: body.rest() }))
-            }
-            KEEPALIVE => {
-                let keepalive = Keepalive {
-                    end: Lsn(body.u64("end of WAL")?),
-                    timestamp: body.i64("time")?,
-                    reply_requested: body.u8("reply flag")? != 0,
-                };
-                body.finish("keepalive")?;
-                Ok(Self::Keepalive(keepalive))
-            }
-            tag => Err(DecodeError::UnknownTag { what: "streaming message", value: tag.into() }),
-        }
+        let message = match body.u8("tag")? {
+            XLOG_DATA => Self::XLogData {
+                start: Lsn(body.u64("start of WAL")?),
+                end: Lsn(body.u64("end of WAL")?),
+                timestamp: body.i64("time")?,
+                data: body.rest(),
+            },
+            KEEPALIVE => Self::Keepalive {
+                end: Lsn(body.u64("end of WAL")?),
+                timestamp: body.i64("time")?,
+                reply_requested: body.u8("reply flag")? != 0,
+            },
+            tag => return Err(DecodeError::UnknownTag { what: "streaming message", value: tag.into() }),
+        };
+        body.finish("streaming message")?;
+        Ok(message)
     }
+}
+
+/// Appends everything of a CopyData message with XLogData but the WAL: the caller sends `wal_len` bytes of it behind.
+/// The other operands are the fields of [`ServerMessage::XLogData`].
+pub fn put_xlog_data_header(out: &mut BytesMut, start: Lsn, end: Lsn, timestamp: i64, wal_len: usize) {
+    copy_data_header(out, XLOG_DATA_HEADER_LEN.saturating_add(wal_len));
+    out.put_u8(XLOG_DATA);
+    out.put_u64(start.0);
+    out.put_u64(end.0);
+    out.put_i64(timestamp);
+}
+
+/// Appends a CopyData message with a keepalive. The operands are the fields of [`ServerMessage::Keepalive`].
+pub fn put_keepalive(out: &mut BytesMut, end: Lsn, timestamp: i64, reply_requested: bool) {
+    copy_data(out, |body| {
+        body.put_u8(KEEPALIVE);
+        body.put_u64(end.0);
+        body.put_i64(timestamp);
+        body.put_u8(reply_requested.into());
+    });
 }
 
 /// How far a reader is. Stock readers send positions in any relation to each other, and 0 for "never".
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct StandbyStatusUpdate {
+pub struct StandbyStatus {
     /// Received and written.
     pub write: Lsn,
     /// On disk.
@@ -128,7 +108,7 @@ pub struct StandbyStatusUpdate {
     pub reply_requested: bool,
 }
 
-impl StandbyStatusUpdate {
+impl StandbyStatus {
     /// Appends the body of a CopyData message.
     pub fn encode(&self, out: &mut BytesMut) {
         out.put_u8(STATUS_UPDATE);
@@ -167,7 +147,7 @@ pub fn encode_hot_standby_feedback(feedback: &HotStandbyFeedback, out: &mut Byte
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReaderMessage {
     /// `r`
-    Status(StandbyStatusUpdate),
+    Status(StandbyStatus),
     /// `h`
     HotStandby(HotStandbyFeedback),
     /// `z`
@@ -182,7 +162,7 @@ impl ReaderMessage {
         }
         let mut body = Reader::new(body);
         let message = match body.u8("tag")? {
-            STATUS_UPDATE => Self::Status(StandbyStatusUpdate::decode_fields(&mut body)?),
+            STATUS_UPDATE => Self::Status(StandbyStatus::decode_fields(&mut body)?),
             HOT_STANDBY_FEEDBACK => Self::HotStandby(HotStandbyFeedback {
                 timestamp: body.i64("time")?,
                 xmin: body.u64("xmin")?.rotate_left(32),
@@ -213,7 +193,7 @@ mod tests {
 
     #[test]
     fn status_update_of_the_specification() {
-        let update = StandbyStatusUpdate { write: T8, flush: T, apply: S, timestamp: TIME, reply_requested: false };
+        let update = StandbyStatus { write: T8, flush: T, apply: S, timestamp: TIME, reply_requested: false };
         let body = bytes("72 0000000001a2b3d0 0000000001a2b3c8 000000000149fd18 0002942748d56000 00");
         let mut out = BytesMut::new();
         update.encode(&mut out);
@@ -234,24 +214,25 @@ mod tests {
     #[test]
     fn xlog_data_of_the_specification() {
         let body = bytes("77 0000000001a2b3c8 0000000001a2b3d0 0002942748d56000 0102030405060708");
-        let header = XLogDataHeader { start: T, end: T8, timestamp: TIME };
-        let wal = bytes("0102030405060708");
+        let data = bytes("0102030405060708");
         let mut out = BytesMut::new();
-        header.encode(wal.len(), &mut out);
-        out.put_slice(&wal);
+        put_xlog_data_header(&mut out, T, T8, TIME, data.len());
+        out.put_slice(&data);
         let frame = frame::decode(&mut out, 100).unwrap().unwrap();
         assert_eq!((frame.tag, &frame.body), (backend::tag::COPY_DATA, &body));
-        assert_eq!(ServerMessage::decode(body), Ok(ServerMessage::XLogData(XLogData { header, wal })));
+        let message = ServerMessage::XLogData { start: T, end: T8, timestamp: TIME, data };
+        assert_eq!(ServerMessage::decode(body), Ok(message));
     }
 
     #[test]
     fn keepalive_of_the_specification() {
         let body = bytes("6b 0000000001a2b3d0 0002942748d56000 01");
-        let keepalive = Keepalive { end: T8, timestamp: TIME, reply_requested: true };
         let mut out = BytesMut::new();
-        keepalive.encode(&mut out);
-        assert_eq!(out, body);
-        assert_eq!(ServerMessage::decode(body), Ok(ServerMessage::Keepalive(keepalive)));
+        put_keepalive(&mut out, T8, TIME, true);
+        let frame = frame::decode(&mut out, 100).unwrap().unwrap();
+        assert_eq!((frame.tag, &frame.body), (backend::tag::COPY_DATA, &body));
+        let message = ServerMessage::Keepalive { end: T8, timestamp: TIME, reply_requested: true };
+        assert_eq!(ServerMessage::decode(body), Ok(message));
     }
 
     #[test]
@@ -272,7 +253,7 @@ mod tests {
     proptest! {
         #[test]
         fn status_round_trips(write: u64, flush: u64, apply: u64, timestamp: i64, reply_requested: bool) {
-            let update = StandbyStatusUpdate { write: Lsn(write), flush: Lsn(flush), apply: Lsn(apply), timestamp, reply_requested };
+            let update = StandbyStatus { write: Lsn(write), flush: Lsn(flush), apply: Lsn(apply), timestamp, reply_requested };
             let mut out = BytesMut::new();
             update.encode(&mut out);
             prop_assert_eq!(ReaderMessage::decode(out.freeze()), Ok(ReaderMessage::Status(update)));
@@ -288,10 +269,11 @@ mod tests {
 
         #[test]
         fn keepalive_round_trips(end: u64, timestamp: i64, reply_requested: bool) {
-            let keepalive = Keepalive { end: Lsn(end), timestamp, reply_requested };
             let mut out = BytesMut::new();
-            keepalive.encode(&mut out);
-            prop_assert_eq!(ServerMessage::decode(out.freeze()), Ok(ServerMessage::Keepalive(keepalive)));
+            put_keepalive(&mut out, Lsn(end), timestamp, reply_requested);
+            let frame = frame::decode(&mut out, 100).unwrap().unwrap();
+            let message = ServerMessage::Keepalive { end: Lsn(end), timestamp, reply_requested };
+            prop_assert_eq!(ServerMessage::decode(frame.body), Ok(message));
         }
 
         #[test]
