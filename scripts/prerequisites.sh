@@ -29,24 +29,36 @@ have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/de
 
 have_compiler() { command -v cc >/dev/null; }
 
-# install WHY PACKAGE...: installs Debian packages, without letting them start a service.
+# install WHY PACKAGE...: installs Debian packages without letting them start a service, now or at the next boot.
 install() {
-    local why=$1
+    local why=$1 policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.conf ours='' status=0
     shift
     if ! command -v apt-get >/dev/null; then
         say "$why is missing, and this is not a Debian system: install what corresponds to $*"
         return 1
     fi
     say "$why is missing, installing: $*"
-    # Debian starts a cluster, or a service, of a package it has just installed. RUNLEVEL=1 makes invoke-rc.d refuse
-    # to start anything, and create_main_cluster keeps postgresql-common from making a server that nobody asked for.
-    if [ ! -e /etc/postgresql-common/createcluster.conf ]; then
-        as_root mkdir -p /etc/postgresql-common
-        echo 'create_main_cluster = false' | as_root tee /etc/postgresql-common/createcluster.conf >/dev/null
+    # postgresql-common would make a server that nobody asked for.
+    if [ ! -e "$cluster" ]; then
+        as_root mkdir -p "$(dirname "$cluster")"
+        echo 'create_main_cluster = false' | as_root tee "$cluster" >/dev/null
     fi
-    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get update -qq
-    as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 \
-        apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
+    # Debian starts what it installs, unless this program says no.
+    if [ ! -e "$policy" ]; then
+        ours=yes
+        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+        as_root chmod 755 "$policy"
+    fi
+    {
+        as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq \
+            && as_root env DEBIAN_FRONTEND=noninteractive \
+                apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
+    } || status=$?
+    if [ -n "$ours" ]; then as_root rm -f "$policy"; fi
+    if [ "$status" -eq 0 ] && [ -d /run/systemd/system ]; then
+        case " $* " in *" prometheus "*) as_root systemctl disable --quiet prometheus ;; esac
+    fi
+    return "$status"
 }
 
 need_postgres() { have_postgres || install "PostgreSQL (server and client programs)" postgresql-15 postgresql-client-15; }

@@ -29,7 +29,7 @@ pub use cluster::{
 pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::Ledger;
 pub use port::Port;
-pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_waldump};
+pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch};
 pub use programs::{Account, Programs, in_ci, run};
 pub use random::Random;

@@ -18,7 +18,7 @@ use crate::scratch::Scratch;
 use crate::secs;
 use crate::sql::Sql;
 
-pub use tools::{PgbenchReport, ReceiveWal, pg_waldump};
+pub use tools::{PgbenchReport, ReceiveWal, pg_controldata, pg_waldump};
 
 /// Time for a start or a stop; crash recovery on a busy machine included.
 const START_DEADLINE: Duration = secs(90);

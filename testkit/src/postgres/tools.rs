@@ -137,6 +137,17 @@ pub fn pg_waldump(segment: &Path, args: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
+/// The value of `field` in what pg_controldata says about `server`'s data directory.
+///
+/// # Errors
+/// When it fails, or there is no such field.
+pub fn pg_controldata(server: &Postgres, field: &str) -> Result<String> {
+    let output = run(&mut Launch::new(server.programs.path("pg_controldata")).arg(&server.data).command())?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    value.map(|value| value.trim().to_owned()).with_context(|| format!("no {field} in:\n{text}"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
