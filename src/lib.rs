@@ -11,5 +11,7 @@
 //! | `storage` | WAL and control file on disk, over one `Disk` seam |
 //! | [`consensus`] | acceptor and proposer as pure state machines |
 
+pub mod clock;
 pub mod config;
 pub mod consensus;
+pub mod retry;

@@ -8,12 +8,12 @@
 //! durable. A refused message ([`AcceptorError`]) changes nothing.
 
 use bytes::Bytes;
+use pgproto::feedback::HotStandbyFeedback;
 use pgproto::wal::{RecordScanner, WalError};
 use pgproto::walproposer::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
     ProposerMessage, TermLsn, VoteRequest, VoteResponse,
 };
-use pgproto::feedback::HotStandbyFeedback;
 use pgproto::{Generation, Lsn, NodeId, Term};
 
 use super::history::{HistoryError, TermHistory, highest_common_point};

@@ -1,3 +1,4 @@
 //! Consensus as transcripts: what is said, and what must follow.
 
+mod acceptor;
 mod proposer;
