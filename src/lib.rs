@@ -8,10 +8,11 @@
 //! | `server` | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
-//! | `storage` | WAL and control file on disk, over one `Disk` seam |
+//! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
 //! | [`consensus`] | acceptor and proposer as pure state machines |
 
 pub mod clock;
 pub mod config;
 pub mod consensus;
 pub mod retry;
+pub mod storage;

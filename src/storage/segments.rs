@@ -1,0 +1,264 @@
+//! The files of one timeline: their names, how a segment comes into being and how it gets its final name.
+//!
+//! A segment is `<24 hex digits>.partial` while it is written and loses the suffix when it is full. Either way the file has
+//! the length of a segment from the start, filled with zeros that are really on disk: writing then never changes a file's
+//! size nor its allocation, which makes a sync cheaper (spec: dependencies, section 6). Filling takes time, so the next
+//! segment is prepared ahead, under the name `waltmp`, and only renamed when it is needed.
+
+use std::io::IoSlice;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId};
+
+use super::disk::{Disk, DiskError, DiskFile, During};
+
+/// Postgres timeline of all WAL: a server that was never promoted. The only place that knows.
+pub const PG_TIMELINE: u32 = 1;
+
+const PARTIAL_SUFFIX: &str = ".partial";
+/// A segment that has no name yet.
+const PREPARED_NAME: &str = "waltmp";
+/// Zeros are written and checked in pieces of this many bytes.
+const ZERO_CHUNK: usize = 1024 * 1024;
+
+/// Where a timeline's files are. Cheap to clone; writer and readers share it.
+#[derive(Clone, Debug)]
+pub struct TimelineFiles {
+    disk: Arc<dyn Disk>,
+    root: Arc<Path>,
+    ttid: TenantTimelineId,
+    /// How often WAL was cut off, which makes files that readers hold open untrue.
+    truncations: Arc<AtomicU64>,
+}
+
+/// A segment file found in the timeline's directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SegmentFile {
+    /// Which segment.
+    pub number: SegmentNumber,
+    /// Whether its name ends in `.partial`.
+    pub partial: bool,
+}
+
+impl TimelineFiles {
+    /// The files of `ttid` in the data directory `root`.
+    pub(super) fn new(disk: Arc<dyn Disk>, root: Arc<Path>, ttid: TenantTimelineId) -> Self {
+        Self { disk, root, ttid, truncations: Arc::default() }
+    }
+
+    /// Which timeline.
+    pub fn ttid(&self) -> TenantTimelineId {
+        self.ttid
+    }
+
+    /// The timeline's directory.
+    pub fn dir(&self) -> PathBuf {
+        self.root.join(self.ttid.tenant_id.to_string()).join(self.ttid.timeline_id.to_string())
+    }
+
+    /// The disk they are on.
+    pub fn disk(&self) -> &dyn Disk {
+        &*self.disk
+    }
+
+    /// Number of truncations so far. A file opened before the number changed may have been replaced since.
+    pub(super) fn truncations(&self) -> u64 {
+        self.truncations.load(Ordering::Acquire)
+    }
+
+    /// Tells readers to open their files again.
+    pub(super) fn count_truncation(&self) {
+        self.truncations.fetch_add(1, Ordering::Release);
+    }
+
+    /// Path of a segment under its partial or its complete name.
+    pub(super) fn segment_path(&self, file: SegmentFile, size: SegmentSize) -> PathBuf {
+        let mut name = file.number.file_name(PG_TIMELINE, size);
+        if file.partial {
+            name.push_str(PARTIAL_SUFFIX);
+        }
+        self.dir().join(name)
+    }
+
+    /// All segment files in order; a segment may have two. Other files are not ours to judge.
+    pub fn list(&self, size: SegmentSize) -> Result<Vec<SegmentFile>, DiskError> {
+        let dir = self.dir();
+        let entries = self.disk.read_dir(&dir).during("list", &dir)?;
+        let mut files: Vec<SegmentFile> = entries.iter().filter_map(|entry| parse_name(&entry.name, size)).collect();
+        files.sort_unstable();
+        Ok(files)
+    }
+
+    /// Opens a segment to read: the name it has while it is written first, then the complete one. `None` when it has neither.
+    ///
+    /// The writer may rename the file between the two attempts, so they are made twice.
+    pub(super) fn open_to_read(
+        &self,
+        number: SegmentNumber,
+        size: SegmentSize,
+    ) -> Result<Option<Arc<dyn DiskFile>>, DiskError> {
+        for partial in [true, false, true, false] {
+            let path = self.segment_path(SegmentFile { number, partial }, size);
+            match self.disk.open_read(&path).during("open", &path) {
+                Ok(file) => return Ok(Some(file)),
+                Err(error) if error.is_not_found() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Renames without making it durable; the caller syncs the directory.
+    pub(super) fn rename(&self, number: SegmentNumber, to_partial: bool, size: SegmentSize) -> Result<(), DiskError> {
+        let from = self.segment_path(SegmentFile { number, partial: !to_partial }, size);
+        let to = self.segment_path(SegmentFile { number, partial: to_partial }, size);
+        self.disk.rename(&from, &to).during("rename", &from)
+    }
+
+    /// Removes a segment file without making it durable; the caller syncs the directory.
+    pub(super) fn remove(&self, file: SegmentFile, size: SegmentSize) -> Result<(), DiskError> {
+        let path = self.segment_path(file, size);
+        self.disk.remove_file(&path).during("remove", &path)
+    }
+
+    /// Makes creations, renames and removals durable.
+    pub(super) fn sync_dir(&self) -> Result<(), DiskError> {
+        let dir = self.dir();
+        self.disk.sync_dir(&dir).during("sync directory", &dir)
+    }
+
+    /// Writes a segment full of zeros, durably, under the temporary name. What was there before is replaced.
+    pub(super) fn prepare_segment(&self, size: SegmentSize) -> Result<Arc<dyn DiskFile>, DiskError> {
+        let path = self.dir().join(PREPARED_NAME);
+        let file = self.disk.create(&path, true).during("create", &path)?;
+        let zeros = vec![0; ZERO_CHUNK];
+        for offset in (0..size.bytes()).step_by(ZERO_CHUNK) {
+            file.write_at(&mut [IoSlice::new(&zeros)], offset).during("fill with zeros", &path)?;
+        }
+        file.sync_all().during("sync", &path)?;
+        Ok(file)
+    }
+
+    /// Gives the prepared segment its partial name, not durably; the caller syncs the directory.
+    pub(super) fn adopt_prepared(&self, number: SegmentNumber, size: SegmentSize) -> Result<(), DiskError> {
+        let path = self.segment_path(SegmentFile { number, partial: true }, size);
+        self.disk.rename(&self.dir().join(PREPARED_NAME), &path).during("rename a new segment to", &path)
+    }
+
+    /// Removes what an interrupted preparation left. Nobody knows what is in it.
+    pub(super) fn remove_prepared(&self) -> Result<(), DiskError> {
+        let path = self.dir().join(PREPARED_NAME);
+        match self.disk.remove_file(&path).during("remove", &path) {
+            Err(error) if !error.is_not_found() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes every byte from `from` to the end of the file zero, and the file as long as a segment. Not durable yet.
+    ///
+    /// Reads first and writes only where something is to be erased: usually nothing is, and blocks that already hold zeros
+    /// stay as they are. The order in which the pieces reach the disk doesn't matter: WAL ends at the first gap.
+    pub(super) fn zero_tail(
+        &self,
+        file: &dyn DiskFile,
+        from: u64,
+        size: SegmentSize,
+        path: &Path,
+    ) -> Result<(), DiskError> {
+        if file.len().during("read the length of", path)? != size.bytes() {
+            file.set_len(size.bytes()).during("set the length of", path)?;
+        }
+        let zeros = vec![0; ZERO_CHUNK];
+        let mut found = vec![0; ZERO_CHUNK];
+        let mut offset = from;
+        while offset < size.bytes() {
+            let length = usize::try_from(size.bytes() - offset).unwrap_or(ZERO_CHUNK).min(ZERO_CHUNK);
+            let (found, zeros) = (found.split_at_mut(length).0, zeros.split_at(length).0);
+            let count = file.read_at(found, offset).during("read", path)?;
+            if count != length || found != zeros {
+                file.write_at(&mut [IoSlice::new(zeros)], offset).during("erase the end of", path)?;
+            }
+            offset += length as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Reads segment names of either form; `None` for all other names, other Postgres timelines among them.
+fn parse_name(name: &str, size: SegmentSize) -> Option<SegmentFile> {
+    let (stem, partial) = match name.strip_suffix(PARTIAL_SUFFIX) {
+        Some(stem) => (stem, true),
+        None => (name, false),
+    };
+    let (timeline, number) = SegmentNumber::parse_file_name(stem, size)?;
+    (timeline == PG_TIMELINE).then_some(SegmentFile { number, partial })
+}
+
+/// Offset of `lsn` in its segment file.
+pub(super) fn offset(lsn: Lsn, size: SegmentSize) -> u64 {
+    pgproto::lsn::segment_offset(lsn, size)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::disk::RealDisk;
+
+    fn files(root: &Path) -> TimelineFiles {
+        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
+        let files = TimelineFiles::new(Arc::new(RealDisk::new(true)), root.into(), ttid);
+        std::fs::create_dir_all(files.dir()).unwrap();
+        files
+    }
+
+    fn size() -> SegmentSize {
+        SegmentSize::new(1 << 20).unwrap()
+    }
+
+    #[test]
+    fn a_prepared_segment_is_all_zeros_and_gets_its_name() {
+        let root = tempfile::tempdir().unwrap();
+        let files = files(root.path());
+        std::fs::write(files.dir().join("waltmp"), b"left over").unwrap();
+        files.prepare_segment(size()).unwrap();
+        files.adopt_prepared(SegmentNumber(5), size()).unwrap();
+        let path = files.dir().join("000000010000000000000005.partial");
+        assert_eq!(std::fs::read(&path).unwrap(), vec![0; 1 << 20]);
+        assert_eq!(files.list(size()).unwrap(), [SegmentFile { number: SegmentNumber(5), partial: true }]);
+        files.rename(SegmentNumber(5), false, size()).unwrap();
+        assert!(files.dir().join("000000010000000000000005").exists());
+        files.remove_prepared().unwrap();
+    }
+
+    #[test]
+    fn only_segments_of_our_postgres_timeline_are_listed() {
+        let root = tempfile::tempdir().unwrap();
+        let files = files(root.path());
+        for name in ["000000010000000000000002", "000000010000000000000001.partial", "000000020000000000000001"] {
+            std::fs::write(files.dir().join(name), b"").unwrap();
+        }
+        for name in ["waltmp", "safekeeper.control", "000000010000000000000002.gz", "remote_partial.tmp"] {
+            std::fs::write(files.dir().join(name), b"").unwrap();
+        }
+        let numbers: Vec<_> = files.list(size()).unwrap().iter().map(|f| (f.number.0, f.partial)).collect();
+        assert_eq!(numbers, [(1, true), (2, false)]);
+    }
+
+    #[test]
+    fn the_tail_is_erased_and_nothing_before_it() {
+        let root = tempfile::tempdir().unwrap();
+        let files = files(root.path());
+        let path = files.dir().join("f");
+        for (length, from) in [(1 << 20, 12_345), (100, 50), (1 << 21, 0), (1 << 20, 1 << 20)] {
+            std::fs::write(&path, vec![7; length]).unwrap();
+            let file = files.disk().open(&path).unwrap();
+            files.zero_tail(&*file, from, size(), &path).unwrap();
+            let content = std::fs::read(&path).unwrap();
+            let kept = usize::try_from(from).unwrap();
+            assert_eq!(content.len(), 1 << 20);
+            assert!(content[..kept].iter().all(|&b| b == 7) && content[kept..].iter().all(|&b| b == 0));
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Writes valid WAL for tests: records of any length over pages and segments, switches.
+
+use bytes::{BufMut, Bytes, BytesMut};
+use pgproto::lsn::{PAGE_SIZE, segment_offset};
+use pgproto::wal::page::{FIRST_IS_CONTRECORD, LONG_HEADER, LongHeader, PageHeader, header_size, magic_of};
+use pgproto::{Lsn, SegmentSize, SystemId};
+
+/// Version whose WAL is written.
+pub const PG_VERSION: u32 = 150_018;
+/// System identifier in it.
+pub const SYSTEM_ID: SystemId = SystemId(0x1234_5678_9ABC_DEF0);
+
+/// A server's WAL as it comes into being.
+#[derive(Clone, Debug)]
+pub struct WalWriter {
+    size: SegmentSize,
+    start: Lsn,
+    position: Lsn,
+    previous: Lsn,
+    wal: BytesMut,
+}
+
+impl WalWriter {
+    /// Begins at `start`, a record boundary or the start of a page.
+    pub fn new(start: Lsn, size: SegmentSize) -> Self {
+        Self { size, start, position: start, previous: Lsn::INVALID, wal: BytesMut::new() }
+    }
+
+    /// Position behind the last byte.
+    pub fn position(&self) -> Lsn {
+        self.position
+    }
+
+    /// Adds a record with a body of `body` bytes and the padding behind it; `seed` tells bodies apart.
+    pub fn record(&mut self, body: usize, seed: u8) -> &mut Self {
+        let body: Vec<u8> = (0..body).map(|i| seed.wrapping_add(i.to_le_bytes()[0])).collect();
+        self.put_record(0x20, &body);
+        self
+    }
+
+    /// Adds an XLOG_SWITCH and the zeros up to the end of the segment.
+    pub fn switch(&mut self) -> &mut Self {
+        self.put_record(0x40, &[]);
+        while segment_offset(self.position, self.size) != 0 {
+            self.put_raw(&[0; 8]);
+        }
+        self
+    }
+
+    /// The bytes from `from` on.
+    pub fn since(&self, from: Lsn) -> Bytes {
+        let skip = usize::try_from(from.checked_sub(self.start).unwrap()).unwrap();
+        Bytes::copy_from_slice(&self.wal[skip..])
+    }
+
+    fn put_record(&mut self, info: u8, body: &[u8]) {
+        // A record's position is that of its first byte, behind a page header that may come first.
+        if self.position.page_offset() == 0 {
+            self.put_page_header(0);
+        }
+        let begin = self.position;
+        let mut record = BytesMut::new();
+        record.put_u32_le(u32::try_from(24 + body.len()).unwrap());
+        record.put_u32_le(0);
+        record.put_u64_le(self.previous.0);
+        record.put_slice(&[info, 0, 0, 0]);
+        let crc = crc32c::crc32c_append(crc32c::crc32c(body), &record);
+        record.put_u32_le(crc);
+        record.put_slice(body);
+        for (done, byte) in record.iter().enumerate() {
+            if self.position.page_offset() == 0 {
+                self.put_page_header(record.len() - done);
+            }
+            self.put_raw(&[*byte]);
+        }
+        self.previous = begin;
+        while self.position != self.position.align_up() {
+            self.put_raw(&[0]);
+        }
+    }
+
+    fn put_page_header(&mut self, remaining: usize) {
+        let size = header_size(self.position, self.size);
+        let is_first = segment_offset(self.position, self.size) == 0;
+        let header = PageHeader {
+            magic: magic_of(PG_VERSION).unwrap(),
+            flags: if remaining > 0 { FIRST_IS_CONTRECORD } else { 0 } | if is_first { LONG_HEADER } else { 0 },
+            timeline: 1,
+            address: self.position,
+            remaining: u32::try_from(remaining).unwrap(),
+            long: is_first.then_some(LongHeader {
+                system_id: SYSTEM_ID,
+                segment_size: self.size.as_u32(),
+                page_size: u32::try_from(PAGE_SIZE).unwrap(),
+            }),
+        };
+        let mut out = BytesMut::new();
+        header.encode(&mut out);
+        assert_eq!(out.len(), size);
+        self.put_raw(&out);
+    }
+
+    fn put_raw(&mut self, bytes: &[u8]) {
+        self.wal.put_slice(bytes);
+        self.position = Lsn(self.position.0 + bytes.len() as u64);
+    }
+}
+
+#[test]
+fn the_scanner_accepts_what_is_written() {
+    let size = SegmentSize::new(1 << 20).unwrap();
+    for start in [0x12_0028u64, 0x10_0000, 0x12_2000] {
+        let mut writer = WalWriter::new(Lsn(start), size);
+        writer.record(0, 1).record(100, 2).record(20_000, 3).switch().record(3_000_000, 4).record(5, 5);
+        let mut scanner = pgproto::wal::RecordScanner::new(Lsn(start), size, PG_VERSION);
+        scanner.feed(&writer.since(Lsn(start))).unwrap();
+        assert_eq!((scanner.position(), scanner.last_record_end()), (writer.position(), writer.position()));
+    }
+}
