@@ -1,10 +1,10 @@
 //! A write load that remembers, outside the database, which transactions were acknowledged.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow, ensure};
 
@@ -26,11 +26,20 @@ pub struct Ledger {
     writers: Vec<JoinHandle<()>>,
 }
 
+/// An acknowledged transaction.
+#[derive(Debug, Clone, Copy)]
+pub struct Commit {
+    /// The row it inserted.
+    pub id: u64,
+    /// When the acknowledgement arrived.
+    pub at: Instant,
+}
+
 #[derive(Debug, Default)]
 struct Shared {
     stop: AtomicBool,
-    acknowledged: AtomicU64,
-    ids: Mutex<Vec<u64>>,
+    acknowledged: Arc<AtomicU64>,
+    commits: Mutex<Vec<Commit>>,
 }
 
 impl Ledger {
@@ -55,6 +64,12 @@ impl Ledger {
         self.shared.acknowledged.load(Ordering::Relaxed)
     }
 
+    /// The counter behind [`Ledger::acknowledged`].
+    #[must_use]
+    pub fn counter(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.shared.acknowledged)
+    }
+
     /// Waits until `count` more transactions have been acknowledged.
     ///
     /// # Errors
@@ -68,11 +83,11 @@ impl Ledger {
         })
     }
 
-    /// Lets every writer finish its transaction, and returns the acknowledged ids.
+    /// Lets every writer finish its transaction, and returns what was acknowledged.
     ///
     /// # Errors
     /// When a writer doesn't come to an end, because its commit is never answered.
-    pub fn finish(mut self, deadline: Duration) -> Result<BTreeSet<u64>> {
+    pub fn finish(mut self, deadline: Duration) -> Result<Vec<Commit>> {
         self.shared.stop.store(true, Ordering::Relaxed);
         let writers = std::mem::take(&mut self.writers);
         wait_for(deadline, "the writers to finish", || {
@@ -82,19 +97,20 @@ impl Ledger {
         for writer in writers {
             writer.join().map_err(|_| anyhow!("a writer panicked"))?;
         }
-        let ids = self.shared.ids.lock().map_err(|_| anyhow!("a writer panicked"))?;
-        Ok(ids.iter().copied().collect())
+        let mut commits = self.shared.commits.lock().map_err(|_| anyhow!("a writer panicked"))?;
+        Ok(std::mem::take(&mut *commits))
     }
 
-    /// Checks that every id of `acknowledged` is in the table on `server`, and returns how many rows there are.
+    /// Checks that every transaction of `acknowledged` is in the table on `server`, and returns how many rows there are.
     ///
     /// # Errors
     /// Those that are missing.
-    pub fn verify(acknowledged: &BTreeSet<u64>, server: &Postgres) -> Result<usize> {
+    pub fn verify(acknowledged: &[Commit], server: &Postgres) -> Result<usize> {
         let mut sql = server.sql()?;
         let rows = sql.rows("SELECT id FROM ledger")?;
         let present: HashSet<u64> = rows.iter().filter_map(|row| row.first()?.as_deref()?.parse().ok()).collect();
-        let missing: Vec<&u64> = acknowledged.iter().filter(|id| !present.contains(id)).collect();
+        let missing: Vec<u64> =
+            acknowledged.iter().map(|commit| commit.id).filter(|id| !present.contains(id)).collect();
         let shown = missing.get(..missing.len().min(SHOWN)).unwrap_or_default();
         ensure!(missing.is_empty(), "{} acknowledged transactions are LOST: {shown:?}", missing.len());
         Ok(present.len())
@@ -121,8 +137,8 @@ fn write(shared: &Shared, conninfo: &str, writer: u64) {
         // Rows of different length, so that records cross pages at changing places.
         match sql.run(&format!("INSERT INTO ledger VALUES ({id}, repeat('x', {}))", id * 37 % 900)) {
             Ok(()) => {
-                if let Ok(mut ids) = shared.ids.lock() {
-                    ids.push(id);
+                if let Ok(mut commits) = shared.commits.lock() {
+                    commits.push(Commit { id, at: Instant::now() });
                 }
                 shared.acknowledged.fetch_add(1, Ordering::Relaxed);
             }

@@ -27,12 +27,13 @@ pub use cluster::{
     APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Safekeeper, Walproposer, compare_wal,
 };
 pub use http::{HttpResponse, http_get, http_post};
-pub use ledger::Ledger;
+pub use ledger::{Commit, Ledger};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch};
 pub use programs::{Account, Programs, in_ci, run};
 pub use random::Random;
+pub use rustix::process::Signal;
 pub use scratch::{Scratch, scenario};
 pub use sql::Sql;
 pub use wait::{Hopeless, stop_on_signals, wait_for};

@@ -24,7 +24,7 @@ pub struct Launch {
     pub env: Vec<(OsString, OsString)>,
     /// Run as another user than the current one.
     pub account: Option<Account>,
-    /// A process group of its own, so that it outlives a Ctrl-C meant for the caller.
+    /// A process group of its own; see [`Scratch::detach`].
     pub detached: bool,
 }
 
@@ -94,7 +94,8 @@ pub struct Daemon {
 impl Daemon {
     /// Prepares the process `name`; its output goes to that log of `scratch`.
     #[must_use]
-    pub fn new(scratch: &Scratch, name: &str, launch: Launch) -> Daemon {
+    pub fn new(scratch: &Scratch, name: &str, mut launch: Launch) -> Daemon {
+        launch.detached |= scratch.is_detached();
         Daemon { name: name.to_owned(), launch, log: scratch.log(name), child: None }
     }
 
@@ -229,11 +230,6 @@ impl Daemon {
     pub fn stop(&mut self, signal: Signal, deadline: Duration) -> Result<ExitStatus> {
         self.signal(signal)?;
         self.wait_exit(deadline)
-    }
-
-    /// Gives the process up: it is not killed on drop.
-    pub fn release(&mut self) {
-        self.child = None;
     }
 }
 

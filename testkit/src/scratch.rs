@@ -1,5 +1,6 @@
 //! A temporary directory for one test, with all of its logs, and the frame in which a test runs.
 
+use std::cell::Cell;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
@@ -20,6 +21,7 @@ const TAIL_BYTES: u64 = 8 * 1024;
 pub struct Scratch {
     dir: tempfile::TempDir,
     account: Account,
+    detached: Cell<bool>,
 }
 
 impl Scratch {
@@ -33,7 +35,7 @@ impl Scratch {
         // PostgreSQL runs under another account when we are root, and has to get through.
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755))?;
         fs::create_dir(dir.path().join("logs"))?;
-        Ok(Scratch { dir, account: Account::for_postgres()? })
+        Ok(Scratch { dir, account: Account::for_postgres()?, detached: Cell::new(false) })
     }
 
     /// The directory.
@@ -74,6 +76,17 @@ impl Scratch {
     #[must_use]
     pub fn account(&self) -> &Account {
         &self.account
+    }
+
+    /// Processes started from now on get process groups of their own, so that they can outlive the caller and its terminal's Ctrl-C.
+    pub fn detach(&self) {
+        self.detached.set(true);
+    }
+
+    /// Was [`Scratch::detach`] called?
+    #[must_use]
+    pub fn is_detached(&self) -> bool {
+        self.detached.get()
     }
 
     /// Leaves the directory in place and returns its path.
