@@ -16,3 +16,4 @@ pub mod config;
 pub mod consensus;
 pub mod retry;
 pub mod storage;
+pub mod metrics;

@@ -1,0 +1,304 @@
+//! Counters and histograms of the safekeeper; names as in Neon's (spec: semantics 19) where it has them.
+
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use prometheus::core::Collector;
+use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use super::{Counted, counter, counter_vec, int_gauge, int_gauge_vec, must, seconds, seconds_vec};
+
+/// The metrics of this process as a safekeeper.
+pub fn safekeeper() -> &'static SafekeeperMetrics {
+    static METRICS: LazyLock<SafekeeperMetrics> = LazyLock::new(SafekeeperMetrics::new);
+    &METRICS
+}
+
+/// Sizes of WAL writes: a few records up to what group commit gathers.
+const WRITE_BYTES: &[f64] =
+    &[128.0, 512.0, 2_048.0, 8_192.0, 32_768.0, 131_072.0, 524_288.0, 1_048_576.0, 4_194_304.0, 16_777_216.0];
+
+/// Counters and histograms of the safekeeper. One method for each thing that happens.
+pub struct SafekeeperMetrics {
+    write_wal_bytes: Histogram,
+    write_wal_seconds: Histogram,
+    flush_wal_seconds: Histogram,
+    persist_control_file_seconds: Histogram,
+    wal_storage_operation_seconds: HistogramVec,
+    wal_disk_io_errors: IntCounter,
+    proposer_acceptor_messages: IntCounterVec,
+    received_ps_feedbacks: IntCounter,
+    pg_queries_received: IntCounterVec,
+    pg_queries_finished: IntCounterVec,
+    pg_io_bytes: IntCounterVec,
+    wal_receivers: IntGauge,
+    wal_readers: IntGaugeVec,
+}
+
+/// Seldom and slow operations on the files of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StorageOperation {
+    /// A new segment file was made.
+    InitializeSegment,
+    /// The first segment of a timeline was made, with its page header.
+    InitializeFirstSegment,
+    /// WAL after some LSN was cut off.
+    TruncateWal,
+}
+
+/// How a message of a proposer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Processed, which includes a refusal that is an answer (such as a vote not given).
+    Success,
+    /// The session ends because of it.
+    Error,
+}
+
+/// A command whose runs are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QueryKind {
+    /// A proposer pushes WAL.
+    StartWalPush,
+    /// A reader follows WAL.
+    StartReplication,
+    /// Who are you, and how far.
+    IdentifySystem,
+    /// Status of a timeline.
+    TimelineStatus,
+    /// Everything else that is understood.
+    Other,
+}
+
+impl QueryKind {
+    fn label(self) -> &'static str {
+        match self {
+            QueryKind::StartWalPush => "START_WAL_PUSH",
+            QueryKind::StartReplication => "START_REPLICATION",
+            QueryKind::IdentifySystem => "IDENTIFY_SYSTEM",
+            QueryKind::TimelineStatus => "TIMELINE_STATUS",
+            QueryKind::Other => "other",
+        }
+    }
+}
+
+/// What a client calls itself, cut down to a label that a client can't invent new values of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Application(&'static str);
+
+impl Application {
+    /// Classifies an `application_name`; whatever isn't known is "other".
+    pub fn classify(application_name: &str) -> Self {
+        const KNOWN: [&str; 9] = [
+            "walreceiver",
+            "pg_receivewal",
+            "pg_basebackup",
+            "walproposer",
+            "wal_proposer_recovery",
+            "pageserver",
+            "safekeeper",
+            "barman",
+            "psql",
+        ];
+        // Names with a number after them are common: "pageserver-1", "barman_receive_wal".
+        let matches = |known: &&&str| {
+            application_name.strip_prefix(**known).is_some_and(|rest| rest.is_empty() || rest.starts_with(['-', '_']))
+        };
+        Application(KNOWN.iter().find(matches).copied().unwrap_or("other"))
+    }
+
+    /// Value of the label.
+    pub fn label(self) -> &'static str {
+        self.0
+    }
+}
+
+/// Bytes of one connection's socket, to be added to as they flow.
+#[derive(Clone, Debug)]
+pub struct IoCounters {
+    read: IntCounter,
+    written: IntCounter,
+}
+
+impl IoCounters {
+    /// This many bytes came in.
+    pub fn read(&self, bytes: usize) {
+        self.read.inc_by(bytes as u64);
+    }
+
+    /// This many bytes went out.
+    pub fn written(&self, bytes: usize) {
+        self.written.inc_by(bytes as u64);
+    }
+}
+
+/// A running command; counted as finished when this is dropped.
+#[derive(Debug)]
+#[must_use = "the command counts as finished when this is dropped"]
+pub struct QueryTimer(IntCounter);
+
+impl Drop for QueryTimer {
+    fn drop(&mut self) {
+        self.0.inc();
+    }
+}
+
+impl SafekeeperMetrics {
+    fn new() -> Self {
+        let opts = HistogramOpts::new("safekeeper_write_wal_bytes", "Bytes of WAL per write.");
+        SafekeeperMetrics {
+            write_wal_bytes: must(Histogram::with_opts(opts.buckets(WRITE_BYTES.to_vec()))),
+            write_wal_seconds: seconds("safekeeper_write_wal_seconds", "Time of one write of WAL, without the sync."),
+            flush_wal_seconds: seconds("safekeeper_flush_wal_seconds", "Time of one sync of WAL to disk."),
+            persist_control_file_seconds: seconds(
+                "safekeeper_persist_control_file_seconds",
+                "Time to save a control file durably.",
+            ),
+            wal_storage_operation_seconds: seconds_vec(
+                "safekeeper_wal_storage_operation_seconds",
+                "Time of seldom operations on WAL files.",
+                &["operation"],
+            ),
+            wal_disk_io_errors: counter(
+                "safekeeper_wal_disk_io_errors_total",
+                "Failed reads, writes and syncs of WAL and control files.",
+            ),
+            proposer_acceptor_messages: counter_vec(
+                "safekeeper_proposer_acceptor_messages_total",
+                "Messages from proposers, by how processing them ended.",
+                &["outcome"],
+            ),
+            received_ps_feedbacks: counter(
+                "safekeeper_received_ps_feedbacks_total",
+                "Feedback messages from page servers.",
+            ),
+            pg_queries_received: counter_vec(
+                "safekeeper_pg_queries_received_total",
+                "Commands on the Postgres port that began.",
+                &["query"],
+            ),
+            pg_queries_finished: counter_vec(
+                "safekeeper_pg_queries_finished_total",
+                "Commands on the Postgres port that ended, in whatever way.",
+                &["query"],
+            ),
+            pg_io_bytes: counter_vec(
+                "safekeeper_pg_io_bytes_total",
+                "Bytes through sockets of the Postgres port; read is what clients sent.",
+                &["app_name", "dir"],
+            ),
+            wal_receivers: int_gauge("safekeeper_wal_receivers", "Proposers connected, one per START_WAL_PUSH."),
+            wal_readers: int_gauge_vec(
+                "safekeeper_wal_readers",
+                "Readers connected, one per START_REPLICATION, by what they call themselves.",
+                &["target"],
+            ),
+        }
+    }
+
+    pub(super) fn collectors(&self) -> impl Iterator<Item = Box<dyn Collector>> {
+        // A series that exists from the start makes rate() right for its first event.
+        for outcome in ["success", "error"] {
+            self.proposer_acceptor_messages.with_label_values(&[outcome]);
+        }
+        let all: [Box<dyn Collector>; 13] = [
+            Box::new(self.write_wal_bytes.clone()),
+            Box::new(self.write_wal_seconds.clone()),
+            Box::new(self.flush_wal_seconds.clone()),
+            Box::new(self.persist_control_file_seconds.clone()),
+            Box::new(self.wal_storage_operation_seconds.clone()),
+            Box::new(self.wal_disk_io_errors.clone()),
+            Box::new(self.proposer_acceptor_messages.clone()),
+            Box::new(self.received_ps_feedbacks.clone()),
+            Box::new(self.pg_queries_received.clone()),
+            Box::new(self.pg_queries_finished.clone()),
+            Box::new(self.pg_io_bytes.clone()),
+            Box::new(self.wal_receivers.clone()),
+            Box::new(self.wal_readers.clone()),
+        ];
+        all.into_iter()
+    }
+
+    /// WAL was written, not yet synced.
+    pub fn wal_written(&self, bytes: usize, took: Duration) {
+        // Precise enough for a histogram.
+        #[allow(clippy::cast_precision_loss, reason = "far below 2^53")]
+        self.write_wal_bytes.observe(bytes as f64);
+        self.write_wal_seconds.observe(took.as_secs_f64());
+    }
+
+    /// WAL was synced.
+    pub fn wal_flushed(&self, took: Duration) {
+        self.flush_wal_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A control file was saved.
+    pub fn control_file_persisted(&self, took: Duration) {
+        self.persist_control_file_seconds.observe(took.as_secs_f64());
+    }
+
+    /// A seldom operation on WAL files was done.
+    pub fn storage_operation(&self, operation: StorageOperation, took: Duration) {
+        let label = match operation {
+            StorageOperation::InitializeSegment => "initialize_segment",
+            StorageOperation::InitializeFirstSegment => "initialize_first_segment",
+            StorageOperation::TruncateWal => "truncate_wal",
+        };
+        self.wal_storage_operation_seconds.with_label_values(&[label]).observe(took.as_secs_f64());
+    }
+
+    /// Reading, writing or syncing WAL or a control file failed.
+    pub fn disk_io_error(&self) {
+        self.wal_disk_io_errors.inc();
+    }
+
+    /// A message of a proposer was processed.
+    pub fn proposer_message(&self, outcome: Outcome) {
+        let label = match outcome {
+            Outcome::Success => "success",
+            Outcome::Error => "error",
+        };
+        self.proposer_acceptor_messages.with_label_values(&[label]).inc();
+    }
+
+    /// A page server sent feedback.
+    pub fn pageserver_feedback(&self) {
+        self.received_ps_feedbacks.inc();
+    }
+
+    /// A command begins; keep the result until it ends.
+    pub fn query(&self, kind: QueryKind) -> QueryTimer {
+        let label = [kind.label()];
+        self.pg_queries_received.with_label_values(&label).inc();
+        QueryTimer(self.pg_queries_finished.with_label_values(&label))
+    }
+
+    /// Counters for the socket of a client.
+    pub fn io(&self, application: Application) -> IoCounters {
+        let direction = |dir| self.pg_io_bytes.with_label_values(&[application.label(), dir]);
+        IoCounters { read: direction("read"), written: direction("write") }
+    }
+
+    /// A proposer starts pushing; keep the result until it is gone.
+    pub fn receiver(&self) -> Counted {
+        Counted::new(self.wal_receivers.clone())
+    }
+
+    /// A reader starts following; keep the result until it is gone.
+    pub fn reader(&self, application: Application) -> Counted {
+        Counted::new(self.wal_readers.with_label_values(&[application.label()]))
+    }
+}
+
+#[cfg(test)]
+impl SafekeeperMetrics {
+    /// Metrics that no other test touches.
+    pub(super) fn for_test() -> Self {
+        Self::new()
+    }
+
+    /// Receivers, and readers of one kind, at the moment.
+    pub(super) fn connected(&self, application: Application) -> (i64, i64) {
+        (self.wal_receivers.get(), self.wal_readers.with_label_values(&[application.label()]).get())
+    }
+}

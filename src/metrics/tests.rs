@@ -1,0 +1,191 @@
+//! What a scrape shows, and that `docs/metrics.md` tells of all of it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
+
+use super::*;
+
+struct Fixed(Vec<TimelineSample>);
+
+impl TimelineSource for Fixed {
+    fn timelines(&self) -> Vec<TimelineSample> {
+        self.0.clone()
+    }
+}
+
+struct FixedProposer(ProposerStatus);
+
+impl ProposerSource for FixedProposer {
+    fn status(&self) -> Arc<ProposerStatus> {
+        Arc::new(self.0.clone())
+    }
+}
+
+fn sample(number: usize, active: bool) -> TimelineSample {
+    let mut id = [0; 16];
+    id[8..].copy_from_slice(&(number as u64).to_be_bytes());
+    TimelineSample {
+        ttid: TenantTimelineId::new(TenantId(id), TimelineId([2; 16])),
+        active,
+        term: Term(3),
+        flush_lsn: Lsn(200),
+        commit_lsn: Lsn(100),
+        term_start_lsn: Lsn(50),
+        peer_horizon_lsn: Lsn(60),
+        remote_consistent_lsn: Lsn(0),
+        receivers: 1,
+        written_wal_bytes: 77,
+    }
+}
+
+/// A safekeeper after one of everything has happened.
+fn busy_safekeeper(samples: Vec<TimelineSample>) -> Exposition {
+    let metrics = safekeeper();
+    metrics.wal_written(8192, Duration::from_micros(150));
+    metrics.wal_flushed(Duration::from_micros(250));
+    metrics.control_file_persisted(Duration::from_millis(1));
+    metrics.storage_operation(StorageOperation::TruncateWal, Duration::from_millis(1));
+    metrics.disk_io_error();
+    metrics.proposer_message(Outcome::Success);
+    metrics.pageserver_feedback();
+    drop(metrics.query(QueryKind::StartWalPush));
+    metrics.io(Application::classify("psql")).read(10);
+    drop(metrics.reader(Application::classify("psql")));
+    Exposition::safekeeper(Fixed(samples))
+}
+
+fn busy_walproposer() -> Exposition {
+    let metrics = walproposer();
+    metrics.elected();
+    metrics.reconnect("primary");
+    metrics.acked(Duration::from_millis(2));
+    let safekeeper = SafekeeperStatus {
+        address: "sk1:5454".into(),
+        state: SafekeeperState::Streaming,
+        flush_lsn: Some(Lsn(5)),
+        lag_bytes: Some(7),
+        ..Default::default()
+    };
+    Exposition::walproposer(FixedProposer(ProposerStatus {
+        state: ProposerState::Streaming,
+        term: Some(Term(4)),
+        commit_lsn: Some(Lsn(5)),
+        received_lsn: Some(Lsn(12)),
+        primary: PrimaryStatus { flush_lsn: Some(Lsn(12)), connected: true, ..Default::default() },
+        safekeepers: vec![safekeeper],
+        ..Default::default()
+    }))
+}
+
+#[test]
+fn timelines_are_read_at_scrape_time() {
+    let text = busy_safekeeper(vec![sample(1, true)]).render().unwrap();
+    let labels = "{tenant_id=\"00000000000000000000000000000001\",timeline_id=\"02020202020202020202020202020202\"}";
+    for line in [
+        format!("safekeeper_flush_lsn{labels} 200"),
+        format!("safekeeper_commit_lsn{labels} 100"),
+        format!("safekeeper_acceptor_term{labels} 3"),
+        format!("safekeeper_written_wal_bytes_total{labels} 77"),
+        "# TYPE safekeeper_written_wal_bytes_total counter".to_owned(),
+        "safekeeper_timelines 1".to_owned(),
+        "safekeeper_active_timelines 1".to_owned(),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
+    assert!(!text.contains("safekeeper_remote_consistent_lsn"), "an unknown position is not exported");
+}
+
+#[test]
+fn many_idle_timelines_have_no_series_of_their_own() {
+    let samples: Vec<_> = (0..2000).map(|i| sample(i, i % 1000 == 0)).collect();
+    let text = busy_safekeeper(samples).render().unwrap();
+    assert_eq!(text.matches("\nsafekeeper_flush_lsn{").count(), 2);
+    assert!(text.contains("\nsafekeeper_timelines 2000\n"), "{text}");
+    assert!(text.contains("\nsafekeeper_active_timelines 2\n"));
+}
+
+#[test]
+fn gauges_go_down_again() {
+    let metrics = SafekeeperMetrics::for_test();
+    let application = Application::classify("pg_receivewal");
+    let held = (metrics.receiver(), metrics.reader(application));
+    assert_eq!(metrics.connected(application), (1, 1));
+    drop(held);
+    assert_eq!(metrics.connected(application), (0, 0));
+}
+
+#[test]
+fn a_client_cannot_invent_label_values() {
+    for (name, label) in [
+        ("pg_receivewal", "pg_receivewal"),
+        ("pageserver-7", "pageserver"),
+        ("barman_receive_wal", "barman"),
+        ("walproposer", "walproposer"),
+        ("walreceiverx", "other"),
+        ("", "other"),
+        ("x\"} 1\n", "other"),
+    ] {
+        assert_eq!(Application::classify(name).label(), label, "{name:?}");
+    }
+}
+
+#[test]
+fn the_proposers_state_is_one_hot() {
+    let text = busy_walproposer().render().unwrap();
+    for line in [
+        "walproposer_state{state=\"streaming\"} 1",
+        "walproposer_state{state=\"electing\"} 0",
+        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"streaming\"} 1",
+        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"disconnected\"} 0",
+        "walproposer_safekeeper_lag_bytes{safekeeper=\"sk1:5454\"} 7",
+        "walproposer_commit_lsn 5",
+        "walproposer_received_lsn 12",
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
+}
+
+/// Names and types in an exposition.
+fn families(text: &str) -> BTreeMap<String, String> {
+    text.lines()
+        .filter_map(|line| line.strip_prefix("# TYPE "))
+        .filter_map(|line| line.split_once(' '))
+        .map(|(name, kind)| (name.to_owned(), kind.to_owned()))
+        .collect()
+}
+
+/// Rows of the tables in docs/metrics.md: "| `name` | type | ...".
+fn documented() -> BTreeMap<String, String> {
+    let doc = include_str!("../../docs/metrics.md");
+    let row = |line: &str| {
+        let mut cells = line.strip_prefix("| `")?.split('|');
+        let name = cells.next()?.trim().trim_end_matches('`').to_owned();
+        Some((name, cells.next()?.trim().to_owned()))
+    };
+    doc.lines().filter_map(row).collect()
+}
+
+#[test]
+fn the_document_tells_of_every_metric_and_of_no_other() {
+    let mut sample = sample(1, true);
+    sample.remote_consistent_lsn = Lsn(1);
+    let mut exported = families(&busy_safekeeper(vec![sample]).render().unwrap());
+    exported.extend(families(&busy_walproposer().render().unwrap()));
+    assert_eq!(exported, documented());
+}
+
+#[test]
+fn names_follow_the_rules_promtool_checks() {
+    let texts = [busy_safekeeper(vec![sample(1, true)]), busy_walproposer()].map(|e| e.render().unwrap());
+    for text in texts {
+        let helped: BTreeSet<&str> =
+            text.lines().filter_map(|l| l.strip_prefix("# HELP ")?.split(' ').next()).collect();
+        for (name, kind) in families(&text) {
+            assert!(helped.contains(name.as_str()), "{name} has no help");
+            assert_eq!(kind == "counter", name.ends_with("_total"), "{name} is a {kind}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! Values of each timeline, read from the registry when Prometheus asks.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pgproto::{Lsn, TenantTimelineId, Term};
+use prometheus::core::{Collector, Desc};
+use prometheus::proto::MetricFamily;
+use prometheus::{Gauge, Opts};
+
+use super::{Reading, lsn_value, must, number_value};
+
+/// Whoever knows the timelines of this node.
+pub trait TimelineSource: Send + Sync {
+    /// All loaded timelines as they are now. Called at each scrape; must not block.
+    fn timelines(&self) -> Vec<TimelineSample>;
+}
+
+impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
+    fn timelines(&self) -> Vec<TimelineSample> {
+        (**self).timelines()
+    }
+}
+
+/// One timeline at the moment of a scrape. An LSN of 0 is "not known" and exports nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TimelineSample {
+    /// Which.
+    pub ttid: TenantTimelineId,
+    /// Whether a proposer or a reader is connected.
+    pub active: bool,
+    /// Highest term promised.
+    pub term: Term,
+    /// Durable here.
+    pub flush_lsn: Lsn,
+    /// Known committed by the quorum.
+    pub commit_lsn: Lsn,
+    /// Where the term of the present leader begins; 0 before a leader has been here since the start.
+    pub term_start_lsn: Lsn,
+    /// Lowest LSN a peer might still need.
+    pub peer_horizon_lsn: Lsn,
+    /// Durable at the page server.
+    pub remote_consistent_lsn: Lsn,
+    /// Proposers connected.
+    pub receivers: u64,
+    /// WAL bytes written since the process started.
+    pub written_wal_bytes: u64,
+}
+
+/// Above this many timelines only the active ones have series of their own; Prometheus pays for every series.
+const MAX_INACTIVE: usize = 1000;
+
+const LABELS: [&str; 2] = ["tenant_id", "timeline_id"];
+
+/// Position, unless it isn't known.
+fn known(lsn: Lsn) -> Option<f64> {
+    lsn.is_valid().then(|| lsn_value(lsn))
+}
+
+const READINGS: [Reading<TimelineSample>; 9] = [
+    Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known(t.flush_lsn)),
+    Reading::gauge("safekeeper_commit_lsn", "End of the WAL that is known committed by the quorum.", |t| {
+        known(t.commit_lsn)
+    }),
+    Reading::gauge("safekeeper_epoch_start_lsn", "Where the present leader's term begins.", |t| {
+        known(t.term_start_lsn)
+    }),
+    Reading::gauge("safekeeper_peer_horizon_lsn", "Lowest position a peer might still need from others.", |t| {
+        known(t.peer_horizon_lsn)
+    }),
+    Reading::gauge("safekeeper_remote_consistent_lsn", "End of the WAL a page server has made durable.", |t| {
+        known(t.remote_consistent_lsn)
+    }),
+    Reading::gauge("safekeeper_acceptor_term", "Highest term promised to a proposer.", |t| {
+        Some(number_value(t.term.0))
+    }),
+    Reading::gauge("safekeeper_timeline_active", "Whether a proposer or a reader is connected: 1 or 0.", |t| {
+        Some(f64::from(u8::from(t.active)))
+    }),
+    Reading::gauge("safekeeper_connected_computes", "Proposers connected.", |t| Some(number_value(t.receivers))),
+    Reading::counter("safekeeper_written_wal_bytes_total", "WAL written since the process started.", |t| {
+        Some(number_value(t.written_wal_bytes))
+    }),
+];
+
+/// Makes the families of all timelines at each scrape.
+pub(super) struct TimelineCollector<S> {
+    source: S,
+    descs: Vec<Desc>,
+    timelines: Gauge,
+    active_timelines: Gauge,
+    collect_seconds: Gauge,
+}
+
+impl<S: TimelineSource> TimelineCollector<S> {
+    pub(super) fn new(source: S) -> Self {
+        let gauge = |name: &str, help: &str| must(Gauge::with_opts(Opts::new(name, help)));
+        let timelines = gauge("safekeeper_timelines", "Timelines loaded on this node.");
+        let active_timelines = gauge("safekeeper_active_timelines", "Timelines with a proposer or a reader connected.");
+        let collect_seconds =
+            gauge("safekeeper_collect_timeline_metrics_seconds", "Time this scrape took to read the timelines.");
+        let mut descs: Vec<Desc> = READINGS.iter().map(|reading| reading.desc(&LABELS)).collect();
+        for gauge in [&timelines, &active_timelines, &collect_seconds] {
+            descs.extend(gauge.desc().into_iter().cloned());
+        }
+        TimelineCollector { source, descs, timelines, active_timelines, collect_seconds }
+    }
+}
+
+impl<S: TimelineSource> Collector for TimelineCollector<S> {
+    fn desc(&self) -> Vec<&Desc> {
+        self.descs.iter().collect()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let started = Instant::now();
+        let mut samples = self.source.timelines();
+        self.timelines.set(number_value(samples.len() as u64));
+        self.active_timelines.set(number_value(samples.iter().filter(|t| t.active).count() as u64));
+        if samples.len() > MAX_INACTIVE {
+            samples.retain(|t| t.active);
+        }
+        let names: Vec<(String, String)> =
+            samples.iter().map(|t| (t.ttid.tenant_id.to_string(), t.ttid.timeline_id.to_string())).collect();
+        let labelled = || {
+            let labels = names.iter().map(|(tenant, timeline)| [tenant.as_str(), timeline.as_str()]);
+            labels.zip(&samples)
+        };
+        let mut families: Vec<_> = READINGS.iter().flat_map(|reading| reading.collect(&LABELS, labelled())).collect();
+        self.collect_seconds.set(started.elapsed().as_secs_f64());
+        for gauge in [&self.timelines, &self.active_timelines, &self.collect_seconds] {
+            families.extend(gauge.collect());
+        }
+        families
+    }
+}
