@@ -5,9 +5,7 @@
 use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, ensure};
-use testkit::{
-    Binaries, Cluster, ClusterOptions, Daemon, Ledger, Postgres, Random, Scratch, scenario, secs, wait_for,
-};
+use testkit::{Binaries, Cluster, ClusterOptions, Daemon, Ledger, Postgres, Random, Scratch, scenario, secs, wait_for};
 
 const DEFAULT_ROUNDS: u64 = 12;
 /// An election, a catch-up and reconnections with back-off, on a busy machine.
@@ -91,7 +89,10 @@ fn kills_lose_no_acknowledged_transaction() {
         for round in 1..=rounds {
             let blow = Blow::choose(&mut random, cluster.safekeepers.len());
             let (before, during) = (random.below(200), random.below(200));
-            println!("round {round} of {rounds}: {blow:?} after {before} commits; {} acknowledged", ledger.acknowledged());
+            println!(
+                "round {round} of {rounds}: {blow:?} after {before} commits; {} acknowledged",
+                ledger.acknowledged()
+            );
             ledger.wait_progress(RECOVERY, before).with_context(|| format!("round {round}"))?;
             blow.strike(&mut cluster, &ledger, during).with_context(|| format!("round {round}, {blow:?}"))?;
             pgbench.check_alive()?;

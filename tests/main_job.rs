@@ -5,9 +5,7 @@ use std::sync::mpsc;
 
 use anyhow::{Context, Result, ensure};
 use pgproto::lsn::Lsn;
-use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Scratch, StopMode, pg_controldata, scenario, secs, wait_for,
-};
+use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Scratch, StopMode, pg_controldata, scenario, secs, wait_for};
 
 /// Other work that must go on while commits wait.
 const CHECKS_WHILE_BLOCKED: usize = 20;
@@ -74,7 +72,10 @@ fn a_safekeeper_that_was_away_catches_up_and_all_copies_agree() {
         cluster.primary.pgbench(scratch, &["-c", "4", "-t", "200"])?;
         // More than one segment that the absent node knows nothing of.
         cluster.primary.sql()?.run("SELECT pg_switch_wal()")?;
-        cluster.primary.sql()?.run("CREATE TABLE big AS SELECT i, repeat('x', 100) AS x FROM generate_series(1, 200000) i")?;
+        cluster
+            .primary
+            .sql()?
+            .run("CREATE TABLE big AS SELECT i, repeat('x', 100) AS x FROM generate_series(1, 200000) i")?;
         cluster.safekeeper(2)?.start()?;
         cluster.primary.pgbench(scratch, &["-c", "4", "-t", "100"])?;
         check_copies(&cluster)

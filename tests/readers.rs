@@ -23,9 +23,9 @@ fn write_some(cluster: &Cluster, scratch: &Scratch) -> Result<()> {
 fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<()> {
     let end = cluster.primary.flush_lsn()?;
     let (reference, dir) = (cluster.primary.wal_dir(), receiver.dir().to_owned());
-    receiver.daemon().wait_until(secs(60), "the received files to be the primary's", || {
-        compare_wal(&reference, &dir, end).map(drop)
-    })
+    receiver
+        .daemon()
+        .wait_until(secs(60), "the received files to be the primary's", || compare_wal(&reference, &dir, end).map(drop))
 }
 
 #[test]
@@ -110,7 +110,8 @@ fn a_hot_standby_survives_the_loss_of_the_safekeeper_it_reads_from() {
     scenario("standby", |scratch| {
         let mut cluster = start(scratch)?;
         cluster.primary.sql()?.run("CREATE TABLE t (id int)")?;
-        let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
+        let mut standby =
+            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
         standby.start()?;
         for round in 1..=cluster.safekeepers.len() {
             cluster.primary.sql()?.run(&format!("INSERT INTO t VALUES ({round})"))?;

@@ -1,6 +1,6 @@
 //! One replicated log on one node.
 //!
-//! A [`Timeline`] has a single writer: one task owns the acceptor and the files ([`writer`]). Everybody else sends it
+//! A [`Timeline`] has a single writer: one task owns the acceptor and the files (`writer`). Everybody else sends it
 //! commands through a bounded mailbox or watches what it publishes:
 //!
 //! ```text
@@ -19,7 +19,7 @@
 //! | File | What is in it |
 //! |---|---|
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
-//! | [`writer`] | the single writer |
+//! | `writer` | the single writer |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
 //! | [`registry`] | all timelines of the node: load, look up, create |
@@ -30,6 +30,7 @@ pub mod registry;
 mod writer;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
 use parking_lot::Mutex;
@@ -39,7 +40,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::state::ControlState;
-use crate::storage::{StorageError, TimelineStore, WalReader};
+use crate::metrics::TimelineSample;
+use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -128,7 +130,8 @@ pub struct Timeline {
     seat: Mutex<Seat>,
     readers: Readers,
     push_sessions: push::PushSessions,
-    wal_reader: WalReader,
+    written_bytes: AtomicU64,
+    files: TimelineFiles,
 }
 
 impl Timeline {
@@ -136,7 +139,7 @@ impl Timeline {
     fn new(acceptor: Acceptor, store: TimelineStore) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
-        let wal_reader = store.reader();
+        let files = store.files().clone();
         Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
@@ -146,7 +149,8 @@ impl Timeline {
             seat: Mutex::new(Seat::Parked(Box::new(Writer::new(acceptor, store)))),
             readers: Readers::default(),
             push_sessions: push::PushSessions::default(),
-            wal_reader,
+            written_bytes: AtomicU64::new(0),
+            files,
         })
     }
 
@@ -181,8 +185,26 @@ impl Timeline {
     }
 
     /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
-    pub fn wal_reader(&self) -> WalReader {
-        self.wal_reader.clone()
+    pub fn wal_reader(&self) -> Result<WalReader, ReadError> {
+        WalReader::new(self.files.clone(), &self.control.load())
+    }
+
+    /// Its values for metrics.
+    fn sample(&self) -> TimelineSample {
+        let progress = self.progress();
+        let receivers = self.push_sessions.count() as u64;
+        TimelineSample {
+            ttid: self.ttid,
+            active: receivers > 0 || self.readers.count() > 0,
+            term: progress.term,
+            flush_lsn: progress.flush_lsn,
+            commit_lsn: progress.commit_lsn,
+            term_start_lsn: progress.term_start_lsn,
+            peer_horizon_lsn: progress.peer_horizon_lsn,
+            remote_consistent_lsn: progress.remote_consistent_lsn,
+            receivers,
+            written_wal_bytes: self.written_bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Who reads here.

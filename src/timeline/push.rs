@@ -147,10 +147,8 @@ impl PushSessions {
 
     /// All of them.
     pub fn list(&self) -> Vec<PushStatus> {
-        let status = |s: &Arc<ListedSession>| PushStatus {
-            conn_id: s.conn_id,
-            streaming: s.streaming.load(Ordering::Relaxed),
-        };
+        let status =
+            |s: &Arc<ListedSession>| PushStatus { conn_id: s.conn_id, streaming: s.streaming.load(Ordering::Relaxed) };
         self.list.lock().values().map(status).collect()
     }
 }

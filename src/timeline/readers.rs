@@ -147,20 +147,13 @@ impl Drop for ReaderGuard<'_> {
     }
 }
 
-/// Minimum of each kind of xid that is set, newest time among those who set one.
 fn aggregate<'a>(readers: impl Iterator<Item = &'a ReaderStatus>) -> HotStandbyFeedback {
-    let mut all = HotStandbyFeedback::default();
-    let lower = |current: u64, new: u64| if current == 0 || (new != 0 && new < current) { new } else { current };
-    for reader in readers {
-        let ReaderFeedback::Standby { hot_standby, .. } = &reader.feedback else { continue };
-        if hot_standby.xmin == 0 && hot_standby.catalog_xmin == 0 {
-            continue;
-        }
-        all.xmin = lower(all.xmin, hot_standby.xmin);
-        all.catalog_xmin = lower(all.catalog_xmin, hot_standby.catalog_xmin);
-        all.timestamp = all.timestamp.max(hot_standby.timestamp);
-    }
-    all
+    let asked = |reader: &ReaderStatus| match &reader.feedback {
+        ReaderFeedback::Standby { hot_standby, .. } => *hot_standby,
+        ReaderFeedback::Pageserver(_) => HotStandbyFeedback::default(),
+    };
+    let wants = |feedback: &HotStandbyFeedback| feedback.xmin != 0 || feedback.catalog_xmin != 0;
+    readers.map(asked).filter(wants).fold(HotStandbyFeedback::default(), HotStandbyFeedback::merge)
 }
 
 #[cfg(test)]

@@ -4,17 +4,19 @@
 //! sessions that appended are answered. No timer delays an acknowledgement.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use pgproto::walproposer::{AcceptorMessage, AppendRequest, Configuration, ProposerMessage};
 use pgproto::{Lsn, Term};
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, timeout};
 
 use super::push::{Ack, Session};
 use super::{Seat, Timeline, TimelineError};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
-use crate::metrics;
+use crate::metrics::{self, Outcome};
 use crate::storage::{StorageError, TimelineStore};
 
 /// A writer without work for this long is parked.
@@ -29,12 +31,26 @@ const WRITE_THROUGH: usize = 4 << 20;
 /// What a writer can be asked.
 pub(super) enum Command {
     /// Greeting, vote request or elected: answered one by one.
-    Request { message: ProposerMessage, reply: oneshot::Sender<Result<Option<AcceptorMessage>, TimelineError>> },
+    Request {
+        message: ProposerMessage,
+        reply: oneshot::Sender<Result<Option<AcceptorMessage>, TimelineError>>,
+    },
     /// WAL or a heartbeat: acknowledged through the session when it is durable.
-    Append { session: Arc<Session>, append: AppendRequest },
-    BumpTerm { to: Option<Term>, reply: oneshot::Sender<Result<(Term, Term), TimelineError>> },
-    SwitchConfiguration { to: Configuration, reply: oneshot::Sender<Result<(), TimelineError>> },
-    Checkpoint { reply: oneshot::Sender<Result<(), TimelineError>> },
+    Append {
+        session: Arc<Session>,
+        append: AppendRequest,
+    },
+    BumpTerm {
+        to: Option<Term>,
+        reply: oneshot::Sender<Result<(Term, Term), TimelineError>>,
+    },
+    SwitchConfiguration {
+        to: Configuration,
+        reply: oneshot::Sender<Result<(), TimelineError>>,
+    },
+    Checkpoint {
+        reply: oneshot::Sender<Result<(), TimelineError>>,
+    },
 }
 
 /// Acceptor and files of one timeline, owned by whoever writes.
@@ -63,38 +79,10 @@ impl Writer {
 }
 
 /// Serves the mailbox until the timeline has been idle for a while, fails, or the process ends.
-pub(super) async fn run(timeline: Arc<Timeline>, writer: Box<Writer>, mut mailbox: mpsc::Receiver<Command>) {
-    let mut task = Task { timeline, writer };
-    let mut inbox = Vec::with_capacity(super::MAILBOX_CAPACITY);
-    let mut save_due = tokio::time::Instant::now() + SAVE_INTERVAL;
-    loop {
-        inbox.clear();
-        match tokio::time::timeout(IDLE_BEFORE_PARKING, mailbox.recv_many(&mut inbox, super::MAILBOX_CAPACITY)).await {
-            Ok(0) => return,
-            Ok(_) => {
-                if let Err(error) = task.perform_batch(&mut inbox).await {
-                    task.timeline.fail(&error);
-                    return;
-                }
-            }
-            Err(_idle) => {
-                if let Err(error) = task.save_lazy().await {
-                    task.timeline.fail(&error);
-                    return;
-                }
-                match task.park(&mailbox) {
-                    Some(back) => task = back,
-                    None => return,
-                }
-            }
-        }
-        if tokio::time::Instant::now() >= save_due {
-            save_due = tokio::time::Instant::now() + SAVE_INTERVAL;
-            if let Err(error) = task.save_lazy().await {
-                task.timeline.fail(&error);
-                return;
-            }
-        }
+pub(super) async fn run(timeline: Arc<Timeline>, writer: Box<Writer>, mailbox: mpsc::Receiver<Command>) {
+    let task = Task { timeline: Arc::clone(&timeline), writer };
+    if let Err(error) = task.serve(mailbox).await {
+        timeline.fail(&error);
     }
 }
 
@@ -104,18 +92,41 @@ struct Task {
 }
 
 impl Task {
+    async fn serve(mut self, mut mailbox: mpsc::Receiver<Command>) -> Result<(), StorageError> {
+        let mut inbox = Vec::with_capacity(super::MAILBOX_CAPACITY);
+        let mut save_due = Instant::now() + SAVE_INTERVAL;
+        loop {
+            let next = mailbox.recv_many(&mut inbox, super::MAILBOX_CAPACITY);
+            match timeout(IDLE_BEFORE_PARKING, next).await {
+                Ok(0) => return Ok(()),
+                Ok(_) => self.perform_batch(&mut inbox).await?,
+                Err(_idle) => {
+                    self.save_lazy().await?;
+                    match self.park(&mailbox).await? {
+                        Some(back) => self = back,
+                        None => return Ok(()),
+                    }
+                }
+            }
+            if Instant::now() >= save_due {
+                save_due = Instant::now() + SAVE_INTERVAL;
+                self.save_lazy().await?;
+            }
+        }
+    }
+
     /// Gives the writer back to the seat if nobody can send any more; otherwise returns the task to go on.
-    fn park(mut self, mailbox: &mpsc::Receiver<Command>) -> Option<Task> {
+    async fn park(mut self, mailbox: &mpsc::Receiver<Command>) -> Result<Option<Task>, StorageError> {
+        self.writer.store.park().await?;
         let timeline = Arc::clone(&self.timeline);
         let mut seat = timeline.seat.lock();
         // Senders are cloned only under this lock, so a count of one means the seat's own.
         let deserted = matches!(&*seat, Seat::Running(sender) if sender.strong_count() == 1) && mailbox.is_empty();
         if !deserted {
-            return Some(self);
+            return Ok(Some(self));
         }
-        self.writer.store.park();
         *seat = Seat::Parked(self.writer);
-        None
+        Ok(None)
     }
 
     async fn save_lazy(&mut self) -> Result<(), StorageError> {
@@ -164,7 +175,7 @@ impl Task {
         reply: oneshot::Sender<Result<T, TimelineError>>,
         value: impl FnOnce(&Writer, Option<AcceptorMessage>) -> T,
     ) -> Result<(), StorageError> {
-        metrics::acceptor_message(result.is_ok());
+        count(&result);
         let answer = match result {
             Ok(actions) => {
                 let message = self.perform(actions).await?;
@@ -181,7 +192,7 @@ impl Task {
     async fn append(&mut self, session: Arc<Session>, append: AppendRequest) -> Result<(), StorageError> {
         let term = append.term;
         let result = self.writer.acceptor.handle(ProposerMessage::Append(append));
-        metrics::acceptor_message(result.is_ok());
+        count(&result);
         match result {
             Err(error) => session.acknowledge(Ack::Refused(self.refused(error))),
             Ok(actions) => match self.perform(actions).await? {
@@ -216,7 +227,10 @@ impl Task {
         let mut reply = None;
         for action in actions {
             match action {
-                Action::Write { at, wal } => self.writer.gather(at, wal).await?,
+                Action::Write { at, wal } => {
+                    self.timeline.written_bytes.fetch_add(wal.len() as u64, Ordering::Relaxed);
+                    self.writer.gather(at, wal).await?;
+                }
                 Action::Flush => self.writer.write_out(true).await?,
                 Action::Persist(state) => {
                     self.writer.store.persist(&state).await?;
@@ -234,6 +248,11 @@ impl Task {
         }
         Ok(reply)
     }
+}
+
+fn count(result: &Result<Vec<Action>, AcceptorError>) {
+    let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Error };
+    metrics::safekeeper().proposer_message(outcome);
 }
 
 impl Writer {
@@ -254,7 +273,11 @@ impl Writer {
         if self.batch.is_empty() && !sync {
             return Ok(());
         }
-        self.store.append(self.batch_start, &self.batch, sync).await?;
+        if self.batch.is_empty() {
+            self.store.flush().await?;
+        } else {
+            self.store.append(self.batch_start, &self.batch, sync).await?;
+        }
         self.batch.clear();
         self.batch_bytes = 0;
         Ok(())

@@ -1,0 +1,179 @@
+//! All timelines of a node: loaded at start, looked up by name, created on demand.
+//!
+//! A timeline that can't be loaded blocks its name and says why; it never makes the node forget that it exists, because a
+//! fresh timeline in its place would vote without knowing what the old one promised.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use pgproto::{NodeId, TenantTimelineId};
+
+use super::Timeline;
+use crate::consensus::acceptor::Acceptor;
+use crate::consensus::state::ControlState;
+use crate::metrics::{TimelineSample, TimelineSource};
+use crate::storage::{CreateError, DataDir, DiskError, TimelineStore};
+
+/// Why a timeline isn't to be had.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum LookupError {
+    /// There is none of this name.
+    #[error("timeline {0} not found")]
+    NotFound(TenantTimelineId),
+    /// Its files are there but couldn't be loaded.
+    #[error("timeline {ttid} could not be loaded: {reason}")]
+    Broken {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// Why.
+        reason: Arc<str>,
+    },
+    /// Somebody is creating it right now.
+    #[error("timeline {0} is being created; try again")]
+    Creating(TenantTimelineId),
+}
+
+/// Why a timeline couldn't be created.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CreateTimelineError {
+    /// The name is taken by something that isn't usable.
+    #[error(transparent)]
+    Taken(#[from] LookupError),
+    /// The facts given don't make a timeline.
+    #[error("timeline {0} not created: {1}")]
+    Invalid(TenantTimelineId, &'static str),
+    /// The disk said no.
+    #[error("timeline {ttid} not created: {reason}")]
+    Storage {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// Why.
+        reason: Arc<str>,
+    },
+}
+
+enum Slot {
+    Loaded(Arc<Timeline>),
+    Creating,
+    Broken(Arc<str>),
+}
+
+/// The timelines of a node.
+pub struct Registry {
+    data_dir: DataDir,
+    timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
+}
+
+impl Registry {
+    /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name.
+    pub async fn load(data_dir: DataDir) -> Result<Arc<Self>, DiskError> {
+        let mut timelines = BTreeMap::new();
+        for ttid in data_dir.timelines()? {
+            let slot = match TimelineStore::open(&data_dir, ttid).await {
+                Ok((store, recovered)) => {
+                    let acceptor = Acceptor::new(data_dir.node_id(), recovered.control, recovered.scanner);
+                    tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
+                    Slot::Loaded(Timeline::new(acceptor, store))
+                }
+                Err(error) => {
+                    tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
+                    Slot::Broken(error.to_string().into())
+                }
+            };
+            timelines.insert(ttid, slot);
+        }
+        Ok(Arc::new(Self { data_dir, timelines: Mutex::new(timelines) }))
+    }
+
+    /// The node these timelines are on.
+    pub fn node_id(&self) -> NodeId {
+        self.data_dir.node_id()
+    }
+
+    /// The timeline of this name.
+    pub fn get(&self, ttid: TenantTimelineId) -> Result<Arc<Timeline>, LookupError> {
+        match self.timelines.lock().get(&ttid) {
+            Some(Slot::Loaded(timeline)) => Ok(Arc::clone(timeline)),
+            Some(Slot::Creating) => Err(LookupError::Creating(ttid)),
+            Some(Slot::Broken(reason)) => Err(LookupError::Broken { ttid, reason: Arc::clone(reason) }),
+            None => Err(LookupError::NotFound(ttid)),
+        }
+    }
+
+    /// All loaded timelines, in the order of their names.
+    pub fn list(&self) -> Vec<Arc<Timeline>> {
+        let loaded = |slot: &Slot| match slot {
+            Slot::Loaded(timeline) => Some(Arc::clone(timeline)),
+            _ => None,
+        };
+        self.timelines.lock().values().filter_map(loaded).collect()
+    }
+
+    /// The one timeline of this node, if there is exactly one: what a client gets that names none.
+    pub fn only(&self) -> Option<TenantTimelineId> {
+        let timelines = self.timelines.lock();
+        let mut names = timelines.keys();
+        names.next().filter(|_| names.next().is_none()).copied()
+    }
+
+    /// The timeline of `state`'s name, created from `state` if there is none. Runs to its end even if the caller goes away.
+    pub async fn get_or_create(self: &Arc<Self>, state: ControlState) -> Result<Arc<Timeline>, CreateTimelineError> {
+        let ttid = state.ttid;
+        match self.get(ttid) {
+            Ok(timeline) => return Ok(timeline),
+            Err(LookupError::NotFound(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if state.server.pg_version == 0 {
+            return Err(CreateTimelineError::Invalid(ttid, "the PostgreSQL version is not known"));
+        }
+        let registry = Arc::clone(self);
+        let creation = tokio::spawn(async move { registry.create(state).await });
+        creation.await.unwrap_or_else(|error| {
+            Err(CreateTimelineError::Storage { ttid, reason: format!("creation was interrupted: {error}").into() })
+        })
+    }
+
+    async fn create(&self, state: ControlState) -> Result<Arc<Timeline>, CreateTimelineError> {
+        let ttid = state.ttid;
+        match self.timelines.lock().entry(ttid) {
+            std::collections::btree_map::Entry::Vacant(entry) => entry.insert(Slot::Creating),
+            std::collections::btree_map::Entry::Occupied(entry) => match entry.get() {
+                Slot::Loaded(timeline) => return Ok(Arc::clone(timeline)),
+                Slot::Creating => return Err(LookupError::Creating(ttid).into()),
+                Slot::Broken(reason) => {
+                    return Err(LookupError::Broken { ttid, reason: Arc::clone(reason) }.into());
+                }
+            },
+        };
+        let created = TimelineStore::create(&self.data_dir, state).await;
+        let mut timelines = self.timelines.lock();
+        match created {
+            Ok((store, recovered)) => {
+                tracing::info!("creating new timeline {ttid}");
+                let acceptor = Acceptor::new(self.node_id(), recovered.control, recovered.scanner);
+                let timeline = Timeline::new(acceptor, store);
+                timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
+                Ok(timeline)
+            }
+            Err(error) => {
+                let reason: Arc<str> = error.to_string().into();
+                match error {
+                    // Complete on disk or not, it was not there before: the next try may find out.
+                    CreateError::Disk(_) => timelines.remove(&ttid),
+                    CreateError::AlreadyExists(_) | CreateError::Open(_) => {
+                        timelines.insert(ttid, Slot::Broken(Arc::clone(&reason)))
+                    }
+                };
+                Err(CreateTimelineError::Storage { ttid, reason })
+            }
+        }
+    }
+}
+
+impl TimelineSource for Registry {
+    fn timelines(&self) -> Vec<TimelineSample> {
+        self.list().iter().map(|timeline| timeline.sample()).collect()
+    }
+}
