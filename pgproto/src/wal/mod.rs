@@ -91,9 +91,9 @@ pub enum WalError {
         at: Lsn,
     },
     /// Something else than zeros between XLOG_SWITCH and the end of the segment.
-    #[error("bytes behind {at} follow a segment switch and are not zero")]
+    #[error("byte at {at} follows a segment switch and is not zero")]
     SwitchPadding {
-        /// The scan position.
+        /// Position of the first such byte.
         at: Lsn,
     },
     /// The positions are at their end.

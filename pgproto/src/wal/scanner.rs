@@ -293,6 +293,7 @@ impl RecordScanner {
         let room = self.last_record_end.saturating_sub(self.position);
         let (padding, _) = wal.split_at(wal.len().min(usize::try_from(room).unwrap_or(usize::MAX)));
         if !is_zero(padding) {
+            self.advance(padding.iter().take_while(|byte| **byte == 0).count());
             return Err(WalError::SwitchPadding { at: self.position });
         }
         let taken = self.advance(padding.len());
