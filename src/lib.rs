@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod consensus;
 pub mod metrics;
+pub mod propose;
 pub mod retry;
 pub mod storage;
 pub mod timeline;

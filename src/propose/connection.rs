@@ -92,7 +92,7 @@ impl Login<'_> {
 }
 
 /// A socket of either kind.
-trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
+pub trait Socket: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Socket for T {}
 
 /// The receiving half.
@@ -134,6 +134,8 @@ impl ReadHalf {
 pub struct Connection {
     reader: ReadHalf,
     writer: WriteHalf,
+    /// Messages not yet sent, so that a cancelled send leaves no half message behind.
+    outgoing: BytesMut,
     parameters: HashMap<String, String>,
 }
 
@@ -163,7 +165,7 @@ impl Connection {
     async fn log_in(socket: Box<dyn Socket>, login: &Login<'_>) -> Result<Self, ConnectError> {
         let (socket, writer) = tokio::io::split(socket);
         let reader = ReadHalf { socket, buffer: BytesMut::new() };
-        let mut connection = Self { reader, writer, parameters: HashMap::new() };
+        let mut connection = Self { reader, writer, outgoing: BytesMut::new(), parameters: HashMap::new() };
         let mut packet = BytesMut::new();
         login.startup().encode(&mut packet);
         connection.writer.write_all(&packet).await?;
@@ -276,11 +278,10 @@ impl Connection {
         self.reader.next().await
     }
 
-    /// Sends one CopyData, whose payload `body` writes.
+    /// Sends one CopyData, whose payload `body` writes. Cancel safe: what was begun is finished by the next send.
     pub async fn send_copy_data(&mut self, body: impl FnOnce(&mut BytesMut)) -> Result<(), ConnectError> {
-        let mut out = BytesMut::with_capacity(64);
-        frontend::copy_data(&mut out, body);
-        Ok(self.writer.write_all(&out).await?)
+        frontend::copy_data(&mut self.outgoing, body);
+        Ok(self.writer.write_all_buf(&mut self.outgoing).await?)
     }
 
     /// Both halves, to be used side by side.

@@ -99,20 +99,18 @@ async fn fetch(
             other => return Err(format!("unexpected message {other:?} from the donor")),
         };
         match ServerMessage::decode(body).map_err(|error| error.to_string())? {
-            ServerMessage::XLogData(data) if data.header.start == at => {
-                at = at.checked_add(data.wal.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
-                queue.send(data.wal).await.map_err(|_| "no longer needed".to_owned())?;
+            ServerMessage::XLogData { start, data, .. } if start == at => {
+                at = at.checked_add(data.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
+                queue.send(data).await.map_err(|_| "no longer needed".to_owned())?;
                 let event = DonorEvent { laggard, ended: None };
                 events.send(event).await.map_err(|_| "no longer needed".to_owned())?;
             }
-            ServerMessage::XLogData(data) => {
-                return Err(format!("the donor sent WAL at {}, not at {at}", data.header.start));
-            }
+            ServerMessage::XLogData { start, .. } => return Err(format!("the donor sent WAL at {start}, not at {at}")),
             // The donor has no more: it is not the donor to ask (spec: wire protocol 5.2).
-            ServerMessage::Keepalive(alive) if alive.end < to => {
-                return Err(format!("the donor's WAL ends at {}, before {to}", alive.end));
+            ServerMessage::Keepalive { end, .. } if end < to => {
+                return Err(format!("the donor's WAL ends at {end}, before {to}"));
             }
-            ServerMessage::Keepalive(_) => {}
+            ServerMessage::Keepalive { .. } => {}
         }
     }
     Ok(())

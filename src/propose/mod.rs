@@ -19,6 +19,7 @@
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
 //! | [`connection`] | the client side of the Postgres protocol |
+//! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
@@ -28,6 +29,7 @@ mod donor;
 mod driver;
 mod peer;
 mod safekeepers;
+mod standby_names;
 pub mod status;
 pub mod throttle;
 pub mod upstream;
@@ -100,7 +102,10 @@ pub async fn run(
         "following the primary"
     );
     checks::warn_about(&settings).await;
-    status.update(|report| report.ttid = Some(facts.ttid));
+    status.update(|report| {
+        report.ttid = Some(facts.ttid);
+        report.system_id = Some(facts.server.system_id);
+    });
     let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
     loop {
         let (driver, inbox) = Driver::new(Arc::clone(&settings), facts, Arc::clone(&status));
@@ -136,7 +141,10 @@ async fn primary_facts(
             Err(error) => {
                 retry.failed(Instant::now());
                 tracing::warn!(%error, retry_in = ?retry.wait(Instant::now()), "primary not available");
-                status.update(|report| report.primary_error = Some(error.to_string()));
+                status.update(|report| {
+                    report.primary_error = Some(error.to_string());
+                    report.primary_retry_at = retry.next_retry_at();
+                });
             }
         }
         tokio::select! {

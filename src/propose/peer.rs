@@ -38,7 +38,7 @@ pub(super) enum Event {
     /// It said something.
     Message(PeerIndex, AcceptorMessage),
     /// There is room in its outbound queue again.
-    Room(PeerIndex),
+    Room,
     /// The connection is gone, or couldn't be made.
     Disconnected(PeerIndex, PeerDown),
 }
@@ -173,7 +173,7 @@ async fn write(
         if let Err(error) = flush(&mut writer, &mut gathered).await {
             return format!("sending failed: {error}");
         }
-        if wants_room.swap(false, Ordering::AcqRel) && events.send(Event::Room(index)).await.is_err() {
+        if wants_room.swap(false, Ordering::AcqRel) && events.send(Event::Room).await.is_err() {
             return "the proposer ended".to_owned();
         }
     }

@@ -6,15 +6,24 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::replication::message::{ServerMessage, StandbyStatusUpdate};
+use pgproto::backend::{BackendMessage, ErrorFields, SqlState};
+use pgproto::replication::message::{ServerMessage, StandbyStatus};
 use pgproto::{Lsn, SegmentNumber, SegmentSize, SystemId};
-use tokio_postgres::config::Host;
+use tokio_postgres::config::{Host, SslMode};
 
 use super::connection::{ConnectError, Connection, Login};
 use super::throttle::AckThrottle;
 use super::{PrimaryFacts, Settings};
 use crate::consensus::state::ServerInfo;
+
+/// Role of a connection string without one.
+pub(super) const DEFAULT_USER: &str = "postgres";
+
+/// Port of a connection string without one.
+const DEFAULT_PORT: u16 = 5432;
+
+/// Versions whose WAL is understood, as `PG_VERSION_NUM`.
+const SUPPORTED_VERSIONS: std::ops::Range<u32> = 140_000..190_000;
 
 /// The only Postgres timeline this version follows.
 const PG_TIMELINE: u32 = 1;
@@ -50,6 +59,15 @@ pub enum UpstreamError {
     /// The primary answered something that makes no sense.
     #[error("unexpected answer from the primary: {0}")]
     Unexpected(String),
+    /// The connection string asks for TLS.
+    #[error("sslmode=require: TLS to the primary is not supported in this version; use sslmode=prefer or disable")]
+    TlsRequired,
+    /// WAL of this server version is not understood.
+    #[error("PostgreSQL {0} is not supported: use 14 to 18")]
+    UnsupportedVersion(String),
+    /// The segment that was switched away from is not yet whole on the primary.
+    #[error("the primary has not yet finished the WAL segment that ends at {0}")]
+    SegmentUnfinished(Lsn),
     /// The primary is on another Postgres timeline.
     #[error(
         "the primary is on Postgres timeline {0}, and this version follows only timeline {PG_TIMELINE}: \
@@ -80,7 +98,12 @@ impl UpstreamError {
     pub fn is_fatal(&self) -> bool {
         matches!(
             self,
-            Self::WrongTimeline(_) | Self::WrongSystem { .. } | Self::PrimaryBehind(_) | Self::WalRemoved(..)
+            Self::TlsRequired
+                | Self::UnsupportedVersion(_)
+                | Self::WrongTimeline(_)
+                | Self::WrongSystem { .. }
+                | Self::PrimaryBehind(_)
+                | Self::WalRemoved(..)
         )
     }
 }
@@ -103,8 +126,11 @@ pub enum UpstreamEvent {
 pub struct Upstream {
     connection: Connection,
     position: Lsn,
+    primary_flush_lsn: Lsn,
     commit_lsn: Lsn,
     throttle: AckThrottle,
+    /// When the last message came.
+    heard: Instant,
 }
 
 /// Learns what must be known of the primary before anything is proposed, and makes sure that its slot exists.
@@ -115,8 +141,8 @@ pub async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
     let version = connection.parameter("server_version").unwrap_or_default();
     let pg_version = version_number(version)
         .ok_or_else(|| UpstreamError::Unexpected(format!("server_version \"{version}\" is not a version")))?;
-    if !(140_000..190_000).contains(&pg_version) {
-        return Err(UpstreamError::Unexpected(format!("PostgreSQL {version} is not supported: use 14 to 18")));
+    if !SUPPORTED_VERSIONS.contains(&pg_version) {
+        return Err(UpstreamError::UnsupportedVersion(version.to_owned()));
     }
     create_slot(&mut connection, &settings.slot).await?;
     let held_from = slot_start(&mut connection, settings, pg_version).await?;
@@ -133,8 +159,9 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
     }
-    if flush_lsn < start && !ends_in_padding(flush_lsn, start, facts.server.wal_seg_size) {
-        return Err(UpstreamError::PrimaryBehind(start));
+    if flush_lsn < start {
+        let unfinished = ends_in_padding(flush_lsn, start, facts.server.wal_seg_size);
+        return Err(if unfinished { UpstreamError::SegmentUnfinished(start) } else { UpstreamError::PrimaryBehind(start) });
     }
     // The slot may have been dropped meanwhile; without it the primary would remove WAL that is not safe yet.
     create_slot(&mut connection, &settings.slot).await?;
@@ -144,9 +171,23 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
         Err(ConnectError::Server(error)) if error.code == SqlState::OBJECT_IN_USE => {
             return Err(UpstreamError::SlotInUse { slot: settings.slot.clone(), reason: error.message });
         }
+        Err(ConnectError::Server(error)) => return Err(refused(start, error)),
         Err(error) => return Err(error.into()),
     }
-    Ok(Upstream { connection, position: start, commit_lsn: Lsn::INVALID, throttle: AckThrottle::default() })
+    let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
+    Ok(Upstream { connection, position: start, primary_flush_lsn: flush_lsn, commit_lsn, throttle, heard })
+}
+
+/// What the primary's refusal to stream from `at` means. Its texts may be translated, so whether the primary is behind is
+/// also looked at before streaming begins.
+fn refused(at: Lsn, error: ErrorFields) -> UpstreamError {
+    if error.code == SqlState::UNDEFINED_FILE {
+        return UpstreamError::WalRemoved(at, error.message);
+    }
+    if error.message.contains("is ahead of the WAL flush position") {
+        return UpstreamError::PrimaryBehind(at);
+    }
+    ConnectError::Server(error).into()
 }
 
 /// Whether everything in `[flush_lsn, start)` can be the unwritten rest of a segment that was switched away from: a
@@ -157,13 +198,15 @@ fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
 
 async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
     let primary = &settings.primary;
-    let user = primary.get_user().unwrap_or("postgres");
+    if primary.get_ssl_mode() == SslMode::Require {
+        return Err(UpstreamError::TlsRequired);
+    }
     let options = match primary.get_options() {
         Some(own) => format!("{WAL_SENDER_OPTIONS} {own}"),
         None => WAL_SENDER_OPTIONS.to_owned(),
     };
     let login = Login {
-        user,
+        user: primary.get_user().unwrap_or(DEFAULT_USER),
         password: primary.get_password(),
         database: "replication",
         replication: true,
@@ -171,12 +214,10 @@ async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
         options: Some(&options),
     };
     let mut last = None;
-    for (i, host) in primary.get_hosts().iter().enumerate() {
-        let ports = primary.get_ports();
-        let port = ports.get(i).or(ports.first()).copied().unwrap_or(5432);
+    for (host, port) in addresses(primary) {
         let result = match host {
-            Host::Tcp(host) => Connection::connect_tcp(host, port, &login).await,
-            Host::Unix(directory) => Connection::connect_unix(directory, port, &login).await,
+            Host::Tcp(host) => Connection::connect_tcp(&host, port, &login).await,
+            Host::Unix(directory) => Connection::connect_unix(&directory, port, &login).await,
         };
         match result {
             Ok(connection) => return Ok(connection),
@@ -184,6 +225,15 @@ async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
         }
     }
     Err(last.map_or_else(|| UpstreamError::Unexpected("no host is configured".to_owned()), Into::into))
+}
+
+/// Where to try, in order. As in libpq, `hostaddr` goes before `host`, and a single port is that of every host.
+fn addresses(primary: &tokio_postgres::Config) -> Vec<(Host, u16)> {
+    let by_address: Vec<_> = primary.get_hostaddrs().iter().map(|address| Host::Tcp(address.to_string())).collect();
+    let hosts = if by_address.is_empty() { primary.get_hosts().to_vec() } else { by_address };
+    let ports = primary.get_ports();
+    let port = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(DEFAULT_PORT);
+    hosts.into_iter().enumerate().map(|(index, host)| (host, port(index))).collect()
 }
 
 async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), UpstreamError> {
@@ -256,6 +306,11 @@ impl Upstream {
         self.position
     }
 
+    /// End of WAL at the primary as it last said.
+    pub fn primary_flush_lsn(&self) -> Lsn {
+        self.primary_flush_lsn
+    }
+
     /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
     pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
         let due = self.throttle.reply_due().map(tokio::time::Instant::from_std);
@@ -265,17 +320,21 @@ impl Upstream {
                 None => std::future::pending().await,
             }
         };
+        let silent = tokio::time::Instant::from_std(self.heard + PRIMARY_SILENCE_LIMIT);
         let message = tokio::select! {
+            // What has arrived goes before the clock: the caller may not have asked for a while.
+            biased;
             message = self.connection.next() => message?,
             () = answer => {
                 self.send_status().await?;
                 return Ok(UpstreamEvent::Idle);
             }
-            () = tokio::time::sleep(PRIMARY_SILENCE_LIMIT) => return Err(ConnectError::TimedOut.into()),
+            () = tokio::time::sleep_until(silent) => return Err(ConnectError::TimedOut.into()),
         };
+        self.heard = Instant::now();
         match message {
             BackendMessage::CopyData(body) => self.copy_data(body),
-            BackendMessage::ErrorResponse(error) => Err(self.refused(error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
             BackendMessage::CommandComplete(_) | BackendMessage::CopyDone => Err(ConnectError::Closed.into()),
             BackendMessage::NoticeResponse(_) | BackendMessage::ParameterStatus { .. } => Ok(UpstreamEvent::Idle),
             other => Err(UpstreamError::Unexpected(format!("{other:?} in the WAL stream"))),
@@ -284,31 +343,22 @@ impl Upstream {
 
     fn copy_data(&mut self, body: Bytes) -> Result<UpstreamEvent, UpstreamError> {
         match ServerMessage::decode(body).map_err(ConnectError::from)? {
-            ServerMessage::XLogData(data) => {
-                let start = data.header.start;
+            ServerMessage::XLogData { start, end, data, .. } => {
+                self.primary_flush_lsn = self.primary_flush_lsn.max(end);
                 if start != self.position {
                     return Err(UpstreamError::Gap { expected: self.position, got: start });
                 }
-                self.position = Lsn(start.0.saturating_add(data.wal.len() as u64));
-                Ok(UpstreamEvent::Wal { start, wal: data.wal })
+                self.position = Lsn(start.0.saturating_add(data.len() as u64));
+                Ok(UpstreamEvent::Wal { start, wal: data })
             }
-            ServerMessage::Keepalive(keepalive) => {
-                if keepalive.reply_requested {
+            ServerMessage::Keepalive { end, reply_requested, .. } => {
+                self.primary_flush_lsn = self.primary_flush_lsn.max(end);
+                if reply_requested {
                     self.throttle.asked(Instant::now());
                 }
                 Ok(UpstreamEvent::Idle)
             }
         }
-    }
-
-    fn refused(&self, error: pgproto::backend::ErrorFields) -> UpstreamError {
-        if error.code == SqlState::UNDEFINED_FILE {
-            return UpstreamError::WalRemoved(self.position, error.message);
-        }
-        if error.message.contains("is ahead of the WAL flush position") {
-            return UpstreamError::PrimaryBehind(self.position);
-        }
-        ConnectError::Server(error).into()
     }
 
     /// The quorum has everything below `commit_lsn`: reports it if that is news.
@@ -323,7 +373,7 @@ impl Upstream {
         let lsn = self.commit_lsn;
         let (write, flush, apply) = (lsn, lsn, lsn);
         let timestamp = crate::clock::since_2000();
-        let status = StandbyStatusUpdate { write, flush, apply, timestamp, reply_requested: false };
+        let status = StandbyStatus { write, flush, apply, timestamp, reply_requested: false };
         self.connection.send_copy_data(|body| status.encode(body)).await?;
         self.throttle.reported(lsn, Instant::now());
         Ok(())
