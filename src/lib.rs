@@ -14,6 +14,6 @@
 pub mod clock;
 pub mod config;
 pub mod consensus;
+pub mod metrics;
 pub mod retry;
 pub mod storage;
-pub mod metrics;
