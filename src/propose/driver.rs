@@ -160,7 +160,6 @@ impl Driver {
                     *slot = PeerSlot { link: Some(link), down: None, donor: None, heard: now, told: now };
                 }
                 tracing::info!(safekeeper = %self.address(index), "connected");
-                metrics::connected(index.0);
                 let effects = self.proposer.connected(index);
                 self.apply(effects)
             }
@@ -215,6 +214,7 @@ impl Driver {
 
     fn disconnected(&mut self, index: PeerIndex, down: Option<PeerDown>) {
         let was_connected = self.link(index).is_some();
+        metrics::disconnected(&self.address(index));
         if let Some(down) = &down {
             if was_connected {
                 tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "connection lost");
@@ -365,7 +365,7 @@ impl Driver {
             Ok(upstream) if upstream.position() == self.buffer.end() => {
                 tracing::info!(from = %upstream.position(), "streaming from the primary");
                 self.upstream = Some(upstream);
-                self.status.update(|status| status.primary_error = None);
+                self.status.update(|status| (status.primary_error, status.primary_retry_at) = (None, None));
                 Ok(())
             }
             Ok(_) => Ok(()),
@@ -382,8 +382,11 @@ impl Driver {
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
         tracing::warn!(%error, ?retry_in, "primary not available");
-        metrics::primary_lost();
-        self.status.update(|status| status.primary_error = Some(error.to_string()));
+        metrics::disconnected("primary");
+        self.status.update(|status| {
+            status.primary_error = Some(error.to_string());
+            status.primary_retry_at = self.upstream_retry.next_retry_at();
+        });
     }
 
     async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {
@@ -398,6 +401,7 @@ impl Driver {
                 self.buffer.make_room(self.proposer.commit_lsn());
                 self.proposer.wal_available(self.buffer.end());
                 self.pump_all();
+                metrics::sent(self.buffer.end());
                 Ok(())
             }
             Ok(UpstreamEvent::Idle) => Ok(()),
@@ -433,7 +437,11 @@ impl Driver {
             status.commit_lsn = self.proposer.commit_lsn();
             status.received_lsn = self.buffer.end();
             status.buffered_bytes = self.buffer.len();
+            status.buffer_limit_bytes = self.settings.buffer_size;
             status.streaming = self.upstream.is_some();
+            if let Some(upstream) = &self.upstream {
+                status.primary_flush_lsn = upstream.primary_flush_lsn();
+            }
             status.peers.clear();
             status.peers.extend(self.peers.iter().enumerate().map(report));
         });

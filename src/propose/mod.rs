@@ -136,7 +136,10 @@ async fn primary_facts(
             Err(error) => {
                 retry.failed(Instant::now());
                 tracing::warn!(%error, retry_in = ?retry.wait(Instant::now()), "primary not available");
-                status.update(|report| report.primary_error = Some(error.to_string()));
+                status.update(|report| {
+                    report.primary_error = Some(error.to_string());
+                    report.primary_retry_at = retry.next_retry_at();
+                });
             }
         }
         tokio::select! {

@@ -37,12 +37,18 @@ pub struct Report {
     pub commit_lsn: Lsn,
     /// End of the WAL received from the primary.
     pub received_lsn: Lsn,
+    /// End of WAL at the primary as it last said.
+    pub primary_flush_lsn: Lsn,
     /// WAL held in memory.
     pub buffered_bytes: u64,
+    /// Most WAL to hold in memory.
+    pub buffer_limit_bytes: u64,
     /// WAL is flowing from the primary.
     pub streaming: bool,
     /// What last went wrong with the primary, while it isn't streaming.
     pub primary_error: Option<String>,
+    /// When the next try to reach the primary is made, while it isn't streaming.
+    pub primary_retry_at: Option<Instant>,
     /// The safekeepers, in the order of the settings.
     pub peers: Vec<PeerReport>,
 }
@@ -67,6 +73,10 @@ pub struct StatusView {
     pub commit_lsn: Option<Lsn>,
     /// End of the WAL received from the primary.
     pub received_lsn: Option<Lsn>,
+    /// WAL held in memory.
+    pub buffered_bytes: u64,
+    /// Most WAL to hold in memory; 0 until the first campaign.
+    pub buffer_limit_bytes: u64,
     /// The primary.
     pub primary: PrimaryView,
     /// The safekeepers.
@@ -78,8 +88,12 @@ pub struct StatusView {
 pub struct PrimaryView {
     /// WAL is flowing.
     pub streaming: bool,
-    /// Why it isn't.
+    /// End of WAL at the primary as it last said.
+    pub flush_lsn: Option<Lsn>,
+    /// Why it isn't streaming.
     pub error: Option<String>,
+    /// Seconds until the next try to connect.
+    pub next_retry_in_seconds: Option<f64>,
 }
 
 /// A safekeeper in [`StatusView`].
@@ -132,13 +146,14 @@ impl Status {
             (_, false) => "campaigning",
         };
         let now = Instant::now();
+        let seconds_until = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now).as_secs_f64());
         let safekeeper = |(address, peer): (&HostPort, &PeerReport)| SafekeeperView {
             address: address.to_string(),
             node_id: peer.node_id,
             state: peer_state_name(peer.state),
             flush_lsn: known(peer.flush_lsn),
             lag_bytes: known(peer.flush_lsn).map(|lsn| report.received_lsn.saturating_sub(lsn)),
-            next_retry_in_seconds: peer.next_retry_at.map(|at| at.saturating_duration_since(now).as_secs_f64()),
+            next_retry_in_seconds: seconds_until(peer.next_retry_at),
             error: peer.reason.clone(),
         };
         StatusView {
@@ -147,7 +162,14 @@ impl Status {
             term: report.term,
             commit_lsn: known(report.commit_lsn),
             received_lsn: known(report.received_lsn),
-            primary: PrimaryView { streaming: report.streaming, error: report.primary_error.clone() },
+            buffered_bytes: report.buffered_bytes,
+            buffer_limit_bytes: report.buffer_limit_bytes,
+            primary: PrimaryView {
+                streaming: report.streaming,
+                flush_lsn: known(report.primary_flush_lsn),
+                error: report.primary_error.clone(),
+                next_retry_in_seconds: seconds_until(report.primary_retry_at),
+            },
             safekeepers: self.safekeepers.iter().zip(&report.peers).map(safekeeper).collect(),
         }
     }

@@ -103,6 +103,8 @@ pub enum UpstreamEvent {
 pub struct Upstream {
     connection: Connection,
     position: Lsn,
+    /// End of WAL at the primary as it last said.
+    primary_flush_lsn: Lsn,
     commit_lsn: Lsn,
     throttle: AckThrottle,
 }
@@ -146,7 +148,8 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
         }
         Err(error) => return Err(error.into()),
     }
-    Ok(Upstream { connection, position: start, commit_lsn: Lsn::INVALID, throttle: AckThrottle::default() })
+    let throttle = AckThrottle::default();
+    Ok(Upstream { connection, position: start, primary_flush_lsn: flush_lsn, commit_lsn: Lsn::INVALID, throttle })
 }
 
 /// Whether everything in `[flush_lsn, start)` can be the unwritten rest of a segment that was switched away from: a
@@ -256,6 +259,11 @@ impl Upstream {
         self.position
     }
 
+    /// End of WAL at the primary as it last said.
+    pub fn primary_flush_lsn(&self) -> Lsn {
+        self.primary_flush_lsn
+    }
+
     /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
     pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
         let due = self.throttle.reply_due().map(tokio::time::Instant::from_std);
@@ -284,16 +292,17 @@ impl Upstream {
 
     fn copy_data(&mut self, body: Bytes) -> Result<UpstreamEvent, UpstreamError> {
         match ServerMessage::decode(body).map_err(ConnectError::from)? {
-            ServerMessage::XLogData(data) => {
-                let start = data.header.start;
+            ServerMessage::XLogData { start, end, data, .. } => {
                 if start != self.position {
                     return Err(UpstreamError::Gap { expected: self.position, got: start });
                 }
-                self.position = Lsn(start.0.saturating_add(data.wal.len() as u64));
-                Ok(UpstreamEvent::Wal { start, wal: data.wal })
+                self.position = Lsn(start.0.saturating_add(data.len() as u64));
+                self.primary_flush_lsn = end;
+                Ok(UpstreamEvent::Wal { start, wal: data })
             }
-            ServerMessage::Keepalive(keepalive) => {
-                if keepalive.reply_requested {
+            ServerMessage::Keepalive { end, reply_requested, .. } => {
+                self.primary_flush_lsn = end;
+                if reply_requested {
                     self.throttle.asked(Instant::now());
                 }
                 Ok(UpstreamEvent::Idle)
