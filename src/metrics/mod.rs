@@ -1,17 +1,18 @@
 //! What the daemons count and measure, for Prometheus. Every name is explained in `docs/metrics.md`; a test holds the
 //! two together.
 //!
-//! Counters and histograms belong to the process: the code that does a thing calls [`safekeeper()`] or [`walproposer()`]
-//! and says what happened, in one line. Values that describe the present state (LSNs, lags, terms) are not kept here
-//! at all: [`Exposition`] reads them from their owner at scrape time, through [`TimelineSource`] or [`ProposerSource`].
+//! Counters and histograms belong to the process: the code that does a thing calls the function here that says so, such
+//! as [`wal_flushed`] or [`walproposer::elected`]. Values that describe the present state (LSNs, lags, terms) are not kept here
+//! at all: [`Exposition`] reads them from their owner at scrape time, through [`TimelineSource`] or
+//! [`walproposer::ProposerSource`].
 //! So ten thousand timelines cost nothing between scrapes, and a deleted one leaves nothing behind.
 //!
 //! Label values never come unfiltered from a peer: what a client calls itself is mapped to a short list
 //! ([`Application`]).
 
-mod proposer;
 mod safekeeper;
 mod timelines;
+pub mod walproposer;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -20,12 +21,9 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
-pub use proposer::{
-    PrimaryStatus, ProposerSource, ProposerState, ProposerStatus, SafekeeperState, SafekeeperStatus,
-    WalproposerMetrics, walproposer,
-};
 pub use safekeeper::{
-    Application, IoCounters, Outcome, QueryKind, QueryTimer, SafekeeperMetrics, StorageOperation, safekeeper,
+    Application, IoCounters, QueryKind, RunningQuery, StorageOperation, acceptor_message, control_file_persisted,
+    disk_io_error, io, pageserver_feedback, query, reader, receiver, storage_operation, wal_flushed, wal_written,
 };
 pub use timelines::{TimelineSample, TimelineSource};
 
@@ -50,16 +48,16 @@ impl Exposition {
     /// What a safekeeper exposes; `timelines` is asked at every scrape.
     pub fn safekeeper(timelines: impl TimelineSource + 'static) -> Self {
         let mut exposition = Self::process("safekeeper");
-        safekeeper().collectors().for_each(|collector| exposition.add(collector));
+        safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));
         exposition
     }
 
     /// What a walproposer exposes; `proposer` is asked at every scrape.
-    pub fn walproposer(proposer: impl ProposerSource + 'static) -> Self {
+    pub fn walproposer(proposer: impl walproposer::ProposerSource + 'static) -> Self {
         let mut exposition = Self::process("walproposer");
-        walproposer().collectors().for_each(|collector| exposition.add(collector));
-        exposition.add(Box::new(proposer::ProposerCollector::new(proposer)));
+        walproposer::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(walproposer::ProposerCollector::new(proposer)));
         exposition
     }
 
@@ -138,13 +136,17 @@ impl Drop for Counted {
     }
 }
 
-/// An LSN as a gauge's value. Exact up to 2^53, which is 8 PiB of WAL.
-#[allow(clippy::cast_precision_loss, reason = "stated above")]
-fn lsn_value(lsn: pgproto::Lsn) -> f64 {
-    lsn.0 as f64
+/// A position as a gauge's value, unless it isn't known.
+fn known_lsn(lsn: pgproto::Lsn) -> Option<f64> {
+    lsn.is_valid().then(|| number_value(lsn.0))
 }
 
-/// A number as a gauge's value. Exact up to 2^53.
+/// A yes or no as a gauge's value.
+fn flag(value: bool) -> f64 {
+    f64::from(u8::from(value))
+}
+
+/// A number as a gauge's value. Exact up to 2^53; as a position, that is 8 PiB of WAL.
 #[allow(clippy::cast_precision_loss, reason = "stated above")]
 fn number_value(number: u64) -> f64 {
     number as f64

@@ -1,4 +1,4 @@
-//! Counters and histograms of the safekeeper; names as in Neon's (spec: semantics 19) where it has them.
+//! Counters and histograms of the safekeeper, one function for each thing that happens; names as in Neon's (spec: semantics 19) where it has them.
 
 use std::sync::LazyLock;
 use std::time::Duration;
@@ -8,18 +8,13 @@ use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterV
 
 use super::{Counted, counter, counter_vec, int_gauge, int_gauge_vec, must, seconds, seconds_vec};
 
-/// The metrics of this process as a safekeeper.
-pub fn safekeeper() -> &'static SafekeeperMetrics {
-    static METRICS: LazyLock<SafekeeperMetrics> = LazyLock::new(SafekeeperMetrics::new);
-    &METRICS
-}
+static METRICS: LazyLock<Metrics> = LazyLock::new(Metrics::new);
 
 /// Sizes of WAL writes: a few records up to what group commit gathers.
 const WRITE_BYTES: &[f64] =
     &[128.0, 512.0, 2_048.0, 8_192.0, 32_768.0, 131_072.0, 524_288.0, 1_048_576.0, 4_194_304.0, 16_777_216.0];
 
-/// Counters and histograms of the safekeeper. One method for each thing that happens.
-pub struct SafekeeperMetrics {
+struct Metrics {
     write_wal_bytes: Histogram,
     write_wal_seconds: Histogram,
     flush_wal_seconds: Histogram,
@@ -44,15 +39,6 @@ pub enum StorageOperation {
     InitializeFirstSegment,
     /// WAL after some LSN was cut off.
     TruncateWal,
-}
-
-/// How a message of a proposer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// Processed, which includes a refusal that is an answer (such as a vote not given).
-    Success,
-    /// The session ends because of it.
-    Error,
 }
 
 /// A command whose runs are counted.
@@ -135,18 +121,18 @@ impl IoCounters {
 /// A running command; counted as finished when this is dropped.
 #[derive(Debug)]
 #[must_use = "the command counts as finished when this is dropped"]
-pub struct QueryTimer(IntCounter);
+pub struct RunningQuery(IntCounter);
 
-impl Drop for QueryTimer {
+impl Drop for RunningQuery {
     fn drop(&mut self) {
         self.0.inc();
     }
 }
 
-impl SafekeeperMetrics {
+impl Metrics {
     fn new() -> Self {
         let opts = HistogramOpts::new("safekeeper_write_wal_bytes", "Bytes of WAL per write.");
-        SafekeeperMetrics {
+        Metrics {
             write_wal_bytes: must(Histogram::with_opts(opts.buckets(WRITE_BYTES.to_vec()))),
             write_wal_seconds: seconds("safekeeper_write_wal_seconds", "Time of one write of WAL, without the sync."),
             flush_wal_seconds: seconds("safekeeper_flush_wal_seconds", "Time of one sync of WAL to disk."),
@@ -195,110 +181,93 @@ impl SafekeeperMetrics {
             ),
         }
     }
-
-    pub(super) fn collectors(&self) -> impl Iterator<Item = Box<dyn Collector>> {
-        // A series that exists from the start makes rate() right for its first event.
-        for outcome in ["success", "error"] {
-            self.proposer_acceptor_messages.with_label_values(&[outcome]);
-        }
-        let all: [Box<dyn Collector>; 13] = [
-            Box::new(self.write_wal_bytes.clone()),
-            Box::new(self.write_wal_seconds.clone()),
-            Box::new(self.flush_wal_seconds.clone()),
-            Box::new(self.persist_control_file_seconds.clone()),
-            Box::new(self.wal_storage_operation_seconds.clone()),
-            Box::new(self.wal_disk_io_errors.clone()),
-            Box::new(self.proposer_acceptor_messages.clone()),
-            Box::new(self.received_ps_feedbacks.clone()),
-            Box::new(self.pg_queries_received.clone()),
-            Box::new(self.pg_queries_finished.clone()),
-            Box::new(self.pg_io_bytes.clone()),
-            Box::new(self.wal_receivers.clone()),
-            Box::new(self.wal_readers.clone()),
-        ];
-        all.into_iter()
-    }
-
-    /// WAL was written, not yet synced.
-    pub fn wal_written(&self, bytes: usize, took: Duration) {
-        // Precise enough for a histogram.
-        #[allow(clippy::cast_precision_loss, reason = "far below 2^53")]
-        self.write_wal_bytes.observe(bytes as f64);
-        self.write_wal_seconds.observe(took.as_secs_f64());
-    }
-
-    /// WAL was synced.
-    pub fn wal_flushed(&self, took: Duration) {
-        self.flush_wal_seconds.observe(took.as_secs_f64());
-    }
-
-    /// A control file was saved.
-    pub fn control_file_persisted(&self, took: Duration) {
-        self.persist_control_file_seconds.observe(took.as_secs_f64());
-    }
-
-    /// A seldom operation on WAL files was done.
-    pub fn storage_operation(&self, operation: StorageOperation, took: Duration) {
-        let label = match operation {
-            StorageOperation::InitializeSegment => "initialize_segment",
-            StorageOperation::InitializeFirstSegment => "initialize_first_segment",
-            StorageOperation::TruncateWal => "truncate_wal",
-        };
-        self.wal_storage_operation_seconds.with_label_values(&[label]).observe(took.as_secs_f64());
-    }
-
-    /// Reading, writing or syncing WAL or a control file failed.
-    pub fn disk_io_error(&self) {
-        self.wal_disk_io_errors.inc();
-    }
-
-    /// A message of a proposer was processed.
-    pub fn proposer_message(&self, outcome: Outcome) {
-        let label = match outcome {
-            Outcome::Success => "success",
-            Outcome::Error => "error",
-        };
-        self.proposer_acceptor_messages.with_label_values(&[label]).inc();
-    }
-
-    /// A page server sent feedback.
-    pub fn pageserver_feedback(&self) {
-        self.received_ps_feedbacks.inc();
-    }
-
-    /// A command begins; keep the result until it ends.
-    pub fn query(&self, kind: QueryKind) -> QueryTimer {
-        let label = [kind.label()];
-        self.pg_queries_received.with_label_values(&label).inc();
-        QueryTimer(self.pg_queries_finished.with_label_values(&label))
-    }
-
-    /// Counters for the socket of a client.
-    pub fn io(&self, application: Application) -> IoCounters {
-        let direction = |dir| self.pg_io_bytes.with_label_values(&[application.label(), dir]);
-        IoCounters { read: direction("read"), written: direction("write") }
-    }
-
-    /// A proposer starts pushing; keep the result until it is gone.
-    pub fn receiver(&self) -> Counted {
-        Counted::new(self.wal_receivers.clone())
-    }
-
-    /// A reader starts following; keep the result until it is gone.
-    pub fn reader(&self, application: Application) -> Counted {
-        Counted::new(self.wal_readers.with_label_values(&[application.label()]))
-    }
 }
 
-#[cfg(test)]
-impl SafekeeperMetrics {
-    /// Metrics that no other test touches.
-    pub(super) fn for_test() -> Self {
-        Self::new()
+pub(super) fn collectors() -> [Box<dyn Collector>; 13] {
+    // A series that exists from the start makes rate() right for its first event.
+    for outcome in ["success", "error"] {
+        METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
     }
+    [
+        Box::new(METRICS.write_wal_bytes.clone()),
+        Box::new(METRICS.write_wal_seconds.clone()),
+        Box::new(METRICS.flush_wal_seconds.clone()),
+        Box::new(METRICS.persist_control_file_seconds.clone()),
+        Box::new(METRICS.wal_storage_operation_seconds.clone()),
+        Box::new(METRICS.wal_disk_io_errors.clone()),
+        Box::new(METRICS.proposer_acceptor_messages.clone()),
+        Box::new(METRICS.received_ps_feedbacks.clone()),
+        Box::new(METRICS.pg_queries_received.clone()),
+        Box::new(METRICS.pg_queries_finished.clone()),
+        Box::new(METRICS.pg_io_bytes.clone()),
+        Box::new(METRICS.wal_receivers.clone()),
+        Box::new(METRICS.wal_readers.clone()),
+    ]
+}
 
-    /// Receivers, and readers of one kind, at the moment.
-    pub(super) fn connected(&self, application: Application) -> (i64, i64) {
-        (self.wal_receivers.get(), self.wal_readers.with_label_values(&[application.label()]).get())
-    }
+/// WAL was written, not yet synced.
+pub fn wal_written(bytes: usize, took: Duration) {
+    // Precise enough for a histogram.
+    #[allow(clippy::cast_precision_loss, reason = "far below 2^53")]
+    METRICS.write_wal_bytes.observe(bytes as f64);
+    METRICS.write_wal_seconds.observe(took.as_secs_f64());
+}
+
+/// WAL was synced.
+pub fn wal_flushed(took: Duration) {
+    METRICS.flush_wal_seconds.observe(took.as_secs_f64());
+}
+
+/// A control file was saved.
+pub fn control_file_persisted(took: Duration) {
+    METRICS.persist_control_file_seconds.observe(took.as_secs_f64());
+}
+
+/// A seldom operation on WAL files was done.
+pub fn storage_operation(operation: StorageOperation, took: Duration) {
+    let label = match operation {
+        StorageOperation::InitializeSegment => "initialize_segment",
+        StorageOperation::InitializeFirstSegment => "initialize_first_segment",
+        StorageOperation::TruncateWal => "truncate_wal",
+    };
+    METRICS.wal_storage_operation_seconds.with_label_values(&[label]).observe(took.as_secs_f64());
+}
+
+/// Reading, writing or syncing WAL or a control file failed.
+pub fn disk_io_error() {
+    METRICS.wal_disk_io_errors.inc();
+}
+
+/// A message for the acceptor was processed; `ok` unless it ends the session.
+pub fn acceptor_message(ok: bool) {
+    let label = if ok { "success" } else { "error" };
+    METRICS.proposer_acceptor_messages.with_label_values(&[label]).inc();
+}
+
+/// A page server sent feedback.
+pub fn pageserver_feedback() {
+    METRICS.received_ps_feedbacks.inc();
+}
+
+/// A command begins; keep the result until it ends.
+pub fn query(kind: QueryKind) -> RunningQuery {
+    let label = [kind.label()];
+    METRICS.pg_queries_received.with_label_values(&label).inc();
+    RunningQuery(METRICS.pg_queries_finished.with_label_values(&label))
+}
+
+/// Counters for the socket of a client.
+pub fn io(application: Application) -> IoCounters {
+    let direction = |dir| METRICS.pg_io_bytes.with_label_values(&[application.label(), dir]);
+    IoCounters { read: direction("read"), written: direction("write") }
+}
+
+/// A proposer starts pushing; keep the result until it is gone.
+pub fn receiver() -> Counted {
+    Counted::new(METRICS.wal_receivers.clone())
+}
+
+/// A reader starts following; keep the result until it is gone.
+pub fn reader(application: Application) -> Counted {
+    Counted::new(METRICS.wal_readers.with_label_values(&[application.label()]))
 }

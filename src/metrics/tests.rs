@@ -1,11 +1,11 @@
 //! What a scrape shows, and that `docs/metrics.md` tells of all of it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::Duration;
 
 use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
 
+use super::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
 use super::*;
 
 struct Fixed(Vec<TimelineSample>);
@@ -16,11 +16,11 @@ impl TimelineSource for Fixed {
     }
 }
 
-struct FixedProposer(ProposerStatus);
+struct FixedProposer(ProposerSample);
 
 impl ProposerSource for FixedProposer {
-    fn status(&self) -> Arc<ProposerStatus> {
-        Arc::new(self.0.clone())
+    fn sample(&self) -> ProposerSample {
+        self.0.clone()
     }
 }
 
@@ -43,38 +43,33 @@ fn sample(number: usize, active: bool) -> TimelineSample {
 
 /// A safekeeper after one of everything has happened.
 fn busy_safekeeper(samples: Vec<TimelineSample>) -> Exposition {
-    let metrics = safekeeper();
-    metrics.wal_written(8192, Duration::from_micros(150));
-    metrics.wal_flushed(Duration::from_micros(250));
-    metrics.control_file_persisted(Duration::from_millis(1));
-    metrics.storage_operation(StorageOperation::TruncateWal, Duration::from_millis(1));
-    metrics.disk_io_error();
-    metrics.proposer_message(Outcome::Success);
-    metrics.pageserver_feedback();
-    drop(metrics.query(QueryKind::StartWalPush));
-    metrics.io(Application::classify("psql")).read(10);
-    drop(metrics.reader(Application::classify("psql")));
+    wal_written(8192, Duration::from_micros(150));
+    wal_flushed(Duration::from_micros(250));
+    control_file_persisted(Duration::from_millis(1));
+    storage_operation(StorageOperation::TruncateWal, Duration::from_millis(1));
+    disk_io_error();
+    acceptor_message(true);
+    pageserver_feedback();
+    drop(query(QueryKind::StartWalPush));
+    io(Application::classify("psql")).read(10);
+    drop(reader(Application::classify("psql")));
     Exposition::safekeeper(Fixed(samples))
 }
 
 fn busy_walproposer() -> Exposition {
-    let metrics = walproposer();
-    metrics.elected();
-    metrics.reconnect("primary");
-    metrics.acked(Duration::from_millis(2));
-    let safekeeper = SafekeeperStatus {
-        address: "sk1:5454".into(),
-        state: SafekeeperState::Streaming,
-        flush_lsn: Some(Lsn(5)),
-        lag_bytes: Some(7),
-        ..Default::default()
-    };
-    Exposition::walproposer(FixedProposer(ProposerStatus {
-        state: ProposerState::Streaming,
-        term: Some(Term(4)),
-        commit_lsn: Some(Lsn(5)),
-        received_lsn: Some(Lsn(12)),
-        primary: PrimaryStatus { flush_lsn: Some(Lsn(12)), connected: true, ..Default::default() },
+    walproposer::elected();
+    walproposer::disconnected("primary");
+    walproposer::sent(Lsn(1));
+    walproposer::committed(Lsn(1));
+    let safekeeper =
+        SafekeeperSample { address: "sk1:5454".into(), state: "following", flush_lsn: Lsn(5), lag_bytes: Some(7) };
+    Exposition::walproposer(FixedProposer(ProposerSample {
+        state: "leading",
+        term: Term(4),
+        commit_lsn: Lsn(5),
+        received_lsn: Lsn(12),
+        primary_flush_lsn: Lsn(12),
+        streaming: true,
         safekeepers: vec![safekeeper],
         ..Default::default()
     }))
@@ -109,12 +104,11 @@ fn many_idle_timelines_have_no_series_of_their_own() {
 
 #[test]
 fn gauges_go_down_again() {
-    let metrics = SafekeeperMetrics::for_test();
-    let application = Application::classify("pg_receivewal");
-    let held = (metrics.receiver(), metrics.reader(application));
-    assert_eq!(metrics.connected(application), (1, 1));
+    let gauge = int_gauge("test_things", "For this test.");
+    let held = Counted::new(gauge.clone());
+    assert_eq!(gauge.get(), 1);
     drop(held);
-    assert_eq!(metrics.connected(application), (0, 0));
+    assert_eq!(gauge.get(), 0);
 }
 
 #[test]
@@ -136,10 +130,10 @@ fn a_client_cannot_invent_label_values() {
 fn the_proposers_state_is_one_hot() {
     let text = busy_walproposer().render().unwrap();
     for line in [
-        "walproposer_state{state=\"streaming\"} 1",
-        "walproposer_state{state=\"electing\"} 0",
-        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"streaming\"} 1",
-        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"disconnected\"} 0",
+        "walproposer_state{state=\"leading\"} 1",
+        "walproposer_state{state=\"campaigning\"} 0",
+        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"following\"} 1",
+        "walproposer_safekeeper_state{safekeeper=\"sk1:5454\",state=\"offline\"} 0",
         "walproposer_safekeeper_lag_bytes{safekeeper=\"sk1:5454\"} 7",
         "walproposer_commit_lsn 5",
         "walproposer_received_lsn 12",

@@ -8,7 +8,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, Opts};
 
-use super::{Reading, lsn_value, must, number_value};
+use super::{Reading, flag, known_lsn, must, number_value};
 
 /// Whoever knows the timelines of this node.
 pub trait TimelineSource: Send + Sync {
@@ -52,30 +52,25 @@ const MAX_INACTIVE: usize = 1000;
 
 const LABELS: [&str; 2] = ["tenant_id", "timeline_id"];
 
-/// Position, unless it isn't known.
-fn known(lsn: Lsn) -> Option<f64> {
-    lsn.is_valid().then(|| lsn_value(lsn))
-}
-
 const READINGS: [Reading<TimelineSample>; 9] = [
-    Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known(t.flush_lsn)),
+    Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known_lsn(t.flush_lsn)),
     Reading::gauge("safekeeper_commit_lsn", "End of the WAL that is known committed by the quorum.", |t| {
-        known(t.commit_lsn)
+        known_lsn(t.commit_lsn)
     }),
     Reading::gauge("safekeeper_epoch_start_lsn", "Where the present leader's term begins.", |t| {
-        known(t.term_start_lsn)
+        known_lsn(t.term_start_lsn)
     }),
     Reading::gauge("safekeeper_peer_horizon_lsn", "Lowest position a peer might still need from others.", |t| {
-        known(t.peer_horizon_lsn)
+        known_lsn(t.peer_horizon_lsn)
     }),
     Reading::gauge("safekeeper_remote_consistent_lsn", "End of the WAL a page server has made durable.", |t| {
-        known(t.remote_consistent_lsn)
+        known_lsn(t.remote_consistent_lsn)
     }),
     Reading::gauge("safekeeper_acceptor_term", "Highest term promised to a proposer.", |t| {
         Some(number_value(t.term.0))
     }),
     Reading::gauge("safekeeper_timeline_active", "Whether a proposer or a reader is connected: 1 or 0.", |t| {
-        Some(f64::from(u8::from(t.active)))
+        Some(flag(t.active))
     }),
     Reading::gauge("safekeeper_connected_computes", "Proposers connected.", |t| Some(number_value(t.receivers))),
     Reading::counter("safekeeper_written_wal_bytes_total", "WAL written since the process started.", |t| {

@@ -63,7 +63,8 @@ pub fn findings(settings: &PrimarySettings, application_name: &str) -> Vec<Findi
         found.push(finding(problem, "synchronous_commit = on"));
     }
     if settings.fsync == "off" {
-        let problem = "fsync is off: after a crash the server may have less WAL than the safekeepers, and can't be followed";
+        let problem =
+            "fsync is off: after a crash the server may have less WAL than the safekeepers, and can't be followed";
         found.push(finding(problem.to_owned(), "fsync = on"));
     }
     found
@@ -74,7 +75,9 @@ fn standby_finding(setting: &str, name: &str) -> Option<Finding> {
     let problem = match SyncStandbys::parse(setting) {
         None => "synchronous_standby_names is empty: commits don't wait for the safekeepers".to_owned(),
         Some(standbys) if !standbys.lists(name) => {
-            format!("synchronous_standby_names ({setting}) doesn't list \"{name}\": commits don't wait for the safekeepers")
+            format!(
+                "synchronous_standby_names ({setting}) doesn't list \"{name}\": commits don't wait for the safekeepers"
+            )
         }
         Some(standbys) if !standbys.always_waits_for(name) => {
             format!("synchronous_standby_names ({setting}) lets other standbys answer in place of the safekeepers")

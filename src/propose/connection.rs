@@ -193,7 +193,8 @@ impl Connection {
 
     async fn authenticate(&mut self, request: Authentication, login: &Login<'_>) -> Result<(), ConnectError> {
         let missing = || {
-            let text = format!("the server asks for a password of user \"{}\"; add it to the connection string", login.user);
+            let text =
+                format!("the server asks for a password of user \"{}\"; add it to the connection string", login.user);
             ConnectError::Authentication(text)
         };
         let password = login.password.ok_or_else(missing)?;

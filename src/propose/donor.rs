@@ -3,8 +3,8 @@
 //! the donor stays in our term.
 
 use bytes::Bytes;
-use pgproto::replication::message::ServerMessage;
 use pgproto::backend::BackendMessage;
+use pgproto::replication::message::ServerMessage;
 use pgproto::{Lsn, TenantTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;

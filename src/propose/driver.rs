@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use pgproto::Lsn;
 use pgproto::walproposer::MAX_SEND_SIZE;
-use pgproto::{Lsn, Term};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
@@ -20,7 +20,7 @@ use super::status::{PeerReport, Status};
 use super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
 use super::{PrimaryFacts, Settings};
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
-use crate::metrics::{self, ProposerState, SafekeeperState};
+use crate::metrics::walproposer as metrics;
 use crate::retry::Backoff;
 
 /// Heartbeats to idle safekeepers, status to the primary, and looks at the clock.
@@ -66,8 +66,6 @@ pub(super) struct Driver {
     peers: Vec<PeerSlot>,
     buffer: WalBuffer,
     elected_at: Option<Instant>,
-    /// The newest WAL whose way to the quorum is timed: its end, and when it came in.
-    timed: Option<(Lsn, Instant)>,
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
     connecting: bool,
@@ -107,7 +105,6 @@ impl Driver {
             peers: settings.safekeepers.iter().map(slot).collect(),
             buffer: WalBuffer::new(Lsn::INVALID, settings.buffer_size),
             elected_at: None,
-            timed: None,
             upstream: None,
             upstream_retry: Backoff::for_peers(),
             connecting: false,
@@ -192,7 +189,7 @@ impl Driver {
                 }
                 Effect::Elected { term, start } => {
                     tracing::info!(%term, %start, "elected: this proposer leads");
-                    metrics::walproposer().elected();
+                    metrics::elected();
                     self.elected_at = Some(Instant::now());
                     self.buffer = WalBuffer::new(start, self.settings.buffer_size);
                     self.connect_upstream();
@@ -203,7 +200,7 @@ impl Driver {
                 }
                 Effect::Committed(lsn) => {
                     self.buffer.make_room(lsn);
-                    self.observe_ack(lsn);
+                    metrics::committed(lsn);
                 }
                 Effect::Disconnect(index, error) => {
                     tracing::warn!(safekeeper = %self.address(index), %error, "disconnecting");
@@ -215,17 +212,10 @@ impl Driver {
         Ok(())
     }
 
-    /// Times one piece of WAL at a time, so that measuring costs nothing to speak of.
-    fn observe_ack(&mut self, committed: Lsn) {
-        if let Some((_, since)) = self.timed.take_if(|(end, _)| *end <= committed) {
-            metrics::walproposer().acked(since.elapsed());
-        }
-    }
-
     fn disconnected(&mut self, index: PeerIndex, down: Option<PeerDown>) {
         let was_connected = self.link(index).is_some();
+        metrics::disconnected(&self.address(index));
         if let Some(down) = &down {
-            metrics::walproposer().reconnect(&self.address(index));
             if was_connected {
                 tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "connection lost");
             } else {
@@ -375,6 +365,7 @@ impl Driver {
             Ok(upstream) if upstream.position() == self.buffer.end() => {
                 tracing::info!(from = %upstream.position(), "streaming from the primary");
                 self.upstream = Some(upstream);
+                self.status.update(|status| (status.primary_error, status.primary_retry_at) = (None, None));
                 Ok(())
             }
             Ok(_) => Ok(()),
@@ -391,8 +382,11 @@ impl Driver {
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
         tracing::warn!(%error, ?retry_in, "primary not available");
-        metrics::walproposer().reconnect("primary");
-        self.status.update(|status| status.primary_error = Some(error.to_string()));
+        metrics::disconnected("primary");
+        self.status.update(|status| {
+            status.primary_error = Some(error.to_string());
+            status.primary_retry_at = self.upstream_retry.next_retry_at();
+        });
     }
 
     async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {
@@ -406,8 +400,8 @@ impl Driver {
                 }
                 self.buffer.make_room(self.proposer.commit_lsn());
                 self.proposer.wal_available(self.buffer.end());
-                self.timed.get_or_insert((self.buffer.end(), Instant::now()));
                 self.pump_all();
+                metrics::sent(self.buffer.end());
                 Ok(())
             }
             Ok(UpstreamEvent::Idle) => Ok(()),
@@ -426,48 +420,31 @@ impl Driver {
     }
 
     fn publish(&self) {
-        let leading = self.proposer.term_start().is_some();
-        let state = match (leading, &self.upstream) {
-            (true, Some(_)) => ProposerState::Streaming,
-            (true, None) => ProposerState::Recovering,
-            (false, _) if self.proposer.term() > Term(0) => ProposerState::Electing,
-            (false, _) => ProposerState::Connecting,
-        };
-        self.status.update(|report| {
-            report.state = state;
-            report.term = self.proposer.term();
-            report.commit_lsn = self.proposer.commit_lsn();
-            report.received_lsn = self.buffer.end();
-            report.buffered_bytes = self.buffer.len();
-            report.streaming = self.upstream.is_some();
-            report.primary_retry_at = self.upstream_retry.next_retry_at();
-            if let Some(upstream) = &self.upstream {
-                report.primary_error = None;
-                report.primary_flush_lsn = upstream.primary_flush_lsn();
+        let report = |(i, slot): (usize, &PeerSlot)| {
+            let index = PeerIndex(i);
+            let down = slot.down.as_ref().filter(|_| slot.link.is_none());
+            PeerReport {
+                state: self.proposer.peer_state(index),
+                node_id: self.proposer.node_id(index),
+                flush_lsn: self.proposer.peer_flush_lsn(index),
+                reason: down.map(|down| down.reason.clone()),
+                next_retry_at: down.and_then(|down| down.next_retry_at),
             }
-            report.peers.clear();
-            report.peers.extend((0..self.peers.len()).map(|index| self.report(PeerIndex(index))));
-        });
-    }
-
-    fn report(&self, index: PeerIndex) -> PeerReport {
-        let slot = self.peers.get(index.0);
-        let down = slot.filter(|slot| slot.link.is_none()).and_then(|slot| slot.down.as_ref());
-        let behind = self.proposer.peer_next_send(index).is_some_and(|next| next < self.buffer.start());
-        let state = match self.proposer.peer_state(index) {
-            PeerState::Offline => SafekeeperState::Disconnected,
-            PeerState::Greeting => SafekeeperState::Connecting,
-            PeerState::Greeted | PeerState::Voting | PeerState::Voted => SafekeeperState::Voting,
-            PeerState::Following if behind => SafekeeperState::CatchingUp,
-            PeerState::Following => SafekeeperState::Streaming,
         };
-        PeerReport {
-            state,
-            node_id: self.proposer.node_id(index),
-            flush_lsn: self.proposer.peer_flush_lsn(index),
-            reason: down.map(|down| down.reason.clone()),
-            next_retry_at: down.and_then(|down| down.next_retry_at),
-        }
+        self.status.update(|status| {
+            status.term = self.proposer.term();
+            status.leading = self.proposer.term_start().is_some();
+            status.commit_lsn = self.proposer.commit_lsn();
+            status.received_lsn = self.buffer.end();
+            status.buffered_bytes = self.buffer.len();
+            status.buffer_limit_bytes = self.settings.buffer_size;
+            status.streaming = self.upstream.is_some();
+            if let Some(upstream) = &self.upstream {
+                status.primary_flush_lsn = upstream.primary_flush_lsn();
+            }
+            status.peers.clear();
+            status.peers.extend(self.peers.iter().enumerate().map(report));
+        });
     }
 
     fn link(&self, index: PeerIndex) -> Option<&Link> {

@@ -90,11 +90,7 @@ pub struct PrimaryFacts {
 const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Follows the primary and proposes its WAL until `shutdown`. An error means that only an operator can help.
-pub async fn run(
-    settings: Settings,
-    status: Arc<Status>,
-    shutdown: CancellationToken,
-) -> Result<(), UpstreamError> {
+pub async fn run(settings: Settings, status: Arc<Status>, shutdown: CancellationToken) -> Result<(), UpstreamError> {
     let settings = Arc::new(settings);
     let Some(facts) = primary_facts(&settings, &status, &shutdown).await? else { return Ok(()) };
     tracing::info!(
@@ -102,10 +98,7 @@ pub async fn run(
         "following the primary"
     );
     checks::warn_about(&settings).await;
-    status.update(|report| {
-        report.ttid = Some(facts.ttid);
-        report.system_id = Some(facts.server.system_id);
-    });
+    status.update(|report| report.ttid = Some(facts.ttid));
     let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
     loop {
         let (driver, inbox) = Driver::new(Arc::clone(&settings), facts, Arc::clone(&status));

@@ -10,8 +10,8 @@ use std::time::Instant;
 
 use bytes::{BufMut, BytesMut};
 use pgproto::backend::BackendMessage;
-use pgproto::{TenantTimelineId, frame};
 use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
+use pgproto::{TenantTimelineId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 
@@ -125,10 +125,10 @@ impl Talk<'_> {
         wants_room: &AtomicBool,
     ) -> String {
         let (reader, writer) = connection.into_split();
-        let (index, events) = (self.index, self.events);
+        let events = self.events;
         tokio::select! {
             reason = self.read(reader) => reason,
-            reason = write(index, events, writer, outgoing, wants_room) => reason,
+            reason = write(events, writer, outgoing, wants_room) => reason,
         }
     }
 
@@ -154,7 +154,6 @@ impl Talk<'_> {
 }
 
 async fn write(
-    index: PeerIndex,
     events: &mpsc::Sender<Event>,
     mut writer: WriteHalf,
     mut outgoing: mpsc::Receiver<ProposerMessage>,

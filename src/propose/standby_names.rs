@@ -23,7 +23,10 @@ pub struct SyncStandbys {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Token {
     /// A word or number, and whether it was quoted.
-    Word { text: String, quoted: bool },
+    Word {
+        text: String,
+        quoted: bool,
+    },
     Punctuation(char),
 }
 

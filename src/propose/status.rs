@@ -1,21 +1,19 @@
 //! What a proposer shows to operators: one small table, replaced as things happen.
 
-use std::sync::Arc;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, NodeId, SystemId, TenantTimelineId, Term};
-use tokio_postgres::config::Host;
+use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use serde::Serialize;
 
-use super::Settings;
 use crate::config::HostPort;
-use crate::metrics::{PrimaryStatus, ProposerSource, ProposerState, ProposerStatus, SafekeeperState, SafekeeperStatus};
+use crate::consensus::proposer::PeerState;
 
 /// One safekeeper as the driver sees it.
 #[derive(Clone, Debug)]
 pub struct PeerReport {
-    /// What is going on.
-    pub state: SafekeeperState,
+    /// Where the talk stands.
+    pub state: PeerState,
     /// Its id, once it told.
     pub node_id: Option<NodeId>,
     /// Durable there in this term.
@@ -29,28 +27,28 @@ pub struct PeerReport {
 /// The proposer as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
-    /// What it is about.
-    pub state: ProposerState,
     /// Which log; `None` until the primary was reached.
     pub ttid: Option<TenantTimelineId>,
-    /// Identity of the primary's cluster.
-    pub system_id: Option<SystemId>,
-    /// Term campaigned for or led in; 0 before.
+    /// Term campaigned for or led in.
     pub term: Term,
+    /// Whether the term is won.
+    pub leading: bool,
     /// Committed by the quorum in this term.
     pub commit_lsn: Lsn,
     /// End of the WAL received from the primary.
     pub received_lsn: Lsn,
-    /// WAL held in memory.
-    pub buffered_bytes: u64,
     /// End of WAL at the primary as it last said.
     pub primary_flush_lsn: Lsn,
+    /// WAL held in memory.
+    pub buffered_bytes: u64,
+    /// Most WAL to hold in memory.
+    pub buffer_limit_bytes: u64,
     /// WAL is flowing from the primary.
     pub streaming: bool,
-    /// When the next try to reach the primary is made.
-    pub primary_retry_at: Option<Instant>,
     /// What last went wrong with the primary, while it isn't streaming.
     pub primary_error: Option<String>,
+    /// When the next try to reach the primary is made, while it isn't streaming.
+    pub primary_retry_at: Option<Instant>,
     /// The safekeepers, in the order of the settings.
     pub peers: Vec<PeerReport>,
 }
@@ -58,70 +56,131 @@ pub struct Report {
 /// The current report.
 #[derive(Debug)]
 pub struct Status {
-    primary: String,
     safekeepers: Vec<HostPort>,
-    buffer_limit: u64,
     report: Mutex<Report>,
+}
+
+/// The report in the form `/v1/status` shows.
+#[derive(Debug, Serialize)]
+pub struct StatusView {
+    /// `leading`, `campaigning`, or `waiting for primary`.
+    pub state: &'static str,
+    /// Tenant and timeline on the safekeepers.
+    pub timeline: Option<TenantTimelineId>,
+    /// Term campaigned for or led in.
+    pub term: Term,
+    /// Committed by the quorum, `null` while nothing is.
+    pub commit_lsn: Option<Lsn>,
+    /// End of the WAL received from the primary.
+    pub received_lsn: Option<Lsn>,
+    /// WAL held in memory.
+    pub buffered_bytes: u64,
+    /// Most WAL to hold in memory; 0 until the first campaign.
+    pub buffer_limit_bytes: u64,
+    /// The primary.
+    pub primary: PrimaryView,
+    /// The safekeepers.
+    pub safekeepers: Vec<SafekeeperView>,
+}
+
+/// The primary in [`StatusView`].
+#[derive(Debug, Serialize)]
+pub struct PrimaryView {
+    /// WAL is flowing.
+    pub streaming: bool,
+    /// End of WAL at the primary as it last said.
+    pub flush_lsn: Option<Lsn>,
+    /// Why it isn't streaming.
+    pub error: Option<String>,
+    /// Seconds until the next try to connect.
+    pub next_retry_in_seconds: Option<f64>,
+}
+
+/// A safekeeper in [`StatusView`].
+#[derive(Debug, Serialize)]
+pub struct SafekeeperView {
+    /// Where it listens.
+    pub address: String,
+    /// Its id, once known.
+    pub node_id: Option<NodeId>,
+    /// `offline`, `greeting`, `voting` or `following`.
+    pub state: &'static str,
+    /// Durable there in this term.
+    pub flush_lsn: Option<Lsn>,
+    /// Bytes received from the primary that it doesn't have yet.
+    pub lag_bytes: Option<u64>,
+    /// Seconds until the next try to connect.
+    pub next_retry_in_seconds: Option<f64>,
+    /// Why there is no connection.
+    pub error: Option<String>,
 }
 
 impl Status {
     /// Nothing is known yet.
-    pub fn new(settings: &Settings) -> Self {
-        let host = |(index, host): (usize, &Host)| {
-            let ports = settings.primary.get_ports();
-            let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-            match host {
-                Host::Tcp(name) => format!("{name}:{port}"),
-                Host::Unix(directory) => format!("{}:{port}", directory.display()),
-            }
-        };
-        let hosts: Vec<_> = settings.primary.get_hosts().iter().enumerate().map(host).collect();
-        Self {
-            primary: hosts.join(","),
-            safekeepers: settings.safekeepers.clone(),
-            buffer_limit: settings.buffer_size,
-            report: Mutex::default(),
-        }
+    pub fn new(safekeepers: Vec<HostPort>) -> Self {
+        Self { safekeepers, report: Mutex::default() }
     }
 
     /// Changes the report.
     pub fn update(&self, change: impl FnOnce(&mut Report)) {
         change(&mut self.report.lock());
     }
-}
 
-impl ProposerSource for Status {
-    fn status(&self) -> Arc<ProposerStatus> {
-        let report = self.report.lock();
+    /// The report as it is now.
+    pub fn report(&self) -> Report {
+        self.report.lock().clone()
+    }
+
+    /// The addresses that the reports of peers are about.
+    pub fn safekeepers(&self) -> &[HostPort] {
+        &self.safekeepers
+    }
+
+    /// The report for people and programs.
+    pub fn view(&self) -> StatusView {
+        let report = self.report();
         let known = |lsn: Lsn| lsn.is_valid().then_some(lsn);
+        let state = match (report.ttid, report.leading) {
+            (None, _) => "waiting for primary",
+            (_, true) => "leading",
+            (_, false) => "campaigning",
+        };
         let now = Instant::now();
-        let safekeeper = |(address, peer): (&HostPort, &PeerReport)| SafekeeperStatus {
+        let seconds_until = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now).as_secs_f64());
+        let safekeeper = |(address, peer): (&HostPort, &PeerReport)| SafekeeperView {
             address: address.to_string(),
             node_id: peer.node_id,
-            state: peer.state,
+            state: peer_state_name(peer.state),
             flush_lsn: known(peer.flush_lsn),
             lag_bytes: known(peer.flush_lsn).map(|lsn| report.received_lsn.saturating_sub(lsn)),
-            next_retry_in: peer.next_retry_at.map(|at| at.saturating_duration_since(now)),
-            last_error: peer.reason.clone(),
+            next_retry_in_seconds: seconds_until(peer.next_retry_at),
+            error: peer.reason.clone(),
         };
-        let retry_in = report.primary_retry_at.filter(|_| !report.streaming);
-        Arc::new(ProposerStatus {
-            state: report.state,
-            ttid: report.ttid,
-            system_id: report.system_id,
-            term: (report.term > Term(0)).then_some(report.term),
+        StatusView {
+            state,
+            timeline: report.ttid,
+            term: report.term,
             commit_lsn: known(report.commit_lsn),
             received_lsn: known(report.received_lsn),
-            buffer_bytes: report.buffered_bytes,
-            buffer_limit_bytes: self.buffer_limit,
-            primary: PrimaryStatus {
-                address: self.primary.clone(),
-                connected: report.streaming,
+            buffered_bytes: report.buffered_bytes,
+            buffer_limit_bytes: report.buffer_limit_bytes,
+            primary: PrimaryView {
+                streaming: report.streaming,
                 flush_lsn: known(report.primary_flush_lsn),
-                next_retry_in: retry_in.map(|at| at.saturating_duration_since(now)),
-                last_error: report.primary_error.clone(),
+                error: report.primary_error.clone(),
+                next_retry_in_seconds: seconds_until(report.primary_retry_at),
             },
             safekeepers: self.safekeepers.iter().zip(&report.peers).map(safekeeper).collect(),
-        })
+        }
+    }
+}
+
+/// A short name for status and metrics.
+pub fn peer_state_name(state: PeerState) -> &'static str {
+    match state {
+        PeerState::Offline => "offline",
+        PeerState::Greeting | PeerState::Greeted => "greeting",
+        PeerState::Voting | PeerState::Voted => "voting",
+        PeerState::Following => "following",
     }
 }

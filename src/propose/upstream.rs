@@ -161,7 +161,11 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
     }
     if flush_lsn < start {
         let unfinished = ends_in_padding(flush_lsn, start, facts.server.wal_seg_size);
-        return Err(if unfinished { UpstreamError::SegmentUnfinished(start) } else { UpstreamError::PrimaryBehind(start) });
+        return Err(if unfinished {
+            UpstreamError::SegmentUnfinished(start)
+        } else {
+            UpstreamError::PrimaryBehind(start)
+        });
     }
     // The slot may have been dropped meanwhile; without it the primary would remove WAL that is not safe yet.
     create_slot(&mut connection, &settings.slot).await?;

@@ -16,7 +16,7 @@ use tokio::time::{Instant, timeout};
 use super::push::{Ack, Session};
 use super::{Seat, Timeline, TimelineError};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
-use crate::metrics::{self, Outcome};
+use crate::metrics;
 use crate::storage::{StorageError, TimelineStore};
 
 /// A writer without work for this long is parked.
@@ -175,7 +175,7 @@ impl Task {
         reply: oneshot::Sender<Result<T, TimelineError>>,
         value: impl FnOnce(&Writer, Option<AcceptorMessage>) -> T,
     ) -> Result<(), StorageError> {
-        count(&result);
+        metrics::acceptor_message(result.is_ok());
         let answer = match result {
             Ok(actions) => {
                 let message = self.perform(actions).await?;
@@ -192,7 +192,7 @@ impl Task {
     async fn append(&mut self, session: Arc<Session>, append: AppendRequest) -> Result<(), StorageError> {
         let term = append.term;
         let result = self.writer.acceptor.handle(ProposerMessage::Append(append));
-        count(&result);
+        metrics::acceptor_message(result.is_ok());
         match result {
             Err(error) => session.acknowledge(Ack::Refused(self.refused(error))),
             Ok(actions) => match self.perform(actions).await? {
@@ -248,11 +248,6 @@ impl Task {
         }
         Ok(reply)
     }
-}
-
-fn count(result: &Result<Vec<Action>, AcceptorError>) {
-    let outcome = if result.is_ok() { Outcome::Success } else { Outcome::Error };
-    metrics::safekeeper().proposer_message(outcome);
 }
 
 impl Writer {
