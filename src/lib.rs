@@ -14,6 +14,7 @@
 pub mod clock;
 pub mod config;
 pub mod consensus;
+pub mod daemon;
 pub mod metrics;
 pub mod propose;
 pub mod retry;

@@ -1,1 +1,2 @@
+//! Placeholder until the endpoint is there.
 fn main() {}

@@ -1,0 +1,60 @@
+//! What every daemon does around its work: bind, obey signals, say why it ended.
+
+use std::fmt;
+use std::io;
+use std::process::ExitCode;
+
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::HostPort;
+
+/// An address can't be listened on.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address}: {source}; choose another address with {flag}")]
+pub struct BindError {
+    flag: &'static str,
+    address: HostPort,
+    source: io::Error,
+}
+
+/// Listens on the address that `flag` set.
+pub async fn bind(flag: &'static str, address: &HostPort) -> Result<TcpListener, BindError> {
+    let listener = TcpListener::bind((address.host.as_str(), address.port)).await;
+    listener.map_err(|source| BindError { flag, address: address.clone(), source })
+}
+
+/// Cancels `shutdown` on SIGTERM, SIGINT or SIGQUIT; a second signal ends the process at once. Both are safe at any time:
+/// what was acknowledged is on disk.
+pub async fn cancel_on_signal(shutdown: CancellationToken) {
+    let kinds = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::quit()];
+    let [Ok(mut terminate), Ok(mut interrupt), Ok(mut quit)] = kinds.map(signal) else {
+        tracing::warn!("signals can't be caught: the process will end at once on the first one");
+        return;
+    };
+    loop {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+            _ = quit.recv() => "SIGQUIT",
+        };
+        if shutdown.is_cancelled() {
+            tracing::warn!("{name} again: stopping at once");
+            std::process::exit(1);
+        }
+        tracing::info!("{name}: stopping");
+        shutdown.cancel();
+    }
+}
+
+/// Exit code 0, or 1 with the reason on standard error.
+pub fn exit_code<E: fmt::Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
