@@ -197,7 +197,7 @@ fn refused(at: Lsn, error: ErrorFields) -> UpstreamError {
 /// Whether everything in `[flush_lsn, start)` can be the unwritten rest of a segment that was switched away from: a
 /// safekeeper counts it as there once it has the switch record.
 fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
-    start == SegmentNumber::containing(flush_lsn, size).end(size) && flush_lsn.0 % size.bytes() != 0
+    start == SegmentNumber::containing(flush_lsn, size).end(size) && !flush_lsn.0.is_multiple_of(size.bytes())
 }
 
 async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
