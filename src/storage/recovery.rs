@@ -16,7 +16,8 @@ const CHUNK: usize = 256 * 1024;
 pub(super) struct EndOfWal {
     /// End of the last whole record, where new WAL will go.
     pub lsn: Lsn,
-    /// Everything from here on is to be erased. Before `lsn` only when the last record is a switch that isn't followed by zeros.
+    /// Everything from here on is to be erased. Before `lsn` only when the last record is a switch that isn't followed
+    /// by zeros.
     pub valid_to: Lsn,
     /// What stopped the search; `None` at the end of the last file.
     pub stopped_by: Option<WalError>,
@@ -68,8 +69,8 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
     Ok(EndOfWal { lsn, valid_to: lsn.min(scanner.position()), stopped_by })
 }
 
-/// The segment in which committed WAL ends must be there, unless the timeline was created at that position and has no WAL
-/// yet. At a segment's very start there may be none.
+/// The segment in which committed WAL ends must be there, unless the timeline was created at that position and has no
+/// WAL yet. At a segment's very start there may be none.
 fn check_committed(files: &TimelineFiles, state: &ControlState) -> Result<(), RecoveryError> {
     let size = state.server.wal_seg_size;
     let commit_lsn = state.commit_lsn;

@@ -1,8 +1,8 @@
 //! A disk in memory that forgets, for tests: what was not synced may be gone after a crash, in any combination.
 //!
-//! Bytes survive per 4 KiB page, names in the order in which they changed per directory. Any operation can be made to fail,
-//! once or, as in a crash, together with all that follow. A failed sync marks its pages clean, as Linux does: a later
-//! sync succeeds and saves nothing.
+//! Bytes survive per 4 KiB page, names in the order in which they changed per directory. Any operation can be made to
+//! fail, once or, as in a crash, together with all that follow. A failed sync marks its pages clean, as Linux does: a
+//! later sync succeeds and saves nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, IoSlice};
