@@ -68,6 +68,8 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn sync_data(&self) -> io::Result<()>;
     /// Makes content and metadata durable.
     fn sync_all(&self) -> io::Result<()>;
+    /// Forgets what memory holds of the content, so that reads tell what is on disk. Unsynced content is kept.
+    fn drop_cache(&self) -> io::Result<()>;
     /// Takes the exclusive lock on the file for as long as it is open; false when another process holds it.
     fn try_lock(&self) -> io::Result<bool>;
 }
@@ -198,6 +200,10 @@ impl DiskFile for RealFile {
 
     fn sync_all(&self) -> io::Result<()> {
         if self.sync { self.file.sync_all() } else { Ok(()) }
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)?)
     }
 
     fn try_lock(&self) -> io::Result<bool> {

@@ -50,6 +50,9 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
         let number = SegmentNumber::containing(scanner.position(), size);
         let Some(file) = files.open_to_read(number, size)? else { break };
         let path = files.segment_path(SegmentFile { number, partial: true }, size);
+        // After a failed sync memory may hold WAL that is not on disk and that no later sync will write (spec: semantics
+        // 21.6). What is found here will be acknowledged, so it must come from the disk.
+        file.drop_cache().during("drop from memory", &path)?;
         while scanner.position() < number.end(size) {
             let at = scanner.position();
             let room = usize::try_from(number.end(size).saturating_sub(at)).unwrap_or(CHUNK).min(CHUNK);
