@@ -121,6 +121,8 @@ pub struct InvalidSegmentSize(pub u32);
 impl SegmentSize {
     /// PostgreSQL's default of 16 MiB.
     pub const DEFAULT: SegmentSize = SegmentSize(16 * 1024 * 1024);
+    /// The smallest size, 1 MiB.
+    pub const MIN: SegmentSize = SegmentSize(1024 * 1024);
 
     /// Checks `bytes`.
     pub fn new(bytes: u32) -> Result<Self, InvalidSegmentSize> {

@@ -4,9 +4,10 @@
 //! u32 magic 0xCAFECEEF | u32 version | body | u32 CRC-32C of all before      everything little-endian
 //! ```
 //!
-//! A timeline of generation 0 is written as version 9, which has neither configuration nor creation time, any other as version 10;
-//! so Neon's safekeeper can read what we write, at whatever age it is. Both versions are read. A file that is short,
-//! damaged, of another version or otherwise not understood gives an error and never a guess: the promises in it are unknown then.
+//! A timeline of generation 0 is written as version 9, which has neither configuration nor creation time, any other as
+//! version 10; so Neon's safekeeper can read what we write, at whatever age it is. Both versions are read. A file that
+//! is short, damaged, of another version or otherwise not understood gives an error and never a guess: the promises in
+//! it are unknown then.
 
 use std::path::Path;
 
@@ -29,7 +30,8 @@ const VERSION_WITHOUT_GENERATION: u32 = 9;
 const VERSION: u32 = 10;
 /// Magic, version and checksum: no file is shorter.
 const MIN_LENGTH: usize = 12;
-/// Far more than the largest real file (a term history of a hundred thousand entries); keeps a mix-up from eating memory.
+/// Far more than the largest real file (a term history of a hundred thousand entries); keeps a mix-up from eating
+/// memory.
 const MAX_LENGTH: usize = 16 * 1024 * 1024;
 
 /// Everything in a control file. What consensus knows is in `state`; the rest is carried along unchanged.

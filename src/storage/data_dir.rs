@@ -1,4 +1,5 @@
-//! The data directory of a node: one process at a time, one node id for ever, everything in it durable before it is believed.
+//! The data directory of a node: one process at a time, one node id for ever, everything in it durable before it is
+//! believed.
 
 use std::io::{ErrorKind, IoSlice};
 use std::path::{Path, PathBuf};
@@ -82,8 +83,8 @@ pub struct DataDir {
 impl DataDir {
     /// Takes possession of the existing directory `path`.
     ///
-    /// `node_id` is required at the first start, which stores it, and must be the same later. With `sync` false nothing is
-    /// ever synced, which only tests can afford. Returns when everything found in the directory is durable (D12): a
+    /// `node_id` is required at the first start, which stores it, and must be the same later. With `sync` false nothing
+    /// is ever synced, which only tests can afford. Returns when everything found in the directory is durable (D12): a
     /// process that crashed may have left WAL that can be read but is not on disk.
     pub fn open(path: &Path, node_id: Option<NodeId>, sync: bool) -> Result<Self, DataDirError> {
         Self::open_on(Arc::new(RealDisk::new(sync)), path, node_id)
@@ -167,8 +168,8 @@ impl DataDir {
     }
 }
 
-/// Takes the lock for the life of the process and leaves the pid for whoever comes second. The file is never removed: a second
-/// process could then lock a new file of the same name.
+/// Takes the lock for the life of the process and leaves the pid for whoever comes second. The file is never removed: a
+/// second process could then lock a new file of the same name.
 fn lock(disk: &dyn Disk, dir: &Path) -> Result<Arc<dyn DiskFile>, DataDirError> {
     let path = dir.join(LOCK_FILE_NAME);
     let file = disk.create(&path, false).during("create", &path).map_err(|error| not_writable(error, dir))?;

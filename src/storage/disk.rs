@@ -1,8 +1,8 @@
 //! The one seam between storage and the disk: everything storage does to files goes through [`Disk`] and [`DiskFile`].
 //!
-//! All calls block. They promise what POSIX does and no more: bytes are durable after a sync of their file, names (created,
-//! renamed, removed) after a sync of their directory, and nothing is known about anything else until then. After a failed
-//! sync the caller must not trust that a later one, even a successful one, covers the same bytes.
+//! All calls block. They promise what POSIX does and no more: bytes are durable after a sync of their file, names
+//! (created, renamed, removed) after a sync of their directory, and nothing is known about anything else until then.
+//! After a failed sync the caller must not trust that a later one, even a successful one, covers the same bytes.
 
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -68,6 +68,8 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn sync_data(&self) -> io::Result<()>;
     /// Makes content and metadata durable.
     fn sync_all(&self) -> io::Result<()>;
+    /// Forgets what memory holds of the content, so that reads tell what is on disk. Unsynced content is kept.
+    fn drop_cache(&self) -> io::Result<()>;
     /// Takes the exclusive lock on the file for as long as it is open; false when another process holds it.
     fn try_lock(&self) -> io::Result<bool>;
 }
@@ -200,6 +202,10 @@ impl DiskFile for RealFile {
         if self.sync { self.file.sync_all() } else { Ok(()) }
     }
 
+    fn drop_cache(&self) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed)?)
+    }
+
     fn try_lock(&self) -> io::Result<bool> {
         match self.file.try_lock() {
             Ok(()) => Ok(true),
@@ -245,8 +251,8 @@ impl<T> During<T> for io::Result<T> {
     }
 }
 
-/// Replaces the file `name` in `dir` atomically and durably (D8): written and synced under `name.partial`, renamed, directory
-/// synced. After a crash there is the old content or the new one.
+/// Replaces the file `name` in `dir` atomically and durably (D8): written and synced under `name.partial`, renamed,
+/// directory synced. After a crash there is the old content or the new one.
 pub(super) fn replace_file(disk: &dyn Disk, dir: &Path, name: &str, content: &[u8]) -> Result<(), DiskError> {
     let partial = dir.join(format!("{name}.partial"));
     let file = disk.create(&partial, true).during("create", &partial)?;

@@ -21,20 +21,22 @@
 //!
 //! * [`TimelineStore::append`] with `sync` returns when bytes and file names are durable, and says up to which LSN.
 //!   Several appends may share one sync: write them with `sync` false, the last one with true.
-//! * [`TimelineStore::persist`] and [`TimelineStore::truncate`] return when their effect is durable. A crash at any point in
-//!   between leaves the old state, the new one or, for a truncation, a log that ends somewhere between the two ends.
-//! * After a start nothing can be appended before one truncation was completed: what lies behind the end of WAL is a torn tail
-//!   that must not be joined to new records.
+//! * [`TimelineStore::persist`] and [`TimelineStore::truncate`] return when their effect is durable. A crash at any
+//!   point in between leaves the old state, the new one or, for a truncation, a log that ends somewhere between the two
+//!   ends.
+//! * After a start nothing can be appended before one truncation was completed: what lies behind the end of WAL is a
+//!   torn tail that must not be joined to new records.
 //! * WAL below the persisted commit LSN is never truncated.
-//! * The first failed write, sync or rename poisons the store ([`StorageError::Poisoned`]): nobody knows what is on disk then, and
-//!   a later sync that succeeds proves nothing. Only a restart, which reads what is really there, ends that.
+//! * The first failed write, sync or rename poisons the store ([`StorageError::Poisoned`]): nobody knows what is on
+//!   disk then, and a later sync that succeeds proves nothing. Only a restart, which reads what is really there, ends
+//!   that.
 //! * A timeline that isn't used costs a few hundred bytes: [`TimelineStore::park`] closes its file.
 //!
 //! # INSIDE
 //!
 //! [`Disk`] is the seam to the operating system, replaced in tests by one that crashes. [`DataDir`] owns the lock and
-//! finds the timelines. [`TimelineStore`] is the single writer's handle; behind it are the segments and the search for the
-//! end of WAL. [`WalReader`] reads beside the writer, over nothing but the files' names.
+//! finds the timelines. [`TimelineStore`] is the single writer's handle; behind it are the segments and the search for
+//! the end of WAL. [`WalReader`] reads beside the writer, over nothing but the files' names.
 //!
 //! Disk calls block. All go through one helper that tells the runtime so.
 
@@ -65,8 +67,8 @@ pub use timeline_store::{CreateError, OpenError, Recovered, StorageError, Timeli
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-/// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a current-thread
-/// runtime (tests and simulations) and outside of one it simply runs.
+/// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a
+/// current-thread runtime (tests and simulations) and outside of one it simply runs.
 fn blocking<R>(work: impl FnOnce() -> R) -> R {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),

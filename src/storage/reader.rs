@@ -15,8 +15,8 @@ pub const MAX_READ_SIZE: usize = pgproto::walproposer::MAX_SEND_SIZE;
 
 /// Reads the WAL of one timeline. Keeps the file of the segment read last open; a clone shares nothing else.
 ///
-/// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. Bytes are served
-/// as stored.
+/// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. Bytes are
+/// served as stored.
 #[derive(Clone, Debug)]
 pub struct WalReader {
     files: TimelineFiles,
@@ -78,8 +78,8 @@ pub enum ReadError {
 impl WalReader {
     /// A reader for the timeline in `state`.
     ///
-    /// A log that begins here begins with its segment: the bytes before its first LSN were made up when the segment was created. A
-    /// copy that joined later can only be read from where it joined.
+    /// A log that begins here begins with its segment: the bytes before its first LSN were made up when the segment was
+    /// created. A copy that joined later can only be read from where it joined.
     pub fn new(files: TimelineFiles, state: &ControlState) -> Result<Self, ReadError> {
         if !state.local_start_lsn.is_valid() {
             return Err(ReadError::NotStarted);
@@ -98,8 +98,8 @@ impl WalReader {
         self.start
     }
 
-    /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, or for [`MAX_READ_SIZE`]. Empty only
-    /// when `at` equals `end`.
+    /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, or for [`MAX_READ_SIZE`].
+    /// Empty only when `at` equals `end`.
     pub async fn read(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
         blocking(|| self.read_now(at, end))
     }

@@ -16,7 +16,8 @@ const CHUNK: usize = 256 * 1024;
 pub(super) struct EndOfWal {
     /// End of the last whole record, where new WAL will go.
     pub lsn: Lsn,
-    /// Everything from here on is to be erased. Before `lsn` only when the last record is a switch that isn't followed by zeros.
+    /// Everything from here on is to be erased. Before `lsn` only when the last record is a switch that isn't followed
+    /// by zeros.
     pub valid_to: Lsn,
     /// What stopped the search; `None` at the end of the last file.
     pub stopped_by: Option<WalError>,
@@ -49,6 +50,9 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
         let number = SegmentNumber::containing(scanner.position(), size);
         let Some(file) = files.open_to_read(number, size)? else { break };
         let path = files.segment_path(SegmentFile { number, partial: true }, size);
+        // After a failed sync memory may hold WAL that is not on disk and that no later sync will write (spec: semantics
+        // 21.6). What is found here will be acknowledged, so it must come from the disk.
+        file.drop_cache().during("drop from memory", &path)?;
         while scanner.position() < number.end(size) {
             let at = scanner.position();
             let room = usize::try_from(number.end(size).saturating_sub(at)).unwrap_or(CHUNK).min(CHUNK);
@@ -68,8 +72,8 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
     Ok(EndOfWal { lsn, valid_to: lsn.min(scanner.position()), stopped_by })
 }
 
-/// The segment in which committed WAL ends must be there, unless the timeline was created at that position and has no WAL
-/// yet. At a segment's very start there may be none.
+/// The segment in which committed WAL ends must be there, unless the timeline was created at that position and has no
+/// WAL yet. At a segment's very start there may be none.
 fn check_committed(files: &TimelineFiles, state: &ControlState) -> Result<(), RecoveryError> {
     let size = state.server.wal_seg_size;
     let commit_lsn = state.commit_lsn;

@@ -1,9 +1,9 @@
 //! The files of one timeline: their names, how a segment comes into being and how it gets its final name.
 //!
-//! A segment is `<24 hex digits>.partial` while it is written and loses the suffix when it is full. Either way the file has
-//! the length of a segment from the start, filled with zeros that are really on disk: writing then never changes a file's
-//! size nor its allocation, which makes a sync cheaper (spec: dependencies, section 6). Filling takes time, so the next
-//! segment is prepared ahead, under the name `waltmp`, and only renamed when it is needed.
+//! A segment is `<24 hex digits>.partial` while it is written and loses the suffix when it is full. Either way the file
+//! has the length of a segment from the start, filled with zeros that are really on disk: writing then never changes a
+//! file's size nor its allocation, which makes a sync cheaper (spec: dependencies, section 6). Filling takes time, so
+//! the next segment is prepared ahead, under the name `waltmp`, and only renamed when it is needed.
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
@@ -91,7 +91,8 @@ impl TimelineFiles {
         Ok(files)
     }
 
-    /// Opens a segment to read: the name it has while it is written first, then the complete one. `None` when it has neither.
+    /// Opens a segment to read: the name it has while it is written first, then the complete one. `None` when it has
+    /// neither.
     ///
     /// The writer may rename the file between the two attempts, so they are made twice.
     pub(super) fn open_to_read(
@@ -158,8 +159,8 @@ impl TimelineFiles {
 
     /// Makes every byte from `from` to the end of the file zero, and the file as long as a segment. Not durable yet.
     ///
-    /// Reads first and writes only where something is to be erased: usually nothing is, and blocks that already hold zeros
-    /// stay as they are. The order in which the pieces reach the disk doesn't matter: WAL ends at the first gap.
+    /// Reads first and writes only where something is to be erased: usually nothing is, and blocks that already hold
+    /// zeros stay as they are. The order in which the pieces reach the disk doesn't matter: WAL ends at the first gap.
     pub(super) fn zero_tail(
         &self,
         file: &dyn DiskFile,

@@ -1,8 +1,8 @@
 //! A disk in memory that forgets, for tests: what was not synced may be gone after a crash, in any combination.
 //!
-//! Bytes survive per 4 KiB page, names in the order in which they changed per directory. Any operation can be made to fail,
-//! once or, as in a crash, together with all that follow. A failed sync marks its pages clean, as Linux does: a later
-//! sync succeeds and saves nothing.
+//! Bytes survive per 4 KiB page, names in the order in which they changed per directory. Any operation can be made to
+//! fail, once or, as in a crash, together with all that follow. A failed sync marks its pages clean, as Linux does: a
+//! later sync succeeds and saves nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, ErrorKind, IoSlice};
@@ -64,7 +64,7 @@ struct Inode {
 enum NameChange {
     Added(PathBuf, Node),
     Removed(PathBuf),
-    Renamed(PathBuf, PathBuf),
+    Renamed(PathBuf, PathBuf, Node),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -153,11 +153,11 @@ fn apply(nodes: &mut BTreeMap<PathBuf, Node>, change: NameChange) {
             nodes.insert(path, node);
         }
         NameChange::Removed(path) => nodes.retain(|other, _| !other.starts_with(&path)),
-        NameChange::Renamed(from, to) => {
+        NameChange::Renamed(from, to, node) => {
+            // The new name leads to the file even where the old one never became durable.
             let moved: Vec<PathBuf> = nodes.keys().filter(|path| path.starts_with(&from)).cloned().collect();
-            if !moved.is_empty() {
-                nodes.retain(|path, _| !path.starts_with(&to));
-            }
+            nodes.retain(|path, _| !path.starts_with(&to));
+            nodes.insert(to.clone(), node);
             for path in moved {
                 let below = path.strip_prefix(&from).unwrap().to_owned();
                 let target = if below.as_os_str().is_empty() { to.clone() } else { to.join(below) };
@@ -172,7 +172,7 @@ impl NameChange {
     /// The directory whose sync makes the change durable.
     fn dir(&self) -> &Path {
         match self {
-            NameChange::Added(path, _) | NameChange::Removed(path) | NameChange::Renamed(_, path) => {
+            NameChange::Added(path, _) | NameChange::Removed(path) | NameChange::Renamed(_, path, _) => {
                 path.parent().unwrap()
             }
         }
@@ -281,6 +281,15 @@ impl Inode {
         self.resized = false;
     }
 
+    /// Pages that are not dirty are read from the disk again.
+    fn drop_cache(&mut self) {
+        for page in 0..self.content.len().div_ceil(PAGE) {
+            if !self.dirty.contains(&page) {
+                copy_page(&self.durable, &mut self.content, page);
+            }
+        }
+    }
+
     fn crash(&mut self, dice: &mut Dice) {
         if self.resized && dice.roll() {
             self.durable.resize(self.content.len(), 0);
@@ -329,9 +338,9 @@ impl Disk for SimDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.change()?;
-        state.node(from)?;
+        let node = state.node(from)?;
         state.require_parent(to)?;
-        state.change_names(NameChange::Renamed(from.to_owned(), to.to_owned()));
+        state.change_names(NameChange::Renamed(from.to_owned(), to.to_owned(), node));
         Ok(())
     }
 
@@ -424,7 +433,7 @@ impl DiskFile for SimFile {
         let mut state = self.disk.0.lock();
         let outcome = state.count_operation();
         let mut inode = self.check(state)?;
-        let data: Vec<u8> = slices.iter().flat_map(|slice| slice.iter().copied()).collect();
+        let data: Vec<u8> = slices.iter().map(|slice| &slice[..]).collect::<Vec<_>>().concat();
         // A write that fails may have written something.
         let data = if outcome.is_ok() { &data[..] } else { &data[..data.len() / 2] };
         let start = usize::try_from(offset).unwrap();
@@ -443,10 +452,13 @@ impl DiskFile for SimFile {
 
     fn sync_data(&self) -> io::Result<()> {
         let mut state = self.disk.0.lock();
+        let stopped = state.fault.is_some_and(|fault| fault.and_all_after);
         let outcome = state.count_operation();
         let mut inode = self.check(state)?;
         match outcome {
             Ok(()) => inode.sync(),
+            // A dead process didn't even try.
+            Err(_) if stopped => {}
             Err(_) => inode.dirty.clear(),
         }
         outcome
@@ -454,6 +466,11 @@ impl DiskFile for SimFile {
 
     fn sync_all(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn drop_cache(&self) -> io::Result<()> {
+        self.check(self.disk.0.lock())?.drop_cache();
+        Ok(())
     }
 
     fn try_lock(&self) -> io::Result<bool> {
@@ -510,7 +527,10 @@ mod tests {
         disk.fail_at(disk.operations(), ErrorKind::Other);
         assert!(a.sync_data().is_err());
         a.sync_data().unwrap();
+        disk.sync_fs(Path::new("/d")).unwrap();
         assert_eq!(read(&disk, "/d/a").unwrap(), b"two", "still in the page cache");
+        a.drop_cache().unwrap();
+        assert_eq!(read(&disk, "/d/a").unwrap(), b"one");
         disk.crash(Survivors::Nothing);
         assert_eq!(read(&disk, "/d/a").unwrap(), b"one");
     }

@@ -3,27 +3,64 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use pgproto::lsn::{PAGE_SIZE, segment_offset};
 use pgproto::wal::page::{FIRST_IS_CONTRECORD, LONG_HEADER, LongHeader, PageHeader, header_size, magic_of};
-use pgproto::{Lsn, SegmentSize, SystemId};
+use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
+
+use crate::consensus::history::TermHistory;
+use crate::consensus::state::{ControlState, ServerInfo};
 
 /// Version whose WAL is written.
 pub const PG_VERSION: u32 = 150_018;
 /// System identifier in it.
 pub const SYSTEM_ID: SystemId = SystemId(0x1234_5678_9ABC_DEF0);
 
+/// Smallest segments there are.
+pub const SIZE: SegmentSize = SegmentSize::MIN;
+
+/// The state of a timeline of that server, before its first leader.
+pub fn new_timeline(ttid: TenantTimelineId) -> ControlState {
+    ControlState::new(ttid, ServerInfo { pg_version: PG_VERSION, system_id: SYSTEM_ID, wal_seg_size: SIZE })
+}
+
+/// The state after a leader of `term` was accepted whose log is here up to `start`.
+pub fn elected(mut state: ControlState, term: u64, start: Lsn) -> ControlState {
+    state.term = Term(term);
+    let mut history = state.term_history.entries().to_vec();
+    history.push((term, start.0).into());
+    state.term_history = TermHistory::new(history).unwrap();
+    for lsn in [&mut state.timeline_start_lsn, &mut state.local_start_lsn, &mut state.commit_lsn] {
+        if !lsn.is_valid() {
+            *lsn = start;
+        }
+    }
+    state
+}
+
 /// A server's WAL as it comes into being.
 #[derive(Clone, Debug)]
 pub struct WalWriter {
-    size: SegmentSize,
     start: Lsn,
     position: Lsn,
-    previous: Lsn,
+    /// Starts of the records.
+    records: Vec<Lsn>,
     wal: BytesMut,
 }
 
 impl WalWriter {
     /// Begins at `start`, a record boundary or the start of a page.
-    pub fn new(start: Lsn, size: SegmentSize) -> Self {
-        Self { size, start, position: start, previous: Lsn::INVALID, wal: BytesMut::new() }
+    pub fn new(start: Lsn) -> Self {
+        Self { start, position: start, records: Vec::new(), wal: BytesMut::new() }
+    }
+
+    /// Continues `log`, cut at `end`, which is the end of one of its records.
+    pub fn continuing(log: &WalWriter, end: Lsn) -> Self {
+        let kept = usize::try_from(end.checked_sub(log.start).unwrap()).unwrap();
+        let mut copy = Self { position: end, ..log.clone() };
+        copy.wal.truncate(kept);
+        copy.records.retain(|record| *record < end);
+        let mut scanner = pgproto::wal::RecordScanner::new(log.start, SIZE, PG_VERSION);
+        scanner.feed(&copy.wal).unwrap();
+        assert_eq!(scanner.last_record_end(), end);
+        copy
     }
 
     /// Position behind the last byte.
@@ -41,9 +78,8 @@ impl WalWriter {
     /// Adds an XLOG_SWITCH and the zeros up to the end of the segment.
     pub fn switch(&mut self) -> &mut Self {
         self.put_record(0x40, &[]);
-        while segment_offset(self.position, self.size) != 0 {
-            self.put_raw(&[0; 8]);
-        }
+        let padding = (SIZE.bytes() - segment_offset(self.position, SIZE)) % SIZE.bytes();
+        self.put_raw(&vec![0; usize::try_from(padding).unwrap()]);
         self
     }
 
@@ -62,26 +98,31 @@ impl WalWriter {
         let mut record = BytesMut::new();
         record.put_u32_le(u32::try_from(24 + body.len()).unwrap());
         record.put_u32_le(0);
-        record.put_u64_le(self.previous.0);
+        // The first one claims to follow a record that nobody here has seen.
+        record.put_u64_le(self.records.last().map_or(8, |previous| previous.0));
         record.put_slice(&[info, 0, 0, 0]);
         let crc = crc32c::crc32c_append(crc32c::crc32c(body), &record);
         record.put_u32_le(crc);
         record.put_slice(body);
-        for (done, byte) in record.iter().enumerate() {
+        let mut rest = &record[..];
+        while !rest.is_empty() {
             if self.position.page_offset() == 0 {
-                self.put_page_header(record.len() - done);
+                self.put_page_header(rest.len());
             }
-            self.put_raw(&[*byte]);
+            let room = usize::try_from(PAGE_SIZE - self.position.page_offset()).unwrap();
+            let (part, after) = rest.split_at(rest.len().min(room));
+            self.put_raw(part);
+            rest = after;
         }
-        self.previous = begin;
+        self.records.push(begin);
         while self.position != self.position.align_up() {
             self.put_raw(&[0]);
         }
     }
 
     fn put_page_header(&mut self, remaining: usize) {
-        let size = header_size(self.position, self.size);
-        let is_first = segment_offset(self.position, self.size) == 0;
+        let size = header_size(self.position, SIZE);
+        let is_first = segment_offset(self.position, SIZE) == 0;
         let header = PageHeader {
             magic: magic_of(PG_VERSION).unwrap(),
             flags: if remaining > 0 { FIRST_IS_CONTRECORD } else { 0 } | if is_first { LONG_HEADER } else { 0 },
@@ -90,7 +131,7 @@ impl WalWriter {
             remaining: u32::try_from(remaining).unwrap(),
             long: is_first.then_some(LongHeader {
                 system_id: SYSTEM_ID,
-                segment_size: self.size.as_u32(),
+                segment_size: SIZE.as_u32(),
                 page_size: u32::try_from(PAGE_SIZE).unwrap(),
             }),
         };
@@ -108,11 +149,10 @@ impl WalWriter {
 
 #[test]
 fn the_scanner_accepts_what_is_written() {
-    let size = SegmentSize::new(1 << 20).unwrap();
     for start in [0x12_0028u64, 0x10_0000, 0x12_2000] {
-        let mut writer = WalWriter::new(Lsn(start), size);
+        let mut writer = WalWriter::new(Lsn(start));
         writer.record(0, 1).record(100, 2).record(20_000, 3).switch().record(3_000_000, 4).record(5, 5);
-        let mut scanner = pgproto::wal::RecordScanner::new(Lsn(start), size, PG_VERSION);
+        let mut scanner = pgproto::wal::RecordScanner::new(Lsn(start), SIZE, PG_VERSION);
         scanner.feed(&writer.since(Lsn(start))).unwrap();
         assert_eq!((scanner.position(), scanner.last_record_end()), (writer.position(), writer.position()));
     }

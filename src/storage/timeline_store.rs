@@ -20,7 +20,8 @@ use crate::consensus::state::{ControlState, ServerInfo};
 
 /// Writes the WAL and control file of one timeline. There must be one per timeline at most.
 ///
-/// All methods block in disk calls and none ever waits for anything else, so a future that was polled has done its work.
+/// All methods block in disk calls and none ever waits for anything else, so a future that was polled has done its
+/// work.
 #[derive(Debug)]
 pub struct TimelineStore {
     files: TimelineFiles,
@@ -264,8 +265,8 @@ impl TimelineStore {
         self.poisoned.as_deref()
     }
 
-    /// Writes `wal` at the end of the log, which must be `at`: one write per segment touched. With `sync`, all that was ever written is durable
-    /// when this returns. The result is the LSN up to which bytes are durable.
+    /// Writes `wal` at the end of the log, which must be `at`: one write per segment touched. With `sync`, all that was
+    /// ever written is durable when this returns. The result is the LSN up to which bytes are durable.
     pub async fn append(&mut self, at: Lsn, wal: &[Bytes], sync: bool) -> Result<Lsn, StorageError> {
         self.run(|store| {
             store.wal.append(at, wal)?;
@@ -300,8 +301,8 @@ impl TimelineStore {
         })
     }
 
-    /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. Needed once after every start before
-    /// anything can be appended, even when nothing is to be dropped.
+    /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. Needed once after every
+    /// start before anything can be appended, even when nothing is to be dropped.
     pub async fn truncate(&mut self, end: Lsn) -> Result<(), StorageError> {
         self.run(|store| {
             if end < store.commit_lsn {
@@ -311,8 +312,8 @@ impl TimelineStore {
         })
     }
 
-    /// Prepares the timeline's first segment for WAL that begins at `start`, with the page headers nobody will send. Only while there is no WAL.
-    /// A truncation at `start` must follow.
+    /// Prepares the timeline's first segment for WAL that begins at `start`, with the page headers nobody will send.
+    /// Only while there is no WAL. A truncation at `start` must follow.
     pub async fn init_first_segment(&mut self, start: Lsn) -> Result<(), StorageError> {
         self.run(|store| Ok(store.wal.init_first_segment(start, store.server)?))
     }

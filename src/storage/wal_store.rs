@@ -2,6 +2,7 @@
 //! [`TimelineStore`](super::TimelineStore) around it adds both.
 
 use std::io::IoSlice;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 
@@ -61,10 +62,12 @@ pub(super) struct WalStore {
 struct OpenSegment {
     number: SegmentNumber,
     file: Arc<dyn DiskFile>,
+    path: PathBuf,
 }
 
 impl WalStore {
-    /// Takes up writing where the WAL found on disk ends, which must be durable (D12). `end` is `None` while there is no WAL.
+    /// Takes up writing where the WAL found on disk ends, which must be durable (D12). `end` is `None` while there is
+    /// no WAL.
     pub fn open(files: TimelineFiles, size: SegmentSize, end: Option<&EndOfWal>) -> Result<Self, DiskError> {
         files.remove_prepared()?;
         let write_lsn = end.map_or(Lsn::INVALID, |end| end.valid_to);
@@ -124,17 +127,18 @@ impl WalStore {
         }
         let number = SegmentNumber::containing(self.write_lsn, self.size);
         let at = offset(self.write_lsn, self.size);
-        let file = self.open_or_create(number)?;
-        let path = self.files.segment_path(SegmentFile { number, partial: true }, self.size);
-        file.write_at(slices, at).during("write", &path)?;
+        let segment = self.take_current(number)?;
+        segment.file.write_at(slices, at).during("write", &segment.path)?;
         self.write_lsn = Lsn(self.write_lsn.0.saturating_add(length));
         if at + length == self.size.bytes() {
             // A complete name promises complete content, so the content comes first.
-            file.sync_data().during("sync", &path)?;
-            self.current = None;
+            segment.file.sync_data().during("sync", &segment.path)?;
             self.files.rename(number, false, self.size)?;
             self.names_unsynced = true;
-        } else if at + length >= self.size.bytes() / 2 {
+            return Ok(());
+        }
+        self.current = Some(segment);
+        if at + length >= self.size.bytes() / 2 {
             self.prepare_next();
         }
         Ok(())
@@ -146,26 +150,25 @@ impl WalStore {
             return Ok(());
         }
         if let Some(current) = &self.current {
-            let path = self.files.segment_path(SegmentFile { number: current.number, partial: true }, self.size);
-            current.file.sync_data().during("sync", &path)?;
+            current.file.sync_data().during("sync", &current.path)?;
         }
         self.sync_names()?;
         self.flush_lsn = self.write_lsn;
         Ok(())
     }
 
-    /// Drops everything from `end` on, durably (spec: semantics 8.4). `end` is a record boundary, at most the end of the last whole record:
-    /// so up to the padding that follows a record, or a switch, `end` may lie beyond what was written.
+    /// Drops everything from `end` on, durably (spec: semantics 8.4). `end` is a record boundary, at most the end of
+    /// the last whole record; by the padding behind a record or a switch it may lie beyond what was written.
     pub fn truncate(&mut self, end: Lsn, server: ServerInfo) -> Result<(), WalError> {
         if !self.truncation_pending && end == self.write_lsn && end == self.flush_lsn {
             return Ok(());
         }
-        let erase_from = self.write_lsn.min(end);
-        if !end.is_valid() || (self.write_lsn.is_valid() && end > self.furthest_end()) {
+        if !self.can_end_at(end) {
             return Err(WalError::BeyondEnd { end, write_lsn: self.write_lsn });
         }
-        // From here on there is no way back, whatever fails.
         self.flush()?;
+        // From here on there is no way back, whatever fails.
+        let erase_from = if self.write_lsn.is_valid() { self.write_lsn.min(end) } else { end };
         self.truncation_pending = true;
         self.current = None;
         self.write_lsn = end;
@@ -174,15 +177,16 @@ impl WalStore {
         let current = SegmentNumber::containing(end, self.size);
         self.remove_after(current)?;
         self.complete_names_before(end)?;
-        let boundary = offset(end, self.size) == 0;
-        if boundary && erase_from.is_valid() && erase_from < end {
-            self.erase(SegmentNumber::containing(erase_from, self.size), false, erase_from)?;
+        let dirty = SegmentNumber::containing(erase_from, self.size);
+        if dirty < current {
+            self.erase(SegmentFile { number: dirty, partial: false }, erase_from)?;
         }
+        let boundary = offset(end, self.size) == 0;
         if !boundary && self.files.list(self.size)?.is_empty() {
             self.create_first(end, server)?;
         }
         if !boundary || self.has(current)? {
-            self.reopen_for_writing(current, end)?;
+            self.reopen_for_writing(current, erase_from.max(current.start(self.size)))?;
         }
         self.sync_names()?;
         self.files.count_truncation();
@@ -190,10 +194,14 @@ impl WalStore {
         Ok(())
     }
 
-    /// The highest end of a last record whose last byte is written.
-    fn furthest_end(&self) -> Lsn {
-        let in_segment = offset(self.write_lsn, self.size) != 0;
-        if in_segment { SegmentNumber::containing(self.write_lsn, self.size).end(self.size) } else { self.write_lsn }
+    /// Whether the last whole record can end at `end`, as far as positions tell.
+    fn can_end_at(&self, end: Lsn) -> bool {
+        if !self.write_lsn.is_valid() || end <= self.write_lsn.align_up() {
+            return end.is_valid();
+        }
+        // Behind a switch, whose padding didn't come.
+        offset(self.write_lsn, self.size) != 0
+            && end == SegmentNumber::containing(self.write_lsn, self.size).end(self.size)
     }
 
     /// Lays out the segment in which the timeline's very first WAL begins, with the page headers that tools look for
@@ -228,39 +236,38 @@ impl WalStore {
             first_segment_headers(start, server.pg_version, server.system_id, self.size)?
         };
         let number = SegmentNumber::containing(start, self.size);
-        let file = self.create(number)?;
-        let path = self.files.segment_path(SegmentFile { number, partial: true }, self.size);
+        let OpenSegment { file, path, .. } = self.create(number)?;
         for (at, header) in headers {
             file.write_at(&mut [IoSlice::new(&header)], offset(at, self.size)).during("write", &path)?;
         }
-        file.sync_data().during("sync", &path)?;
-        Ok(())
+        Ok(file.sync_data().during("sync", &path)?)
     }
 
     /// The partial segment `number`, created when a first byte is to be written into it.
-    fn open_or_create(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, DiskError> {
-        if let Some(current) = &self.current
-            && current.number == number
-        {
-            return Ok(current.file.clone());
+    fn take_current(&mut self, number: SegmentNumber) -> Result<OpenSegment, DiskError> {
+        if let Some(current) = self.current.take_if(|current| current.number == number) {
+            return Ok(current);
         }
-        let path = self.files.segment_path(SegmentFile { number, partial: true }, self.size);
-        let file = match self.files.disk().open(&path).during("open", &path) {
-            Err(error) if error.is_not_found() && offset(self.write_lsn, self.size) == 0 => self.create(number)?,
-            opened => opened?,
-        };
-        self.current = Some(OpenSegment { number, file: file.clone() });
-        Ok(file)
+        let path = self.partial_path(number);
+        match self.files.disk().open(&path).during("open", &path) {
+            Err(error) if error.is_not_found() && offset(self.write_lsn, self.size) == 0 => self.create(number),
+            opened => Ok(OpenSegment { number, file: opened?, path }),
+        }
     }
 
-    fn create(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, DiskError> {
+    fn create(&mut self, number: SegmentNumber) -> Result<OpenSegment, DiskError> {
         if !self.take_prepared() {
             self.files.prepare_segment(self.size)?;
         }
         self.files.adopt_prepared(number, self.size)?;
         self.names_unsynced = true;
-        let path = self.files.segment_path(SegmentFile { number, partial: true }, self.size);
-        self.files.disk().open(&path).during("open", &path)
+        let path = self.partial_path(number);
+        let file = self.files.disk().open(&path).during("open", &path)?;
+        Ok(OpenSegment { number, file, path })
+    }
+
+    fn partial_path(&self, number: SegmentNumber) -> PathBuf {
+        self.files.segment_path(SegmentFile { number, partial: true }, self.size)
     }
 
     /// Starts preparing the segment after the current one, off this thread.
@@ -278,8 +285,8 @@ impl WalStore {
         self.next = Some(next);
     }
 
-    /// Whether a prepared segment is there, waiting for one that is about to be. A failure to prepare ahead harms nothing: the
-    /// same is tried again now, and that one counts.
+    /// Whether a prepared segment is there, waiting for one that is about to be. A failure to prepare ahead harms
+    /// nothing: the same is tried again now, and that one counts.
     fn take_prepared(&mut self) -> bool {
         match self.next.take().map(|next| next.recv()) {
             Some(Ok(Ok(()))) => true,
@@ -300,7 +307,8 @@ impl WalStore {
         Ok(())
     }
 
-    /// A segment that WAL has passed gets its complete name, if an interruption left it without (spec: semantics 21.13).
+    /// A segment that WAL has passed gets its complete name, if an interruption left it without (spec: semantics
+    /// 21.13).
     fn complete_names_before(&mut self, end: Lsn) -> Result<(), DiskError> {
         let current = SegmentNumber::containing(end, self.size);
         let files = self.files.list(self.size)?;
@@ -321,20 +329,20 @@ impl WalStore {
         Ok(self.files.list(self.size)?.iter().any(|file| file.number == number))
     }
 
-    /// Erases a segment from `end` on, durably, and keeps it open under its partial name.
-    fn reopen_for_writing(&mut self, number: SegmentNumber, end: Lsn) -> Result<(), DiskError> {
+    /// Erases a segment from `from` on, durably, and keeps it open under its partial name.
+    fn reopen_for_writing(&mut self, number: SegmentNumber, from: Lsn) -> Result<(), DiskError> {
         let partial = SegmentFile { number, partial: true };
         if !self.files.list(self.size)?.contains(&partial) {
             self.files.rename(number, true, self.size)?;
             self.names_unsynced = true;
         }
-        let file = self.erase(number, true, end)?;
-        self.current = Some(OpenSegment { number, file });
+        let file = self.erase(partial, from)?;
+        self.current = Some(OpenSegment { number, file, path: self.partial_path(number) });
         Ok(())
     }
 
-    fn erase(&self, number: SegmentNumber, partial: bool, from: Lsn) -> Result<Arc<dyn DiskFile>, DiskError> {
-        let path = self.files.segment_path(SegmentFile { number, partial }, self.size);
+    fn erase(&self, segment: SegmentFile, from: Lsn) -> Result<Arc<dyn DiskFile>, DiskError> {
+        let path = self.files.segment_path(segment, self.size);
         let file = self.files.disk().open(&path).during("open", &path)?;
         self.files.zero_tail(&*file, offset(from, self.size), self.size, &path)?;
         file.sync_all().during("sync", &path)?;
