@@ -182,12 +182,13 @@ struct Sample {
 
 fn measure(scratch: &Scratch, variant: &Variant, cell: Cell, seconds: u64) -> Result<Sample> {
     variant.settle()?;
+    let deadline = secs(seconds + 120);
     let (clients, threads, seconds) = (cell.clients.to_string(), cell.clients.min(2).to_string(), seconds.to_string());
     let mut args = vec!["-c", &clients, "-j", &threads, "-T", &seconds];
     if cell.workload == Workload::SimpleUpdate {
         args.push("-N");
     }
-    let report: PgbenchReport = variant.primary().pgbench(scratch, &args)?;
+    let report: PgbenchReport = variant.primary().pgbench(scratch, deadline, &args)?;
     Ok(Sample { tps: report.tps, p50_us: report.percentile_us(0.5), p99_us: report.percentile_us(0.99) })
 }
 
