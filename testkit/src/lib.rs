@@ -45,3 +45,15 @@ pub use wait::{Hopeless, stop_on_signals, wait_for};
 pub const fn secs(n: u64) -> std::time::Duration {
     std::time::Duration::from_secs(n)
 }
+
+/// Ends a program: with 0, or with 1 and the error on standard error.
+#[must_use]
+pub fn exit_code(outcome: anyhow::Result<()>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -6,12 +6,14 @@
 //! variants, in rotating order, before the next one. The table shows medians over the rounds.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, secs, stop_on_signals, wait_for,
+    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, exit_code, secs, stop_on_signals,
+    wait_for,
 };
 
 /// Settings of every primary. Background work that would fall into one variant's cell and not into another's is off; each cell
@@ -229,11 +231,14 @@ fn table(cells: &[Cell], kinds: &[VariantKind], samples: &[Vec<Vec<Sample>>]) ->
     out
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    exit_code(bench(&Options::parse()))
+}
+
+fn bench(options: &Options) -> Result<()> {
     stop_on_signals()?;
     let scratch = Scratch::new("bench")?;
-    run(&options, &scratch).inspect_err(|_| eprintln!("{}", scratch.log_tails()))
+    run(options, &scratch).inspect_err(|_| eprintln!("{}", scratch.log_tails()))
 }
 
 fn run(options: &Options, scratch: &Scratch) -> Result<()> {
