@@ -7,7 +7,7 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then
         "$@"
     elif command -v sudo >/dev/null; then
-        sudo "$@"
+        sudo --preserve-env=DEBIAN_FRONTEND "$@"
     else
         say "need root for: $*  (no sudo here)"
         return 1
@@ -29,9 +29,9 @@ have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/de
 
 have_compiler() { command -v cc >/dev/null; }
 
-# install WHY PACKAGE...: installs Debian packages without letting them start a service, now or at the next boot.
-install() {
-    local why=$1 policy=/usr/sbin/policy-rc.d cluster=/etc/postgresql-common/createcluster.conf ours='' status=0
+# install_packages WHY PACKAGE...: installs Debian packages without letting them start a service, now or at the next boot.
+install_packages() {
+    local why=$1 cluster=/etc/postgresql-common/createcluster.conf
     shift
     if ! command -v apt-get >/dev/null; then
         say "$why is missing, and this is not a Debian system: install what corresponds to $*"
@@ -43,27 +43,27 @@ install() {
         as_root mkdir -p "$(dirname "$cluster")"
         echo 'create_main_cluster = false' | as_root tee "$cluster" >/dev/null
     fi
-    # Debian starts what it installs, unless this program says no.
-    if [ ! -e "$policy" ]; then
-        ours=yes
-        printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
-        as_root chmod 755 "$policy"
-    fi
-    {
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get update -qq \
-            && as_root env DEBIAN_FRONTEND=noninteractive \
-                apt-get install -y -qq --no-install-recommends -o Dpkg::Options::=--force-confold "$@" >&2
-    } || status=$?
-    if [ -n "$ours" ]; then as_root rm -f "$policy"; fi
-    if [ "$status" -eq 0 ] && [ -d /run/systemd/system ]; then
-        case " $* " in *" prometheus "*) as_root systemctl disable --quiet prometheus ;; esac
-    fi
-    return "$status"
+    (
+        # Debian starts what it installs, unless this program says no.
+        policy=/usr/sbin/policy-rc.d
+        if [ ! -e "$policy" ]; then
+            trap 'as_root rm -f "$policy"' EXIT
+            printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+            as_root chmod 755 "$policy"
+        fi
+        export DEBIAN_FRONTEND=noninteractive
+        as_root apt-get update -qq
+        as_root apt-get install -y -qq --no-install-recommends -o Dpkg::Use-Pty=0 -o Dpkg::Options::=--force-confold \
+            "$@" >/dev/null
+    ) || return
+    case " $* " in
+        *" prometheus "*) if [ -d /run/systemd/system ]; then as_root systemctl disable --quiet prometheus; fi ;;
+    esac
 }
 
-need_postgres() { have_postgres || install "PostgreSQL (server and client programs)" postgresql-15 postgresql-client-15; }
+need_postgres() { have_postgres || install_packages "PostgreSQL (server and client programs)" postgresql-15 postgresql-client-15; }
 
-need_prometheus() { have_prometheus || install "Prometheus" prometheus; }
+need_prometheus() { have_prometheus || install_packages "Prometheus" prometheus; }
 
 need_rust() {
     if ! command -v cargo >/dev/null; then
@@ -74,5 +74,5 @@ need_rust() {
         say "cargo is missing: install Rust (https://rustup.rs)"
         return 1
     fi
-    have_compiler || install "a linker" gcc libc6-dev
+    have_compiler || install_packages "a linker" gcc libc6-dev
 }

@@ -18,6 +18,7 @@ mod port;
 mod postgres;
 mod process;
 mod programs;
+mod prometheus;
 mod random;
 mod scratch;
 mod sql;
@@ -32,6 +33,7 @@ pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch};
 pub use programs::{Account, Programs, in_ci, run};
+pub use prometheus::{Prometheus, promtool};
 pub use random::Random;
 pub use rustix::process::Signal;
 pub use scratch::{Scratch, scenario};
@@ -42,4 +44,16 @@ pub use wait::{Hopeless, stop_on_signals, wait_for};
 #[must_use]
 pub const fn secs(n: u64) -> std::time::Duration {
     std::time::Duration::from_secs(n)
+}
+
+/// Ends a program: with 0, or with 1 and the error on standard error.
+#[must_use]
+pub fn exit_code(outcome: anyhow::Result<()>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::programs::Account;
@@ -231,6 +231,20 @@ impl Daemon {
         self.signal(signal)?;
         self.wait_exit(deadline)
     }
+}
+
+/// Runs a program to its end, within `deadline`, and returns what it printed.
+///
+/// # Errors
+/// When it cannot be started, takes too long, or its exit code is not 0.
+pub fn run_within(scratch: &Scratch, name: &str, launch: Launch, deadline: Duration) -> Result<String> {
+    let mut daemon = Daemon::new(scratch, name, launch);
+    let before = daemon.output().len();
+    daemon.start()?;
+    let status = daemon.wait_exit(deadline)?;
+    let output = daemon.output().get(before..).unwrap_or_default().to_owned();
+    ensure!(status.success(), "{name} ended with {status}: {output}");
+    Ok(output)
 }
 
 impl Drop for Daemon {

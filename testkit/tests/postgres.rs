@@ -43,7 +43,7 @@ fn a_standby_and_a_synchronous_receiver_follow_a_primary() {
             Ok(())
         })?;
         primary.pgbench_init(scratch, 1)?;
-        let report = primary.pgbench(scratch, &["-t", "50", "-c", "2"])?;
+        let report = primary.pgbench(scratch, secs(120), &["-t", "50", "-c", "2"])?;
         assert_eq!(report.latencies_us.len(), 100);
         let end = primary.flush_lsn()?;
         wait_for(secs(30), "the standby", || {

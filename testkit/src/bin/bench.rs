@@ -6,12 +6,14 @@
 //! variants, in rotating order, before the next one. The table shows medians over the rounds.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, secs, stop_on_signals, wait_for,
+    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, exit_code, secs, stop_on_signals,
+    wait_for,
 };
 
 /// Settings of every primary. Background work that would fall into one variant's cell and not into another's is off; each cell
@@ -182,12 +184,13 @@ struct Sample {
 
 fn measure(scratch: &Scratch, variant: &Variant, cell: Cell, seconds: u64) -> Result<Sample> {
     variant.settle()?;
+    let deadline = secs(seconds + 120);
     let (clients, threads, seconds) = (cell.clients.to_string(), cell.clients.min(2).to_string(), seconds.to_string());
     let mut args = vec!["-c", &clients, "-j", &threads, "-T", &seconds];
     if cell.workload == Workload::SimpleUpdate {
         args.push("-N");
     }
-    let report: PgbenchReport = variant.primary().pgbench(scratch, &args)?;
+    let report: PgbenchReport = variant.primary().pgbench(scratch, deadline, &args)?;
     Ok(Sample { tps: report.tps, p50_us: report.percentile_us(0.5), p99_us: report.percentile_us(0.99) })
 }
 
@@ -228,11 +231,14 @@ fn table(cells: &[Cell], kinds: &[VariantKind], samples: &[Vec<Vec<Sample>>]) ->
     out
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    exit_code(bench(&Options::parse()))
+}
+
+fn bench(options: &Options) -> Result<()> {
     stop_on_signals()?;
     let scratch = Scratch::new("bench")?;
-    run(&options, &scratch).inspect_err(|_| eprintln!("{}", scratch.log_tails()))
+    run(options, &scratch).inspect_err(|_| eprintln!("{}", scratch.log_tails()))
 }
 
 fn run(options: &Options, scratch: &Scratch) -> Result<()> {

@@ -3,6 +3,7 @@
 //! code 1.
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -11,7 +12,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Postgres, Scratch, Sql, secs, stop_on_signals, wait_for,
+    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Postgres, Scratch, Sql, exit_code, secs,
+    stop_on_signals, wait_for,
 };
 
 const WRITERS: u64 = 4;
@@ -304,8 +306,11 @@ fn keep(mut cluster: Cluster, mut standby: Postgres, dir: &std::path::Path) {
     std::mem::forget((cluster, standby));
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn main() -> ExitCode {
+    exit_code(demo(&Options::parse()))
+}
+
+fn demo(options: &Options) -> Result<()> {
     stop_on_signals()?;
     let binaries = match (&options.safekeeper, &options.walproposer) {
         (Some(safekeeper), Some(walproposer)) => Binaries::new(safekeeper, walproposer),
@@ -316,7 +321,7 @@ fn main() -> Result<()> {
         scratch.detach();
     }
     let told = (|| {
-        let mut demo = Demo::start(&scratch, &binaries, &options)?;
+        let mut demo = Demo::start(&scratch, &binaries, options)?;
         demo.story()?;
         demo.conclude()
     })();

@@ -88,6 +88,7 @@ mod tests {
         assert_eq!(equal, ComparedWal { start: Lsn(start), end: Lsn(start + 5000), segments: 1 });
         let error = compare_wal(a.path(), b.path(), Lsn(start + 5001)).unwrap_err();
         assert!(error.to_string().contains("differs at 0/1001388"), "{error}");
+        fs::copy(a.path().join("000000010000000000000001"), b.path().join("000000010000000000000001.partial")).unwrap();
         let error = compare_wal(a.path(), b.path(), Lsn(2 * start + 1)).unwrap_err();
         assert!(error.to_string().contains("000000010000000000000002 is not in"), "{error}");
     }

@@ -12,7 +12,7 @@ use pgproto::lsn::Lsn;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::port::Port;
-use crate::process::{Daemon, Launch};
+use crate::process::{Daemon, Launch, run_within};
 use crate::programs::{Programs, run};
 use crate::scratch::Scratch;
 use crate::secs;
@@ -84,7 +84,7 @@ impl Postgres {
             .args(["-X", "none", "--checkpoint=fast", "--no-sync", "-d", &primary.conninfo(), "-D"])
             .arg(&data)
             .account(scratch.account());
-        run(&mut backup.command())?;
+        run_within(scratch, "pg_basebackup", backup, START_DEADLINE)?;
         let server = Postgres::assemble(scratch, name, primary.programs.clone(), data)?;
         let signal = server.data.join("standby.signal");
         fs::File::create(&signal)?;

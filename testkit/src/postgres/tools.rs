@@ -2,13 +2,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 
 use super::Postgres;
-use crate::process::{Daemon, Launch};
+use crate::process::{Daemon, Launch, run_within};
 use crate::programs::{Programs, run};
 use crate::scratch::Scratch;
+use crate::secs;
+
+/// Time to fill pgbench's tables at any scale used here.
+const INIT_DEADLINE: Duration = secs(600);
 
 /// What one run of pgbench measured.
 #[derive(Debug, Clone)]
@@ -40,8 +45,9 @@ impl Postgres {
     /// # Errors
     /// When pgbench fails.
     pub fn pgbench_init(&self, scratch: &Scratch, scale: u32) -> Result<()> {
-        let launch = self.client(scratch, "pgbench").args(["-i", "-q", "-s", &scale.to_string(), &self.conninfo()]);
-        run(&mut launch.command()).map(drop)
+        let args = ["-i", "-q", "-s", &scale.to_string(), &self.conninfo()];
+        let launch = self.client(scratch, "pgbench").args(args);
+        run_within(scratch, "pgbench-init", launch, INIT_DEADLINE).map(drop)
     }
 
     /// How to run pgbench against this server with `args`, for a load in the background.
@@ -50,18 +56,18 @@ impl Postgres {
         self.client(scratch, "pgbench").args(args).arg(self.conninfo())
     }
 
-    /// Runs pgbench to its end, with every transaction's latency logged.
+    /// Runs pgbench to its end, which must come within `deadline`, with every transaction's latency logged.
     ///
     /// # Errors
-    /// When pgbench fails, or its output cannot be read.
-    pub fn pgbench(&self, scratch: &Scratch, args: &[&str]) -> Result<PgbenchReport> {
+    /// When pgbench fails or hangs, or its output cannot be read.
+    pub fn pgbench(&self, scratch: &Scratch, deadline: Duration, args: &[&str]) -> Result<PgbenchReport> {
         let dir = scratch.postgres_dir("pgbench-log")?;
         let prefix = dir.join("log");
         let launch = self.pgbench_launch(scratch, args).arg("-l").arg("--log-prefix").arg(&prefix);
-        let output = run(&mut launch.command())?;
+        let output = run_within(scratch, "pgbench", launch, deadline)?;
         let latencies_us = read_latencies(&dir)?;
         fs::remove_dir_all(&dir)?;
-        Ok(PgbenchReport { tps: parse_tps(&String::from_utf8_lossy(&output.stdout))?, latencies_us })
+        Ok(PgbenchReport { tps: parse_tps(&output)?, latencies_us })
     }
 
     fn client(&self, scratch: &Scratch, program: &str) -> Launch {
