@@ -5,7 +5,7 @@
 //! | Room | What it promises |
 //! |---|---|
 //! | `http` | the management API and `/metrics` |
-//! | `server` | the Postgres-protocol endpoint |
+//! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
 //! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
@@ -18,5 +18,6 @@ pub mod daemon;
 pub mod metrics;
 pub mod propose;
 pub mod retry;
+pub mod server;
 pub mod storage;
 pub mod timeline;

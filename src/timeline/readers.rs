@@ -130,6 +130,15 @@ impl ReaderGuard<'_> {
         });
     }
 
+    /// Whether this is a page server, or nobody yet, that has everything below `commit_lsn` in remote storage.
+    pub fn pageserver_has(&self, commit_lsn: Lsn) -> bool {
+        let table = self.readers.table.lock();
+        table.readers.get(&self.conn_id).is_some_and(|reader| match &reader.feedback {
+            ReaderFeedback::Pageserver(feedback) => feedback.remote_consistent_lsn >= commit_lsn,
+            ReaderFeedback::Standby { .. } => false,
+        })
+    }
+
     /// A page server's report arrived.
     pub fn pageserver_feedback(&self, new: PageserverFeedback) {
         self.update(|reader| {

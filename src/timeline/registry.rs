@@ -110,6 +110,11 @@ impl Registry {
         self.timelines.lock().values().filter_map(loaded).collect()
     }
 
+    /// How many names are taken, also by timelines that couldn't be loaded.
+    pub fn count(&self) -> usize {
+        self.timelines.lock().len()
+    }
+
     /// The one timeline of this node, if there is exactly one: what a client gets that names none.
     pub fn only(&self) -> Option<TenantTimelineId> {
         let timelines = self.timelines.lock();

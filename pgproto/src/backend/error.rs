@@ -76,6 +76,8 @@ impl SqlState {
     pub const OBJECT_IN_USE: SqlState = SqlState(*b"55006");
     /// The server ends the session.
     pub const ADMIN_SHUTDOWN: SqlState = SqlState(*b"57P01");
+    /// Nothing was received for too long.
+    pub const IDLE_SESSION_TIMEOUT: SqlState = SqlState(*b"57P05");
     /// Not now, try another host: libpq does.
     pub const CANNOT_CONNECT_NOW: SqlState = SqlState(*b"57P03");
     /// Input or output failed.

@@ -1,0 +1,178 @@
+//! One socket, as messages: a bounded reader and a writer that sends WAL without copying it.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use pgproto::backend::SqlState;
+use pgproto::frame::{self, Frame};
+use pgproto::startup::{self, FirstPacket};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::time::{Instant, timeout, timeout_at};
+
+use super::interrupt::Interrupt;
+use super::{READ_AHEAD, ServerConfig};
+use crate::metrics::IoCounters;
+
+/// Room below which the read buffer is extended.
+const LOW_ROOM: usize = 4096;
+
+/// After the last word, what the client still sends is read for this long, so that the word isn't lost to a reset.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// Splits a connection into its two directions.
+pub(super) fn split(socket: TcpStream, config: &ServerConfig) -> (MessageReader, MessageWriter) {
+    let (read, write) = socket.into_split();
+    let reader = MessageReader { socket: read, buffer: BytesMut::new(), idle_limit: config.idle_limit, io: None };
+    let writer = MessageWriter {
+        socket: write,
+        out: BytesMut::new(),
+        payload: Bytes::new(),
+        limit: config.reader_limit,
+        io: None,
+    };
+    (reader, writer)
+}
+
+/// What the client sends.
+pub(super) struct MessageReader {
+    socket: OwnedReadHalf,
+    buffer: BytesMut,
+    idle_limit: Duration,
+    io: Option<IoCounters>,
+}
+
+impl MessageReader {
+    /// Counts bytes from now on.
+    pub(super) fn count(&mut self, io: IoCounters) {
+        self.io = Some(io);
+    }
+
+    /// The first packet, or one that follows an encryption request.
+    pub(super) async fn first_packet(&mut self) -> Result<FirstPacket, Interrupt> {
+        loop {
+            if let Some(packet) = startup::decode(&mut self.buffer)? {
+                return Ok(packet);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// The next message. Cancel safe; waits for ever.
+    pub(super) async fn next(&mut self, max_body: usize) -> Result<Frame, Interrupt> {
+        loop {
+            if let Some(frame) = frame::decode(&mut self.buffer, max_body)? {
+                return Ok(frame);
+            }
+            self.fill().await?;
+        }
+    }
+
+    /// The next message, unless nothing was received for too long.
+    pub(super) async fn next_or_idle(&mut self, max_body: usize) -> Result<Frame, Interrupt> {
+        loop {
+            if let Some(frame) = frame::decode(&mut self.buffer, max_body)? {
+                return Ok(frame);
+            }
+            match timeout(self.idle_limit, self.fill()).await {
+                Ok(filled) => filled?,
+                Err(_) => {
+                    let text = "terminating connection: nothing was received for too long";
+                    return Err(Interrupt::fatal(SqlState::IDLE_SESSION_TIMEOUT, text));
+                }
+            }
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), Interrupt> {
+        if self.buffer.capacity() - self.buffer.len() < LOW_ROOM {
+            self.buffer.reserve(READ_AHEAD);
+        }
+        match self.socket.read_buf(&mut self.buffer).await? {
+            0 if self.buffer.is_empty() => Err(Interrupt::Gone("closed by the client".to_owned())),
+            0 => Err(Interrupt::Gone("closed by the client in the middle of a message".to_owned())),
+            count => {
+                if let Some(io) = &self.io {
+                    io.read(count);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Throws away what still arrives, for a short while: a socket closed over unread input resets the connection, and the
+    /// client may lose what it was told last.
+    pub(super) async fn drain(mut self) {
+        let deadline = Instant::now() + LINGER;
+        loop {
+            self.buffer.clear();
+            self.buffer.reserve(READ_AHEAD);
+            match timeout_at(deadline, self.socket.read_buf(&mut self.buffer)).await {
+                Ok(Ok(count)) if count > 0 => {}
+                _ => return,
+            }
+        }
+    }
+}
+
+/// What is sent to the client: messages, and behind them at most one payload that is not copied.
+pub(super) struct MessageWriter {
+    socket: OwnedWriteHalf,
+    out: BytesMut,
+    payload: Bytes,
+    limit: Duration,
+    io: Option<IoCounters>,
+}
+
+impl MessageWriter {
+    /// Counts bytes from now on.
+    pub(super) fn count(&mut self, io: IoCounters) {
+        self.io = Some(io);
+    }
+
+    /// Where messages are written to. Only while no payload waits: it would come before them.
+    pub(super) fn out(&mut self) -> &mut BytesMut {
+        debug_assert!(self.payload.is_empty(), "a message behind a payload");
+        &mut self.out
+    }
+
+    /// Sends `payload` behind what is in [`Self::out`].
+    pub(super) fn attach(&mut self, payload: Bytes) {
+        debug_assert!(self.payload.is_empty(), "two payloads");
+        self.payload = payload;
+    }
+
+    /// Whether everything was sent.
+    pub(super) fn is_empty(&self) -> bool {
+        self.out.is_empty() && self.payload.is_empty()
+    }
+
+    /// Sends some of what waits. Cancel safe: what wasn't sent still waits.
+    pub(super) async fn write_some(&mut self) -> io::Result<()> {
+        let mut waiting = (&mut self.out).chain(&mut self.payload);
+        let count = self.socket.write_buf(&mut waiting).await?;
+        if count == 0 && !self.is_empty() {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        if let Some(io) = &self.io {
+            io.written(count);
+        }
+        Ok(())
+    }
+
+    /// Sends everything. Cancel safe. Fails when the peer takes nothing for too long.
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        while !self.is_empty() {
+            timeout(self.limit, self.write_some()).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))??;
+        }
+        Ok(())
+    }
+
+    /// Ends this direction after everything was sent.
+    pub(super) async fn close(&mut self) -> io::Result<()> {
+        self.flush().await?;
+        self.socket.shutdown().await
+    }
+}

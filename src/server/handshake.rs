@@ -1,0 +1,344 @@
+//! From the first byte to the first ReadyForQuery: who the client is and which timeline it wants.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use pgproto::backend::{ErrorFields, SqlState, encode};
+use pgproto::startup::{ENCRYPTION_REFUSED, FirstPacket, Options, ReplicationMode, StartupMessage};
+use pgproto::{TenantTimelineId, startup};
+use tokio::time::timeout;
+
+use super::STARTUP_LIMIT;
+use super::connection::{MessageReader, MessageWriter};
+use super::interrupt::Interrupt;
+use super::listener::House;
+use crate::metrics::{self, Application};
+use crate::timeline::Timeline;
+use crate::timeline::registry::{LookupError, Registry};
+
+/// Advertised while the primary's version isn't known: Neon's value, and old enough for every client to accept.
+const DEFAULT_SERVER_VERSION: &str = "14.1";
+
+const SELECTOR_HINT: &str = "Name the timeline: options='-c tenant_id=... -c timeline_id=...'.";
+
+/// Whether there is room for one more session.
+pub(super) enum Admission {
+    /// There is.
+    Open,
+    /// All of so many are taken.
+    Full(usize),
+}
+
+/// Who is at the other end.
+pub(super) struct Client {
+    /// Number of the connection; clients see it as a process id.
+    pub(super) id: u32,
+    pub(super) address: SocketAddr,
+    pub(super) application_name: Option<String>,
+    /// The timeline it named.
+    pub(super) named: Option<TenantTimelineId>,
+    /// That, or the only timeline there was when it came.
+    pub(super) ttid: Option<TenantTimelineId>,
+    /// Settings as told to it; SHOW answers the same.
+    pub(super) parameters: Vec<(&'static str, String)>,
+}
+
+impl Client {
+    /// A proposer or a peer on its way to recovery, who is told about WAL that isn't committed yet
+    /// (spec: wire protocol 1.4). The name is a claim; without authentication there is nothing better.
+    pub(super) fn is_recovering(&self) -> bool {
+        self.application_name.as_deref().is_some_and(is_recovery_name)
+    }
+
+    /// A Neon page server.
+    pub(super) fn is_pageserver(&self) -> bool {
+        self.application_name.as_deref().is_some_and(|name| name.starts_with("pageserver"))
+    }
+
+    /// The kind of program, for metrics.
+    pub(super) fn application(&self) -> Application {
+        Application::classify(self.application_name.as_deref().unwrap_or_default())
+    }
+}
+
+fn is_recovery_name(name: &str) -> bool {
+    name == "wal_proposer_recovery" || name.starts_with("safekeeper")
+}
+
+/// Why there is no timeline to talk about.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoTimeline {
+    /// It isn't on this node, or isn't usable.
+    #[error(transparent)]
+    Lookup(#[from] LookupError),
+    /// None was named and there is none.
+    #[error("there is no timeline on this safekeeper yet")]
+    Empty,
+    /// None was named and there are several.
+    #[error("no timeline was named, and this safekeeper has {0} of them")]
+    Ambiguous(usize),
+}
+
+impl NoTimeline {
+    /// As the answer to a command.
+    pub(super) fn refusal(&self) -> Interrupt {
+        let code = match self {
+            NoTimeline::Lookup(LookupError::Broken { .. } | LookupError::Creating(_)) => {
+                SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE
+            }
+            NoTimeline::Lookup(LookupError::NotFound(_)) | NoTimeline::Empty | NoTimeline::Ambiguous(_) => {
+                SqlState::UNDEFINED_OBJECT
+            }
+        };
+        Interrupt::Refused(self.fields(ErrorFields::error(code, self.to_string())))
+    }
+
+    fn fields(&self, fields: ErrorFields) -> ErrorFields {
+        match self {
+            NoTimeline::Ambiguous(_) => fields.with_hint(SELECTOR_HINT),
+            _ => fields,
+        }
+    }
+}
+
+/// The timeline of a client.
+pub(super) fn find_timeline(registry: &Registry, ttid: Option<TenantTimelineId>) -> Result<Arc<Timeline>, NoTimeline> {
+    let only = || {
+        registry.only().ok_or_else(|| match registry.count() {
+            0 => NoTimeline::Empty,
+            count => NoTimeline::Ambiguous(count),
+        })
+    };
+    let ttid = ttid.map_or_else(only, Ok)?;
+    Ok(registry.get(ttid)?)
+}
+
+/// Lets a client in, or says why not.
+pub(super) async fn run(
+    house: &House,
+    id: u32,
+    address: SocketAddr,
+    admission: Admission,
+    reader: &mut MessageReader,
+    writer: &mut MessageWriter,
+) -> Result<Client, Interrupt> {
+    let first = tokio::select! {
+        first = timeout(STARTUP_LIMIT, first_packets(reader, writer)) => first,
+        () = house.shutdown.cancelled() => return Err(Interrupt::Gone("stopping before a session began".to_owned())),
+    };
+    let message = first.map_err(|_| Interrupt::Gone("no startup packet in time".to_owned()))??;
+    if message.needs_negotiation() {
+        encode::negotiate_protocol_version(writer.out(), message.extensions());
+    }
+    if let Admission::Full(limit) = admission {
+        // PostgreSQL says 53300 here, and libpq would give up; a safekeeper is one of several.
+        let text = format!("too many connections: this safekeeper allows {limit}");
+        return Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, text));
+    }
+    let client = admit(house, id, address, &message)?;
+    reader.count(metrics::io(client.application()));
+    writer.count(metrics::io(client.application()));
+    let out = writer.out();
+    encode::authentication_ok(out);
+    for (name, value) in &client.parameters {
+        encode::parameter_status(out, name, value);
+    }
+    // There is nothing to cancel, so the secret need not be one.
+    encode::backend_key_data(out, id, 0);
+    encode::ready_for_query(out);
+    writer.flush().await?;
+    tracing::debug!(id, %address, application_name = client.application_name, "session begins");
+    Ok(client)
+}
+
+/// Answers encryption requests until the StartupMessage is there.
+async fn first_packets(reader: &mut MessageReader, writer: &mut MessageWriter) -> Result<StartupMessage, Interrupt> {
+    let gone = |why: &str| Err(Interrupt::Gone(why.to_owned()));
+    loop {
+        match reader.first_packet().await? {
+            FirstPacket::Startup(message) => return Ok(message),
+            FirstPacket::Ssl | FirstPacket::Gss => {
+                writer.out().extend_from_slice(&[ENCRYPTION_REFUSED]);
+                writer.flush().await?;
+            }
+            FirstPacket::Cancel => return gone("cancel request"),
+            FirstPacket::DirectTls => return gone("TLS is not supported"),
+            FirstPacket::UnsupportedVersion { major: 1234, .. } => return gone("unknown request"),
+            FirstPacket::UnsupportedVersion { major, minor } => {
+                let supported = startup::PROTOCOL_MAJOR;
+                let text = format!(
+                    "unsupported frontend protocol {major}.{minor}: server supports {supported}.0 to {supported}.0"
+                );
+                return Err(Interrupt::fatal(SqlState::FEATURE_NOT_SUPPORTED, text));
+            }
+        }
+    }
+}
+
+fn admit(house: &House, id: u32, address: SocketAddr, message: &StartupMessage) -> Result<Client, Interrupt> {
+    let mode = message.replication_mode().map_err(|error| {
+        let fields = ErrorFields::fatal(SqlState::INVALID_PARAMETER_VALUE, error.to_string());
+        Interrupt::Fatal(fields.with_hint("Valid values are: \"false\", 0, \"true\", 1, \"database\"."))
+    })?;
+    let options = message.options();
+    refuse_interpreted(&options)?;
+    let named = selected(&options)?;
+    let application_name = message.get("application_name").map(str::to_owned);
+    let found = find_timeline(&house.registry, named);
+    if mode != ReplicationMode::Off {
+        check_servable(&found, application_name.as_deref().is_some_and(is_recovery_name))?;
+    }
+    let timeline = found.ok();
+    let ttid = named.or(timeline.as_ref().map(|timeline| timeline.ttid()));
+    let parameters = parameters(message, mode, timeline.as_deref());
+    Ok(Client { id, address, application_name, named, ttid, parameters })
+}
+
+/// Neon's page servers may ask for WAL as decoded records.
+fn refuse_interpreted(options: &Options) -> Result<(), Interrupt> {
+    match options.get("protocol") {
+        None | Some(r#"{"type":"vanilla"}"#) => Ok(()),
+        Some(other) => {
+            let text = format!("streaming protocol {other} is not supported");
+            let fields = ErrorFields::fatal(SqlState::FEATURE_NOT_SUPPORTED, text);
+            Err(Interrupt::Fatal(fields.with_hint("Use {\"type\":\"vanilla\"}.")))
+        }
+    }
+}
+
+fn selected(options: &Options) -> Result<Option<TenantTimelineId>, Interrupt> {
+    let wrong = |text: String| {
+        Interrupt::Fatal(ErrorFields::fatal(SqlState::INVALID_PARAMETER_VALUE, text).with_hint(SELECTOR_HINT))
+    };
+    let selector = options.selector().map_err(|error| wrong(error.to_string()))?;
+    match (selector.tenant_id, selector.timeline_id) {
+        (Some(tenant_id), Some(timeline_id)) => Ok(Some(TenantTimelineId::new(tenant_id, timeline_id))),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(wrong("options name a tenant_id but no timeline_id".to_owned())),
+        (None, Some(_)) => Err(wrong("options name a timeline_id but no tenant_id".to_owned())),
+    }
+}
+
+/// Whoever comes for WAL is sent on to the next host unless there is some: libpq goes on only after a 57P03 here.
+fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, recovering: bool) -> Result<(), Interrupt> {
+    let reason = match found {
+        // Every node would say the same.
+        Err(error @ NoTimeline::Ambiguous(_)) => {
+            let fields = ErrorFields::fatal(SqlState::INVALID_PARAMETER_VALUE, error.to_string());
+            return Err(Interrupt::Fatal(error.fields(fields)));
+        }
+        Err(error) => error.to_string(),
+        Ok(timeline) if recovering || timeline.progress().commit_lsn.is_valid() => return Ok(()),
+        Ok(timeline) => format!("timeline {} has no committed WAL on this safekeeper yet", timeline.ttid()),
+    };
+    Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, reason))
+}
+
+/// The settings a PostgreSQL 15 tells its clients (spec: postgres clients 1.4).
+fn parameters(
+    message: &StartupMessage,
+    mode: ReplicationMode,
+    timeline: Option<&Timeline>,
+) -> Vec<(&'static str, String)> {
+    // As a walsender, which has no database and so no encoding of its own.
+    let server_encoding = if mode == ReplicationMode::Off { "UTF8" } else { "SQL_ASCII" };
+    let asked = |name: &str, default: &str| message.get(name).unwrap_or(default).to_owned();
+    let version = timeline.map(|timeline| timeline.control_state().server.pg_version).unwrap_or_default();
+    vec![
+        ("application_name", asked("application_name", "")),
+        ("client_encoding", asked("client_encoding", server_encoding)),
+        ("DateStyle", "ISO, MDY".to_owned()),
+        ("default_transaction_read_only", "off".to_owned()),
+        ("in_hot_standby", "off".to_owned()),
+        ("integer_datetimes", "on".to_owned()),
+        ("IntervalStyle", "postgres".to_owned()),
+        ("is_superuser", "on".to_owned()),
+        ("server_encoding", server_encoding.to_owned()),
+        ("server_version", server_version(version)),
+        ("session_authorization", asked("user", "")),
+        ("standard_conforming_strings", "on".to_owned()),
+        ("TimeZone", "Etc/UTC".to_owned()),
+    ]
+}
+
+/// `15.18` for 150018. pg_receivewal refuses a server of a newer major version than its own, so it must be the primary's.
+fn server_version(pg_version: u32) -> String {
+    match pg_version {
+        0 => DEFAULT_SERVER_VERSION.to_owned(),
+        version => format!("{}.{}", version / 10_000, version % 10_000),
+    }
+}
+
+/// Ends a connection: a last word if there is one, and none otherwise.
+pub(super) async fn take_leave(
+    id: u32,
+    address: SocketAddr,
+    end: Interrupt,
+    reader: MessageReader,
+    mut writer: MessageWriter,
+) {
+    let fields = match end {
+        Interrupt::Gone(reason) => {
+            tracing::debug!(id, %address, reason, "connection ended");
+            return;
+        }
+        Interrupt::Fatal(fields) | Interrupt::Refused(fields) => fields,
+    };
+    match fields.code {
+        SqlState::SUCCESSFUL_COMPLETION | SqlState::ADMIN_SHUTDOWN | SqlState::CANNOT_CONNECT_NOW => {
+            tracing::info!(id, %address, error = %fields, "connection ended");
+        }
+        _ => tracing::warn!(id, %address, error = %fields, "connection ended"),
+    }
+    // A message that was cut short by a stalled peer has to be completed first.
+    if writer.flush().await.is_err() {
+        return;
+    }
+    fields.encode(writer.out());
+    if writer.close().await.is_ok() {
+        reader.drain().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_version_is_that_of_the_primary() {
+        assert_eq!(server_version(150_018), "15.18");
+        assert_eq!(server_version(180_004), "18.4");
+        assert_eq!(server_version(0), DEFAULT_SERVER_VERSION);
+    }
+
+    #[test]
+    fn recovery_clients_are_known_by_name() {
+        for name in ["wal_proposer_recovery", "safekeeper", "safekeeper_3"] {
+            assert!(is_recovery_name(name), "{name}");
+        }
+        for name in ["wal_proposer_recovery2", "walreceiver", "pageserver-1", "", "my safekeeper"] {
+            assert!(!is_recovery_name(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn a_selector_has_both_parts() {
+        let id = "cf0480929707ee75372337efaa5ecf96";
+        let select = |text: &str| selected(&Options::parse(text));
+        assert!(matches!(select(""), Ok(None)));
+        assert!(matches!(select(&format!("-c tenant_id={id} -c timeline_id={id}")), Ok(Some(_))));
+        for bad in [format!("tenant_id={id}"), format!("timeline_id={id}"), format!("tenant_id={id} timeline_id=1")] {
+            match select(&bad) {
+                Err(Interrupt::Fatal(fields)) => assert_eq!(fields.code, SqlState::INVALID_PARAMETER_VALUE, "{bad}"),
+                other => panic!("{bad}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn only_the_vanilla_protocol_is_spoken() {
+        assert!(refuse_interpreted(&Options::parse(r#"protocol={"type":"vanilla"}"#)).is_ok());
+        let interpreted = r#"protocol={"type":"interpreted","args":{"format":"protobuf","compression":null}}"#;
+        assert!(refuse_interpreted(&Options::parse(interpreted)).is_err());
+    }
+}

@@ -1,0 +1,108 @@
+//! How a command or a session ends before it is done.
+
+use std::io;
+
+use pgproto::DecodeError;
+use pgproto::backend::{ErrorFields, SqlState};
+use pgproto::replication::CommandError;
+
+use crate::consensus::acceptor::AcceptorError;
+use crate::storage::ReadError;
+use crate::timeline::TimelineError;
+use crate::timeline::registry::CreateTimelineError;
+
+/// Why something stopped, and with it what to do next.
+#[derive(Debug)]
+pub(super) enum Interrupt {
+    /// Tell the client; the session goes on with the next command.
+    Refused(ErrorFields),
+    /// Tell the client, then close.
+    Fatal(ErrorFields),
+    /// Close without a word: the client left, or there is nobody left to tell.
+    Gone(String),
+}
+
+impl Interrupt {
+    /// An error after which the session goes on.
+    pub(super) fn refused(code: SqlState, message: impl Into<String>) -> Self {
+        Interrupt::Refused(ErrorFields::error(code, message))
+    }
+
+    /// An error after which the connection is closed.
+    pub(super) fn fatal(code: SqlState, message: impl Into<String>) -> Self {
+        Interrupt::Fatal(ErrorFields::fatal(code, message))
+    }
+
+    /// The server is stopping.
+    pub(super) fn shutdown() -> Self {
+        Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+    }
+}
+
+impl From<CommandError> for Interrupt {
+    fn from(error: CommandError) -> Self {
+        Interrupt::Refused(error.into())
+    }
+}
+
+/// Bytes that make no sense leave no safe place to go on from.
+impl From<DecodeError> for Interrupt {
+    fn from(error: DecodeError) -> Self {
+        Self::fatal(SqlState::PROTOCOL_VIOLATION, error.to_string())
+    }
+}
+
+impl From<io::Error> for Interrupt {
+    fn from(error: io::Error) -> Self {
+        Interrupt::Gone(error.to_string())
+    }
+}
+
+/// Reading WAL back failed. The stream ends, the session may go on, as with a stock server.
+impl From<ReadError> for Interrupt {
+    fn from(error: ReadError) -> Self {
+        let code = match &error {
+            ReadError::NotStarted => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+            ReadError::InvalidRange { .. } => SqlState::INVALID_PARAMETER_VALUE,
+            ReadError::BeforeStart { .. } | ReadError::SegmentMissing { .. } => SqlState::UNDEFINED_FILE,
+            ReadError::ShortSegment { .. } => SqlState::DATA_CORRUPTED,
+            ReadError::Disk(_) => SqlState::IO_ERROR,
+        };
+        Self::refused(code, error.to_string())
+    }
+}
+
+/// A proposer's message wasn't taken: its connection ends, it comes back and negotiates anew.
+impl From<TimelineError> for Interrupt {
+    fn from(error: TimelineError) -> Self {
+        let code = match &error {
+            TimelineError::Refused(refusal) => refusal_code(refusal),
+            TimelineError::Failed { .. } => SqlState::IO_ERROR,
+            TimelineError::ShuttingDown(_) => SqlState::ADMIN_SHUTDOWN,
+        };
+        Self::fatal(code, error.to_string())
+    }
+}
+
+/// Making the timeline that a proposer wants to push to failed.
+impl From<CreateTimelineError> for Interrupt {
+    fn from(error: CreateTimelineError) -> Self {
+        let code = match &error {
+            CreateTimelineError::Taken(_) => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+            CreateTimelineError::Invalid(..) => SqlState::INVALID_PARAMETER_VALUE,
+            CreateTimelineError::Storage { .. } => SqlState::IO_ERROR,
+        };
+        Self::fatal(code, error.to_string())
+    }
+}
+
+fn refusal_code(refusal: &AcceptorError) -> SqlState {
+    match refusal {
+        AcceptorError::BadWal(_) => SqlState::DATA_CORRUPTED,
+        AcceptorError::WrongTimeline(_)
+        | AcceptorError::VersionMismatch { .. }
+        | AcceptorError::UnsupportedVersion(_)
+        | AcceptorError::SegmentSizeMismatch { .. } => SqlState::INVALID_PARAMETER_VALUE,
+        _ => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
+    }
+}
