@@ -1,2 +1,49 @@
-//! Placeholder until the endpoint is there.
-fn main() {}
+//! The `safekeeper` daemon: keeps WAL safe, serves it to readers.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use safekeeper::config::{self, Loaded, SafekeeperSettings};
+use safekeeper::server::{self, ServerConfig};
+use safekeeper::storage::{ControlFile, DataDir, RealDisk};
+use safekeeper::timeline::registry::Registry;
+use safekeeper::daemon;
+use tokio_util::sync::CancellationToken;
+
+fn main() -> ExitCode {
+    let Loaded::<SafekeeperSettings> { settings, warnings } = config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    daemon::exit_code(match &settings.dump_control_file {
+        Some(file) => dump_control_file(file),
+        None => start(settings, warnings),
+    })
+}
+
+fn dump_control_file(file: &Path) -> anyhow::Result<()> {
+    let control = ControlFile::read(&RealDisk::new(false), file)?;
+    println!("{:#}", control.to_json());
+    Ok(())
+}
+
+#[tokio::main]
+async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::Result<()> {
+    config::init_logging(settings.log_format)?;
+    warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    let data_dir = DataDir::open(&settings.datadir, settings.id, !settings.no_sync)?;
+    if settings.init {
+        return Ok(());
+    }
+    // Before the timelines are loaded, so that a taken port is found out at once.
+    let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;
+    let registry = Registry::load(data_dir).await.context("cannot list the timelines")?;
+    tracing::info!(
+        node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
+        http = %settings.listen_http, "safekeeper is ready"
+    );
+    let shutdown = CancellationToken::new();
+    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    server::serve(pg, registry, ServerConfig::default(), shutdown.clone()).await;
+    shutdown.cancel();
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! The `walproposer` daemon: makes a stock PostgreSQL primary commit to a quorum of safekeepers.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::Context;
+use pgproto::TenantTimelineId;
+use safekeeper::config::{self, Loaded, WalproposerSettings};
+use safekeeper::propose::{self, Settings, status::Status};
+use safekeeper::daemon;
+use tokio_util::sync::CancellationToken;
+
+fn main() -> ExitCode {
+    let Loaded::<WalproposerSettings> { settings, warnings } = config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    daemon::exit_code(start(settings, warnings))
+}
+
+/// One thread: a commit passes through several tasks, and handing it from thread to thread would cost more than it saves.
+#[tokio::main(flavor = "current_thread")]
+async fn start(settings: WalproposerSettings, warnings: Vec<String>) -> anyhow::Result<()> {
+    config::init_logging(settings.log_format)?;
+    warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    let listener = daemon::bind("--listen-http", &settings.listen_http).await?;
+    let proposing = Settings {
+        primary: settings.primary,
+        safekeepers: settings.safekeepers,
+        slot: settings.slot,
+        application_name: settings.application_name,
+        ttid: settings
+            .tenant_id
+            .zip(settings.timeline_id)
+            .map(|(tenant, timeline)| TenantTimelineId::new(tenant, timeline)),
+        buffer_size: settings.buffer_size.0,
+    };
+    let status = Arc::new(Status::new(proposing.safekeepers.clone()));
+    let shutdown = CancellationToken::new();
+    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let result = propose::run(proposing, status, shutdown.clone()).await;
+    shutdown.cancel();
+    Ok(result?)
+}
