@@ -95,11 +95,17 @@ fn quoted_name(name: &str) -> String {
     if plain && !keyword { name.to_owned() } else { format!("\"{}\"", name.replace('"', "\"\"").replace('\'', "''")) }
 }
 
-/// Asks the primary and logs a warning for each finding.
+/// Asks the primary and judges its answer.
+pub async fn look(settings: &Settings) -> Result<Vec<Finding>, AskError> {
+    let primary = ask(settings, primary_settings).await?;
+    Ok(findings(&primary, &settings.application_name))
+}
+
+/// Looks, and logs a warning for each finding.
 pub async fn warn_about(settings: &Settings) {
-    match ask(settings, primary_settings).await {
-        Ok(primary) => {
-            for Finding { problem, remedy } in findings(&primary, &settings.application_name) {
+    match look(settings).await {
+        Ok(findings) => {
+            for Finding { problem, remedy } in findings {
                 tracing::warn!(set = remedy, "{problem}");
             }
         }
@@ -126,11 +132,14 @@ pub async fn slot_start(settings: &Settings) -> Option<Lsn> {
 
 /// Why the primary could not be asked.
 #[derive(Debug, thiserror::Error)]
-enum AskError {
+pub enum AskError {
+    /// No connection, or the server reported an error.
     #[error("{}", sql_error(.0))]
     Sql(#[from] tokio_postgres::Error),
+    /// Too slow.
     #[error("no answer within {LIMIT:?}")]
     TimedOut,
+    /// The answer has another shape.
     #[error("unexpected answer")]
     Unexpected,
 }

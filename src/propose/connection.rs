@@ -259,13 +259,22 @@ impl Connection {
         }
     }
 
-    /// Runs a command that begins COPY in both directions.
+    /// Runs a command that begins COPY in both directions. After the server's refusal, others can be run.
     pub async fn start_copy(&mut self, text: &str) -> Result<(), ConnectError> {
-        self.send_query(text).await?;
-        match timeout(CONNECT_LIMIT, self.reader.next_answer()).await.map_err(|_| ConnectError::TimedOut)?? {
-            BackendMessage::CopyBothResponse => Ok(()),
-            other => Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
-        }
+        let start = async {
+            self.send_query(text).await?;
+            match self.reader.next_answer().await {
+                Ok(BackendMessage::CopyBothResponse) => Ok(()),
+                Ok(other) => Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+                Err(ConnectError::Server(error)) => {
+                    // A connection that the server closes says so to the next command.
+                    while !matches!(self.reader.next().await, Ok(BackendMessage::ReadyForQuery(_)) | Err(_)) {}
+                    Err(ConnectError::Server(error))
+                }
+                Err(error) => Err(error),
+            }
+        };
+        timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
     }
 
     async fn send_query(&mut self, text: &str) -> Result<(), ConnectError> {

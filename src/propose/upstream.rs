@@ -167,10 +167,14 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
             UpstreamError::PrimaryBehind(start)
         });
     }
-    // The slot may have been dropped meanwhile; without it the primary would remove WAL that is not safe yet.
-    create_slot(&mut connection, &settings.slot).await?;
     let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {PG_TIMELINE}", quoted(&settings.slot));
-    match connection.start_copy(&command).await {
+    let mut started = connection.start_copy(&command).await;
+    if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
+        // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
+        create_slot(&mut connection, &settings.slot).await?;
+        started = connection.start_copy(&command).await;
+    }
+    match started {
         Ok(()) => {}
         Err(ConnectError::Server(error)) if error.code == SqlState::OBJECT_IN_USE => {
             return Err(UpstreamError::SlotInUse { slot: settings.slot.clone(), reason: error.message });

@@ -1,0 +1,332 @@
+//! The stream from a real primary: synchronous commit, shutdown, crash, refusals, authentication, settings.
+#![allow(clippy::expect_used)]
+
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use pgproto::wal::RecordScanner;
+use pgproto::{Lsn, SystemId};
+use safekeeper::propose::checks;
+use safekeeper::propose::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
+use safekeeper::propose::{PrimaryFacts, Settings};
+use testkit::{Postgres, Scratch, StopMode, scenario, secs, wait_for};
+use tokio::runtime::Runtime;
+
+const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
+
+fn settings(conninfo: &str) -> Result<Settings> {
+    Ok(Settings {
+        primary: conninfo.parse()?,
+        safekeepers: Vec::new(),
+        slot: "safekeeper".to_owned(),
+        application_name: "safekeeper".to_owned(),
+        ttid: None,
+        buffer_size: 0,
+    })
+}
+
+fn runtime() -> Result<Runtime> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
+}
+
+fn primary(scratch: &Scratch, settings: &[(&str, &str)]) -> Result<Postgres> {
+    let mut server = Postgres::init(scratch, "primary", settings)?;
+    server.start()?;
+    Ok(server)
+}
+
+/// Follows a primary and checks every record that arrives.
+struct Follower {
+    runtime: Runtime,
+    settings: Settings,
+    facts: PrimaryFacts,
+    scanner: RecordScanner,
+    stream: Upstream,
+}
+
+impl Follower {
+    /// From the first LSN on.
+    fn new(server: &Postgres) -> Result<Follower> {
+        let (runtime, settings) = (runtime()?, settings(&server.conninfo())?);
+        let facts = runtime.block_on(upstream::facts(&settings))?;
+        let stream = runtime.block_on(upstream::follow(&settings, &facts, facts.initial_start))?;
+        let scanner = RecordScanner::new(facts.initial_start, facts.server.wal_seg_size, facts.server.pg_version);
+        Ok(Follower { runtime, settings, facts, scanner, stream })
+    }
+
+    /// Takes one event.
+    fn step(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        let event = self.runtime.block_on(self.stream.next())?;
+        if let UpstreamEvent::Wal { wal, .. } = &event {
+            self.scanner.feed(wal).expect("the primary sends valid WAL");
+        }
+        Ok(event)
+    }
+
+    /// Takes events until all WAL before `end` is there.
+    fn read_to(&mut self, end: Lsn) -> Result<()> {
+        while self.scanner.last_record_end() < end {
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    fn acknowledge(&mut self) -> Result<()> {
+        let end = self.scanner.last_record_end();
+        Ok(self.runtime.block_on(self.stream.acknowledge(end))?)
+    }
+
+    /// Begins a new stream where the last one was cut.
+    fn reconnect(&mut self) -> Result<(), UpstreamError> {
+        let start = self.scanner.position();
+        self.stream = self.runtime.block_on(upstream::follow(&self.settings, &self.facts, start))?;
+        Ok(())
+    }
+}
+
+/// Waits until `count` sessions wait for a synchronous standby.
+fn wait_blocked(server: &Postgres, count: u64) -> Result<()> {
+    wait_for(secs(30), "a commit to wait", || {
+        let query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'";
+        let waiting: u64 = server.sql()?.parsed(query)?;
+        ensure!(waiting == count, "{waiting} sessions wait");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_commit_waits_until_its_wal_is_acknowledged() {
+    scenario("upstream-commit", |scratch| {
+        let server = primary(scratch, &[SYNCHRONOUS, ("autovacuum", "off")])?;
+        let mut follower = Follower::new(&server)?;
+        assert_eq!(follower.facts.server.system_id, SystemId(server.system_identifier()?));
+        assert_eq!(follower.facts.initial_start.0 % follower.facts.server.wal_seg_size.bytes(), 0);
+        assert_eq!(follower.facts.server.pg_version / 10_000, server.programs().major());
+        for mode in ["on", "remote_apply", "remote_write"] {
+            let mut sql = server.sql()?;
+            sql.run(&format!("SET synchronous_commit = {mode}"))?;
+            let name = format!("t_{mode}");
+            let commit = thread::spawn(move || sql.run(&format!("CREATE TABLE {name} AS SELECT 1")));
+            wait_blocked(&server, 1)?;
+            follower.read_to(server.flush_lsn()?)?;
+            assert!(!commit.is_finished(), "nothing was acknowledged");
+            follower.acknowledge()?;
+            commit.join().expect("no panic")?;
+        }
+        let sent = "SELECT flush_lsn FROM pg_stat_replication WHERE application_name = 'safekeeper'";
+        let reported: Lsn = server.sql()?.parsed(sent)?;
+        assert_eq!(reported, follower.scanner.last_record_end());
+        let slot: Lsn = server.sql()?.parsed("SELECT restart_lsn FROM pg_replication_slots")?;
+        assert_eq!(slot, reported, "the primary keeps what the quorum lacks");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_shutdown_waits_until_its_checkpoint_is_acknowledged() {
+    scenario("upstream-shutdown", |scratch| {
+        let mut server = primary(scratch, &[SYNCHRONOUS])?;
+        let mut follower = Follower::new(&server)?;
+        follower.read_to(server.flush_lsn()?)?;
+        follower.acknowledge()?;
+        let before = follower.scanner.last_record_end();
+        server.begin_stop(StopMode::Fast)?;
+        // The primary asks for an answer again and again. Each one costs us a pause, so the questions stay few, but it
+        // gets them: five of them at least after the checkpoint record, and it still waits.
+        let mut idle = 0;
+        while idle < 10 || follower.scanner.last_record_end() == before {
+            if matches!(follower.step()?, UpstreamEvent::Idle) {
+                idle += 1;
+            }
+        }
+        server.daemon().check_alive().context("it must not stop before it was acknowledged")?;
+        follower.acknowledge()?;
+        let status = server.daemon().wait_exit(secs(60))?;
+        ensure!(status.success(), "{status}");
+        let end = loop {
+            match follower.step() {
+                Ok(_) => {}
+                Err(error) => break error,
+            }
+        };
+        ensure!(!end.is_fatal(), "{end}");
+        let error = follower.reconnect().expect_err("the server is gone");
+        ensure!(!error.is_fatal(), "{error}");
+
+        server.start()?;
+        follower.reconnect()?;
+        let mut sql = server.sql()?;
+        let commit = thread::spawn(move || sql.run("CREATE TABLE t()"));
+        wait_blocked(&server, 1)?;
+        follower.read_to(server.flush_lsn()?)?;
+        follower.acknowledge()?;
+        commit.join().expect("no panic")
+    });
+}
+
+#[test]
+fn the_stream_goes_on_after_a_crash_of_the_primary() {
+    scenario("upstream-crash", |scratch| {
+        let mut server = primary(scratch, &[])?;
+        let mut follower = Follower::new(&server)?;
+        for round in 0..3 {
+            server.sql()?.run(&format!("CREATE TABLE t{round} AS SELECT generate_series(1, 20000)"))?;
+            if round == 1 {
+                server.sql()?.run("SELECT pg_switch_wal()")?;
+            }
+            follower.read_to(server.flush_lsn()?)?;
+            // More WAL, of which an unknown part arrives.
+            let mut sql = server.sql()?;
+            let load = thread::spawn(move || sql.run("CREATE TABLE x AS SELECT generate_series(1, 10000000)"));
+            let far = Lsn(follower.scanner.position().0 + (8 << 20));
+            follower.read_to(far)?;
+            server.kill9()?;
+            ensure!(load.join().expect("no panic").is_err(), "the server crashed in the middle");
+            while follower.step().is_ok() {}
+            server.start()?;
+            follower.reconnect()?;
+        }
+        follower.read_to(server.flush_lsn()?)
+    });
+}
+
+#[test]
+fn a_slot_in_use_is_waited_for() {
+    scenario("upstream-slot", |scratch| {
+        let server = primary(scratch, &[])?;
+        let mut first = Follower::new(&server)?;
+        let runtime = runtime()?;
+        let facts = runtime.block_on(upstream::facts(&first.settings))?;
+        let second = || runtime.block_on(upstream::follow(&first.settings, &facts, facts.initial_start));
+        match second().map(drop) {
+            Err(error @ UpstreamError::SlotInUse { .. }) => ensure!(!error.is_fatal(), "{error}"),
+            other => bail!("expected a slot in use, got {other:?}"),
+        }
+        first.read_to(server.flush_lsn()?)?;
+        let (settings, facts) = (first.settings.clone(), first.facts);
+        drop(first);
+        let follow = || runtime.block_on(upstream::follow(&settings, &facts, facts.initial_start));
+        wait_for(secs(30), "the slot to be free", || Ok(drop(follow()?)))?;
+
+        // A slot that somebody dropped is made anew.
+        let count = "SELECT count(*) FROM pg_replication_slots WHERE active_pid IS NULL";
+        wait_for(secs(30), "the slot to be free again", || {
+            ensure!(server.sql()?.value(count)? == "1", "in use");
+            Ok(())
+        })?;
+        server.sql()?.run("SELECT pg_drop_replication_slot('safekeeper')")?;
+        let _stream = follow()?;
+        assert_eq!(server.sql()?.value("SELECT count(*) FROM pg_replication_slots WHERE active")?, "1");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_primary_that_must_not_be_followed_is_refused_for_good() {
+    scenario("upstream-refusals", |scratch| {
+        let server = primary(scratch, &[("wal_keep_size", "'1GB'")])?;
+        let follower = Follower::new(&server)?;
+        let (settings_of, facts) = (|server: &Postgres| settings(&server.conninfo()), follower.facts);
+        drop(follower);
+        let runtime = runtime()?;
+        let settings = settings_of(&server)?;
+        let follow = |facts: &PrimaryFacts, start: Lsn| runtime.block_on(upstream::follow(&settings, facts, start));
+        let refused = |outcome: Result<(), UpstreamError>, expected: &str| {
+            let error = outcome.expect_err(expected);
+            assert!(error.is_fatal() && error.to_string().contains(expected), "{error}");
+        };
+
+        let mut other = facts;
+        other.server.system_id = SystemId(4711);
+        refused(follow(&other, facts.initial_start).map(drop), "another database cluster");
+        let far = Lsn(server.flush_lsn()?.0 + (64 << 20));
+        refused(follow(&facts, far).map(drop), "lost data or was restored");
+        let mut stream = follow(&facts, Lsn(8))?;
+        refused(runtime.block_on(stream.next()).map(drop), "no longer has the WAL from 0/8");
+        drop(stream);
+
+        let mut tls = settings_of(&server)?;
+        tls.primary.ssl_mode(tokio_postgres::config::SslMode::Require);
+        refused(runtime.block_on(upstream::facts(&tls)).map(drop), "sslmode");
+
+        let mut standby = Postgres::standby_of(scratch, "standby", &server, &server.conninfo())?;
+        standby.start()?;
+        standby.promote()?;
+        let promoted = settings_of(&standby)?;
+        refused(runtime.block_on(upstream::facts(&promoted)).map(drop), "timeline 2");
+        Ok(())
+    });
+}
+
+#[test]
+fn every_way_to_give_a_password_works() {
+    scenario("upstream-password", |scratch| {
+        let server = primary(scratch, &[])?;
+        let runtime = runtime()?;
+        let mut sql = server.sql()?;
+        let methods = ["password", "md5", "scram-sha-256"];
+        for method in methods {
+            let encryption = if method == "md5" { "md5" } else { "scram-sha-256" };
+            let name = method.replace('-', "_");
+            sql.run(&format!("SET password_encryption = '{encryption}'"))?;
+            sql.run(&format!("CREATE ROLE {name} LOGIN REPLICATION PASSWORD 'secret'"))?;
+        }
+        let rules: String = methods
+            .iter()
+            .flat_map(|method| ["replication", "all"].map(|database| (method, database)))
+            .map(|(method, database)| format!("host {database} {} 127.0.0.1/32 {method}\n", method.replace('-', "_")))
+            .collect();
+        std::fs::write(server.data_dir().join("pg_hba.conf"), rules + "host all postgres 127.0.0.1/32 trust\n")?;
+        sql.run("SELECT pg_reload_conf()")?;
+        wait_for(secs(30), "the new rules", || {
+            let error = settings(&server.conninfo()).map(|settings| runtime.block_on(upstream::facts(&settings)))?;
+            ensure!(error.is_err(), "replication is still free for all");
+            Ok(())
+        })?;
+        for method in methods {
+            let conninfo = |password: &str| {
+                format!("host=127.0.0.1 port={} user={} {password}", server.port(), method.replace('-', "_"))
+            };
+            runtime.block_on(upstream::facts(&settings(&conninfo("password=secret"))?))?;
+            for (password, expected) in
+                [("password=wrong", "password authentication failed"), ("", "asks for a password")]
+            {
+                let error = runtime.block_on(upstream::facts(&settings(&conninfo(password))?)).expect_err("refused");
+                ensure!(!error.is_fatal() && error.to_string().contains(expected), "{method}: {error}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_primarys_settings_are_judged() {
+    scenario("upstream-checks", |scratch| {
+        let server = primary(scratch, &[("synchronous_commit", "local")])?;
+        let runtime = runtime()?;
+        let remedies = |conninfo: &str| -> Result<Vec<String>> {
+            let findings = runtime.block_on(checks::look(&settings(conninfo)?))?;
+            Ok(findings.into_iter().map(|finding| finding.remedy).collect())
+        };
+        let lines = ["synchronous_standby_names = 'ANY 1 (safekeeper)'", "synchronous_commit = on"];
+        assert_eq!(remedies(&server.conninfo())?, lines);
+        // The lines are what the server takes.
+        for line in lines {
+            server.sql()?.run(&format!("ALTER SYSTEM SET {line}"))?;
+        }
+        server.sql()?.run("SELECT pg_reload_conf()")?;
+        wait_for(secs(30), "the settings to be good", || {
+            let remedies = remedies(&server.conninfo())?;
+            ensure!(remedies.is_empty(), "{remedies:?}");
+            Ok(())
+        })?;
+        let error = remedies(&server.conninfo().replace("dbname=postgres", "dbname=nowhere")).expect_err("no database");
+        ensure!(error.to_string().contains("database \"nowhere\" does not exist"), "{error}");
+
+        runtime.block_on(upstream::facts(&settings(&server.conninfo())?))?;
+        let start = runtime.block_on(checks::slot_start(&settings(&server.conninfo())?));
+        let expected: Lsn = server.sql()?.parsed("SELECT restart_lsn FROM pg_replication_slots")?;
+        assert_eq!(start, Some(expected), "as versions without READ_REPLICATION_SLOT are asked");
+        Ok(())
+    });
+}
