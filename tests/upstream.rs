@@ -206,7 +206,7 @@ fn a_slot_in_use_is_waited_for() {
         let (settings, facts) = (first.settings.clone(), first.facts);
         drop(first);
         let follow = || runtime.block_on(upstream::follow(&settings, &facts, facts.initial_start));
-        wait_for(secs(30), "the slot to be free", || Ok(drop(follow()?)))?;
+        drop(wait_for(secs(30), "the slot to be free", || Ok(follow()?))?);
 
         // A slot that somebody dropped is made anew.
         let count = "SELECT count(*) FROM pg_replication_slots WHERE active_pid IS NULL";

@@ -12,12 +12,15 @@ const MAX_BODY: usize = 1 << 20;
 fuzz_target!(|data: &[u8]| {
     let mut buffer = BytesMut::from(data);
     while let Ok(Some(packet)) = startup::decode(&mut buffer) {
-        if let FirstPacket::Startup(message) = packet {
-            let _ = message.replication_mode();
-            let _ = message.options().selector();
-            let mut out = BytesMut::new();
-            message.encode(&mut out);
-            break;
+        match packet {
+            FirstPacket::Ssl | FirstPacket::Gss => {}
+            FirstPacket::Startup(message) => {
+                let _ = message.replication_mode();
+                let _ = message.options().selector();
+                message.encode(&mut BytesMut::new());
+                break;
+            }
+            FirstPacket::DirectTls | FirstPacket::Cancel | FirstPacket::UnsupportedVersion { .. } => return,
         }
     }
     while let Ok(Some(frame)) = frame::decode(&mut buffer, MAX_BODY) {
