@@ -4,7 +4,7 @@
 //!
 //! | Room | What it promises |
 //! |---|---|
-//! | `http` | the management API and `/metrics` |
+//! | [`http`] | the management API and `/metrics` |
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
@@ -15,6 +15,7 @@ pub mod clock;
 pub mod config;
 pub mod consensus;
 pub mod daemon;
+pub mod http;
 pub mod metrics;
 pub mod propose;
 pub mod retry;

@@ -53,6 +53,17 @@ pub struct Report {
     pub peers: Vec<PeerReport>,
 }
 
+impl Report {
+    /// A short name for what is going on, for status and metrics.
+    pub fn state_name(&self) -> &'static str {
+        match (self.ttid, self.leading) {
+            (None, _) => "waiting for primary",
+            (_, true) => "leading",
+            (_, false) => "campaigning",
+        }
+    }
+}
+
 /// The current report.
 #[derive(Debug)]
 pub struct Status {
@@ -140,11 +151,6 @@ impl Status {
     pub fn view(&self) -> StatusView {
         let report = self.report();
         let known = |lsn: Lsn| lsn.is_valid().then_some(lsn);
-        let state = match (report.ttid, report.leading) {
-            (None, _) => "waiting for primary",
-            (_, true) => "leading",
-            (_, false) => "campaigning",
-        };
         let now = Instant::now();
         let seconds_until = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now).as_secs_f64());
         let safekeeper = |(address, peer): (&HostPort, &PeerReport)| SafekeeperView {
@@ -157,7 +163,7 @@ impl Status {
             error: peer.reason.clone(),
         };
         StatusView {
-            state,
+            state: report.state_name(),
             timeline: report.ttid,
             term: report.term,
             commit_lsn: known(report.commit_lsn),

@@ -1,0 +1,33 @@
+//! The HTTP endpoints: Prometheus metrics, state as JSON, and management of timelines (spec: HTTP API).
+//!
+//! What a client can rely on:
+//!
+//! * Success is 200 with JSON (`null` where there is nothing to say). A failure has the status that tells what to do
+//!   about it, and `{"msg": "..."}`: 4xx is final, 503 means "the same again, later". An unknown path or method is 404
+//!   with the plain text `Not Found`.
+//! * A request that changes something runs to its end even when the client goes away.
+//! * Content types of requests are not looked at, unknown JSON fields are ignored, and GET may carry a body.
+//! * `x-request-id` of the request comes back in the response, or a new one does; the log has it too.
+//! * Connections, the time for sending a request, and the size of a body are bounded ([`Limits`], [`MAX_BODY`]).
+//!
+//! | File | What is in it |
+//! |---|---|
+//! | [`serve`] | connections: accept, bound, shut down |
+//! | `request` | what all requests have in common: ids, bodies, logging |
+//! | [`error`] | failures as responses |
+//! | [`safekeeper`] | routes of the safekeeper |
+//! | `timeline_status` | the JSON form of a timeline |
+//! | [`walproposer`] | routes of the walproposer |
+
+pub mod error;
+mod request;
+pub mod safekeeper;
+pub mod serve;
+mod timeline_status;
+pub mod walproposer;
+
+pub use request::MAX_BODY;
+pub use serve::{Limits, serve};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,168 @@
+//! Routes of the safekeeper (spec: HTTP API 2 and 3).
+//!
+//! | Route | Answer |
+//! |---|---|
+//! | `GET /metrics` | metrics in Prometheus's text format |
+//! | `GET /v1/status` | `{"id": node id}` |
+//! | `GET /v1/utilization` | `{"timeline_count": n}` |
+//! | `GET /v1/tenant/timeline` | names of all loaded timelines |
+//! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
+//! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
+//! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
+
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::http::header::CONTENT_TYPE;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use pgproto::walproposer::{Configuration, TermLsn};
+use pgproto::{Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+use serde::{Deserialize, Serialize};
+
+use super::error::ApiError;
+use super::request::{self, json_body, parse_id, to_the_end};
+use super::timeline_status::TimelineStatus;
+use crate::consensus::history::TermHistory;
+use crate::consensus::state::{ControlState, ServerInfo};
+use crate::metrics::{self, Exposition};
+use crate::timeline::Timeline;
+use crate::timeline::registry::Registry;
+
+type Timelines = State<Arc<Registry>>;
+
+/// The routes, over the timelines of this node.
+pub fn router(registry: Arc<Registry>) -> Router {
+    let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry)));
+    let router = Router::new()
+        .route("/metrics", get(move || metrics_response(exposition)))
+        .route("/v1/status", get(node_status))
+        .route("/v1/utilization", get(utilization))
+        .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
+        .with_state(registry);
+    request::finish(router)
+}
+
+/// A scrape. The query is ignored: Neon's tests ask for `use_latest`, and metrics here are never older than the request.
+pub(super) async fn metrics_response(exposition: Arc<Exposition>) -> Result<Response, ApiError> {
+    Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], exposition.render()?).into_response())
+}
+
+#[derive(Serialize)]
+struct NodeStatus {
+    id: NodeId,
+}
+
+async fn node_status(State(registry): Timelines) -> Json<NodeStatus> {
+    Json(NodeStatus { id: registry.node_id() })
+}
+
+#[derive(Serialize)]
+struct Utilization {
+    timeline_count: usize,
+}
+
+async fn utilization(State(registry): Timelines) -> Json<Utilization> {
+    Json(Utilization { timeline_count: registry.list().len() })
+}
+
+async fn list_timelines(State(registry): Timelines) -> Json<Vec<TenantTimelineId>> {
+    Json(registry.list().iter().map(|timeline| timeline.ttid()).collect())
+}
+
+/// Looks up the timeline that a path names.
+fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
+    let tenant_id: TenantId = parse_id(tenant, "tenant_id")?;
+    let timeline_id: TimelineId = parse_id(timeline, "timeline_id")?;
+    Ok(registry.get(TenantTimelineId::new(tenant_id, timeline_id))?)
+}
+
+async fn timeline_status(
+    State(registry): Timelines,
+    Path(ids): Path<(String, String)>,
+) -> Result<Json<TimelineStatus>, ApiError> {
+    Ok(Json(TimelineStatus::of(&*find(&registry, &ids)?)))
+}
+
+/// Body of a create request.
+#[derive(Deserialize)]
+struct CreateRequest {
+    tenant_id: TenantId,
+    timeline_id: TimelineId,
+    mconf: Configuration,
+    pg_version: u32,
+    system_id: Option<u64>,
+    wal_seg_size: Option<u32>,
+    start_lsn: Lsn,
+    commit_lsn: Option<Lsn>,
+}
+
+impl CreateRequest {
+    /// The state of a timeline that begins at `start_lsn` with nothing in it (spec: semantics 10.3).
+    fn into_state(self) -> Result<ControlState, ApiError> {
+        let bad = |reason: &str| Err(ApiError::BadRequest(reason.to_owned()));
+        let wal_seg_size = match self.wal_seg_size {
+            Some(bytes) => SegmentSize::new(bytes).map_err(|error| ApiError::BadRequest(error.to_string()))?,
+            None => SegmentSize::DEFAULT,
+        };
+        let commit_lsn = self.commit_lsn.unwrap_or(self.start_lsn);
+        if self.pg_version == 0 {
+            return bad("pg_version must be a PostgreSQL version number such as 150004");
+        }
+        if commit_lsn < self.start_lsn {
+            return bad("commit_lsn must not be before start_lsn");
+        }
+        let begins = TermLsn { term: Term(0), lsn: self.start_lsn };
+        let history = if commit_lsn.is_valid() { vec![begins] } else { Vec::new() };
+        let term_history = TermHistory::new(history).map_err(|error| ApiError::BadRequest(error.to_string()))?;
+        Ok(ControlState {
+            ttid: TenantTimelineId::new(self.tenant_id, self.timeline_id),
+            configuration: self.mconf,
+            term: Term(0),
+            term_history,
+            server: ServerInfo {
+                pg_version: self.pg_version,
+                system_id: SystemId(self.system_id.unwrap_or(0)),
+                wal_seg_size,
+            },
+            timeline_start_lsn: self.start_lsn,
+            local_start_lsn: self.start_lsn,
+            commit_lsn,
+            backup_lsn: self.start_lsn,
+            peer_horizon_lsn: self.start_lsn,
+            remote_consistent_lsn: Lsn::INVALID,
+        })
+    }
+}
+
+async fn create_timeline(State(registry): Timelines, body: Body) -> Result<Json<()>, ApiError> {
+    let state = json_body::<CreateRequest>(body).await?.into_state()?;
+    to_the_end(async move { Ok(registry.get_or_create(state).await?) }).await?;
+    Ok(Json(()))
+}
+
+#[derive(Deserialize)]
+struct TermBumpRequest {
+    term: Option<Term>,
+}
+
+#[derive(Serialize)]
+struct TermBumpResponse {
+    previous_term: Term,
+    current_term: Term,
+}
+
+async fn term_bump(
+    State(registry): Timelines,
+    Path(ids): Path<(String, String)>,
+    body: Body,
+) -> Result<Json<TermBumpResponse>, ApiError> {
+    let timeline = find(&registry, &ids)?;
+    let TermBumpRequest { term } = json_body(body).await?;
+    let (previous_term, current_term) = to_the_end(async move { Ok(timeline.bump_term(term).await?) }).await?;
+    Ok(Json(TermBumpResponse { previous_term, current_term }))
+}

@@ -1,0 +1,231 @@
+//! The JSON form of a timeline (spec: HTTP API 1.3 and 2). Field names are Neon's: its peers and tools read all of them.
+
+use std::time::{Duration, SystemTime};
+
+use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
+use pgproto::replication::message::StandbyStatus;
+use pgproto::walproposer::{Configuration, TermLsn};
+use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+use serde::Serialize;
+
+use crate::consensus::state::ServerInfo;
+use crate::timeline::Timeline;
+use crate::timeline::push::PushStatus;
+use crate::timeline::readers::{ReaderFeedback, ReaderStatus};
+
+/// Everything about a timeline.
+#[derive(Debug, Serialize)]
+pub(super) struct TimelineStatus {
+    tenant_id: TenantId,
+    timeline_id: TimelineId,
+    mconf: Configuration,
+    acceptor_state: AcceptorState,
+    pg_info: PgInfo,
+    flush_lsn: Lsn,
+    timeline_start_lsn: Lsn,
+    local_start_lsn: Lsn,
+    commit_lsn: Lsn,
+    backup_lsn: Lsn,
+    peer_horizon_lsn: Lsn,
+    remote_consistent_lsn: Lsn,
+    /// Neon's safekeepers learn of each other through a broker. There is none here, so nobody is listed.
+    peers: [(); 0],
+    walsenders: Vec<WalSender>,
+    walreceivers: Vec<WalReceiver>,
+    /// Why the timeline takes no writes; absent while it does. Not in Neon's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    failure: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct AcceptorState {
+    term: Term,
+    /// Term of the last durable record, clamped to what is here; the history below isn't.
+    epoch: Term,
+    term_history: Vec<TermLsn>,
+}
+
+#[derive(Debug, Serialize)]
+struct PgInfo {
+    pg_version: u32,
+    system_id: SystemId,
+    wal_seg_size: u64,
+}
+
+#[derive(Debug, Serialize)]
+enum WalSender {
+    Vanilla(VanillaSender),
+}
+
+#[derive(Debug, Serialize)]
+struct VanillaSender {
+    ttid: TenantTimelineId,
+    addr: String,
+    conn_id: u32,
+    appname: Option<String>,
+    feedback: Feedback,
+}
+
+#[derive(Debug, Serialize)]
+enum Feedback {
+    Pageserver(PageserverReport),
+    Standby(StandbyReport),
+}
+
+#[derive(Debug, Serialize)]
+struct PageserverReport {
+    current_timeline_size: u64,
+    last_received_lsn: Lsn,
+    disk_consistent_lsn: Lsn,
+    remote_consistent_lsn: Lsn,
+    replytime: String,
+    shard_number: u32,
+    corruption_detected: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct StandbyReport {
+    reply: StandbyReply,
+    hs_feedback: HotStandby,
+}
+
+#[derive(Debug, Serialize)]
+struct StandbyReply {
+    write_lsn: Lsn,
+    flush_lsn: Lsn,
+    apply_lsn: Lsn,
+    reply_ts: i64,
+    reply_requested: bool,
+}
+
+#[derive(Debug, Serialize)]
+struct HotStandby {
+    ts: i64,
+    xmin: u64,
+    catalog_xmin: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct WalReceiver {
+    conn_id: Option<u32>,
+    status: ReceiverState,
+}
+
+#[derive(Debug, Serialize)]
+enum ReceiverState {
+    Voting,
+    Streaming,
+}
+
+impl TimelineStatus {
+    /// The timeline as it is now. LSNs and terms are of one moment; who is connected, of a slightly later one.
+    pub(super) fn of(timeline: &Timeline) -> Self {
+        let ttid = timeline.ttid();
+        let progress = timeline.progress();
+        let control = timeline.control_state();
+        TimelineStatus {
+            tenant_id: ttid.tenant_id,
+            timeline_id: ttid.timeline_id,
+            mconf: control.configuration.clone(),
+            acceptor_state: AcceptorState {
+                term: progress.term,
+                epoch: progress.last_log_term,
+                term_history: control.term_history.entries().to_vec(),
+            },
+            pg_info: (&control.server).into(),
+            flush_lsn: progress.flush_lsn,
+            timeline_start_lsn: control.timeline_start_lsn,
+            local_start_lsn: control.local_start_lsn,
+            commit_lsn: progress.commit_lsn,
+            backup_lsn: progress.backup_lsn,
+            peer_horizon_lsn: progress.peer_horizon_lsn,
+            remote_consistent_lsn: progress.remote_consistent_lsn,
+            peers: [],
+            walsenders: timeline.readers().list().into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
+            walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
+            failure: timeline.failure().map(|reason| reason.to_string()),
+        }
+    }
+}
+
+fn wal_sender(ttid: TenantTimelineId, reader: ReaderStatus) -> WalSender {
+    let feedback = match reader.feedback {
+        ReaderFeedback::Pageserver(report) => Feedback::Pageserver(report.into()),
+        ReaderFeedback::Standby { status, hot_standby } => {
+            Feedback::Standby(StandbyReport { reply: status.into(), hs_feedback: hot_standby.into() })
+        }
+    };
+    WalSender::Vanilla(VanillaSender {
+        ttid,
+        addr: reader.addr.to_string(),
+        conn_id: reader.conn_id,
+        appname: reader.application_name,
+        feedback,
+    })
+}
+
+impl From<&ServerInfo> for PgInfo {
+    fn from(server: &ServerInfo) -> Self {
+        PgInfo { pg_version: server.pg_version, system_id: server.system_id, wal_seg_size: server.wal_seg_size.bytes() }
+    }
+}
+
+impl From<PageserverFeedback> for PageserverReport {
+    fn from(report: PageserverFeedback) -> Self {
+        PageserverReport {
+            current_timeline_size: report.current_timeline_size,
+            last_received_lsn: report.last_received_lsn,
+            disk_consistent_lsn: report.disk_consistent_lsn,
+            remote_consistent_lsn: report.remote_consistent_lsn,
+            replytime: rfc3339(report.reply_time),
+            shard_number: report.shard_number,
+            corruption_detected: report.corruption_detected,
+        }
+    }
+}
+
+impl From<StandbyStatus> for StandbyReply {
+    fn from(status: StandbyStatus) -> Self {
+        StandbyReply {
+            write_lsn: status.write,
+            flush_lsn: status.flush,
+            apply_lsn: status.apply,
+            reply_ts: status.timestamp,
+            reply_requested: status.reply_requested,
+        }
+    }
+}
+
+impl From<HotStandbyFeedback> for HotStandby {
+    fn from(feedback: HotStandbyFeedback) -> Self {
+        HotStandby { ts: feedback.timestamp, xmin: feedback.xmin, catalog_xmin: feedback.catalog_xmin }
+    }
+}
+
+impl From<PushStatus> for WalReceiver {
+    fn from(session: PushStatus) -> Self {
+        let status = if session.streaming { ReceiverState::Streaming } else { ReceiverState::Voting };
+        WalReceiver { conn_id: Some(session.conn_id), status }
+    }
+}
+
+/// Microseconds since 2000-01-01 as a date. They come from a peer: what is outside the years 2000 to 9999 is cut to them.
+fn rfc3339(since_2000: i64) -> String {
+    const EPOCH: Duration = Duration::from_secs(946_684_800);
+    const LAST: Duration = Duration::from_secs(252_455_615_999);
+    let since_2000 = Duration::from_micros(u64::try_from(since_2000).unwrap_or(0)).min(LAST);
+    humantime::format_rfc3339_micros(SystemTime::UNIX_EPOCH + EPOCH + since_2000).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_reply_time_is_a_date() {
+        assert_eq!(rfc3339(0), "2000-01-01T00:00:00.000000Z");
+        assert_eq!(rfc3339(1_500_000), "2000-01-01T00:00:01.500000Z");
+        assert_eq!(rfc3339(i64::MIN), "2000-01-01T00:00:00.000000Z");
+        assert_eq!(rfc3339(i64::MAX), "9999-12-31T23:59:59.000000Z");
+    }
+}
