@@ -34,7 +34,7 @@ impl Logs {
         let mut first = WalWriter::new(START);
         let mut batches = Vec::new();
         // Over a segment's end; in small steps; a switch, whose padding comes with it; on into two more segments.
-        for (seed, body) in [(1, 700_000), (2, 100), (3, 300_000), (4, 24)] {
+        for (seed, body) in [(1, 900_000), (2, 100), (3, 900_000), (4, 24)] {
             first.record(body, seed);
             batches.push(first.position());
         }

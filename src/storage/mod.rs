@@ -55,6 +55,8 @@ mod crash_tests;
 pub mod simdisk;
 #[cfg(test)]
 pub mod test_wal;
+#[cfg(test)]
+mod tests;
 
 pub use control_file::{
     CONTROL_FILE_NAME, ControlFile, ControlFileError, CreationTime, EvictionState, PartialSegment, UploadStatus,

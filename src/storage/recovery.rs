@@ -8,8 +8,10 @@ use super::disk::{DiskError, During};
 use super::segments::{PG_TIMELINE, SegmentFile, TimelineFiles, offset};
 use crate::consensus::state::ControlState;
 
-/// Bytes read at a time.
+/// Most bytes read at a time.
 const CHUNK: usize = 256 * 1024;
+/// Bytes read first. Most timelines are idle and end right there, and a node may have very many.
+const FIRST_CHUNK: usize = 8 * 1024;
 
 /// Where the WAL of a timeline ends.
 #[derive(Debug)]
@@ -45,9 +47,13 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
     check_committed(files, state)?;
     let mut scanner = RecordScanner::new(state.commit_lsn, size, state.server.pg_version);
     let mut chunk = vec![0; CHUNK];
+    let mut next_chunk = FIRST_CHUNK;
     let mut stopped_by = None;
     'segments: loop {
         let number = SegmentNumber::containing(scanner.position(), size);
+        if scanner.position() >= number.end(size) {
+            break; // the very last position there is
+        }
         let Some(file) = files.open_to_read(number, size)? else { break };
         let path = files.segment_path(SegmentFile { number, partial: true }, size);
         // After a failed sync memory may hold WAL that is not on disk and that no later sync will write (spec: semantics
@@ -55,7 +61,8 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
         file.drop_cache().during("drop from memory", &path)?;
         while scanner.position() < number.end(size) {
             let at = scanner.position();
-            let room = usize::try_from(number.end(size).saturating_sub(at)).unwrap_or(CHUNK).min(CHUNK);
+            let room = usize::try_from(number.end(size).saturating_sub(at)).unwrap_or(CHUNK).min(next_chunk);
+            next_chunk = (next_chunk * 2).min(CHUNK);
             let chunk = chunk.split_at_mut(room).0;
             let count = file.read_at(chunk, offset(at, size)).during("read", &path)?;
             let (found, _) = chunk.split_at(count);

@@ -269,12 +269,12 @@ impl Inode {
             self.resized = true;
             let shorter = len.min(self.content.len());
             self.touch(shorter, len.max(self.content.len()));
-            self.content.resize(len, 0);
+            set_len(&mut self.content, len);
         }
     }
 
     fn sync(&mut self) {
-        self.durable.resize(self.content.len(), 0);
+        set_len(&mut self.durable, self.content.len());
         for page in std::mem::take(&mut self.dirty) {
             copy_page(&self.content, &mut self.durable, page);
         }
@@ -292,7 +292,7 @@ impl Inode {
 
     fn crash(&mut self, dice: &mut Dice) {
         if self.resized && dice.roll() {
-            self.durable.resize(self.content.len(), 0);
+            set_len(&mut self.durable, self.content.len());
         }
         for page in std::mem::take(&mut self.dirty) {
             if dice.roll() {
@@ -302,6 +302,12 @@ impl Inode {
         self.resized = false;
         self.content = self.durable.clone();
     }
+}
+
+/// `Vec::resize`, which without optimisation goes byte by byte.
+fn set_len(content: &mut Vec<u8>, len: usize) {
+    content.truncate(len);
+    content.extend_from_slice(&vec![0; len - content.len()]);
 }
 
 fn copy_page(from: &[u8], to: &mut [u8], page: usize) {

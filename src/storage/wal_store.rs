@@ -228,6 +228,7 @@ impl WalStore {
         Ok(())
     }
 
+    /// The bytes are not durable before the truncation that always follows.
     fn create_first(&mut self, start: Lsn, server: ServerInfo) -> Result<(), WalError> {
         let headers = if server.pg_version == 0 {
             // The greeting didn't tell; tools will have to do without.
@@ -240,7 +241,7 @@ impl WalStore {
         for (at, header) in headers {
             file.write_at(&mut [IoSlice::new(&header)], offset(at, self.size)).during("write", &path)?;
         }
-        Ok(file.sync_data().during("sync", &path)?)
+        Ok(())
     }
 
     /// The partial segment `number`, created when a first byte is to be written into it.
