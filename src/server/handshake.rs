@@ -271,6 +271,7 @@ fn server_version(pg_version: u32) -> String {
 
 /// Ends a connection: a last word if there is one, and none otherwise.
 pub(super) async fn take_leave(
+    house: &House,
     id: u32,
     address: SocketAddr,
     end: Interrupt,
@@ -296,7 +297,11 @@ pub(super) async fn take_leave(
     }
     fields.encode(writer.out());
     if writer.close().await.is_ok() {
-        reader.drain().await;
+        tokio::select! {
+            biased;
+            () = reader.drain() => {}
+            () = house.shutdown.cancelled() => {}
+        }
     }
 }
 

@@ -98,7 +98,7 @@ impl House {
             }
             Err(end) => end,
         };
-        handshake::take_leave(id, address, end, reader, writer).await;
+        handshake::take_leave(&self, id, address, end, reader, writer).await;
         drop(permit);
     }
 }

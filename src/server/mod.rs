@@ -50,6 +50,8 @@ mod show;
 mod start_replication;
 mod start_wal_push;
 mod status;
+#[cfg(test)]
+mod tests;
 
 use std::time::Duration;
 

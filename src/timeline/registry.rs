@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use pgproto::wal::page::magic_of;
 use pgproto::{NodeId, TenantTimelineId};
 
 use super::Timeline;
@@ -130,8 +131,8 @@ impl Registry {
             Err(LookupError::NotFound(_)) => {}
             Err(error) => return Err(error.into()),
         }
-        if state.server.pg_version == 0 {
-            return Err(CreateTimelineError::Invalid(ttid, "the PostgreSQL version is not known"));
+        if magic_of(state.server.pg_version).is_none() {
+            return Err(CreateTimelineError::Invalid(ttid, "the PostgreSQL version must be known and one of 14 to 18"));
         }
         let registry = Arc::clone(self);
         let creation = tokio::spawn(async move { registry.create(state).await });

@@ -1,0 +1,7 @@
+//! Drives a whole endpoint over loopback sockets: real sessions, real storage, hand-made clients.
+
+mod bad_input;
+mod commands;
+mod harness;
+mod push;
+mod readers;

@@ -1,0 +1,240 @@
+//! Readers: what they get, when, and how their streams end.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use pgproto::backend::{BackendMessage, SqlState};
+use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
+use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
+use pgproto::walproposer::MAX_SEND_SIZE;
+use pgproto::{Lsn, Term};
+
+use super::harness::{START, message, options, server_with_wal, ttid};
+use crate::server::ServerConfig;
+
+/// Readers are taken for dead so soon that a test can wait for it.
+fn impatient() -> ServerConfig {
+    ServerConfig { reader_limit: Duration::from_millis(100), ..ServerConfig::default() }
+}
+
+#[tokio::test]
+async fn a_reader_gets_committed_wal_and_nothing_else() {
+    let (server, mut log, mut leader) = server_with_wal(ServerConfig::default(), 3).await;
+    let committed = log.position();
+    let mut reader = server.reader().await;
+    reader.start_replication(&format!("{START} TIMELINE 1")).await;
+    match reader.stream().await {
+        ServerMessage::XLogData { start, end, data, .. } => {
+            assert_eq!((start, end), (START, committed));
+            assert_eq!(data, log.since(START));
+        }
+        other => panic!("{other:?}"),
+    }
+    // More is durable here, but not known committed: the reader's next word from us is an answer, not WAL.
+    log.record(300, 1);
+    leader.append(1, committed, committed, log.since(committed)).await;
+    while leader.ack().await.flush_lsn < log.position() {}
+    let status = StandbyStatus { write: committed, reply_requested: true, ..StandbyStatus::default() };
+    reader.copy_data(|body| status.encode(body)).await;
+    match reader.stream().await {
+        ServerMessage::Keepalive { end, reply_requested, .. } => assert_eq!((end, reply_requested), (committed, false)),
+        other => panic!("{other:?}"),
+    }
+    leader.append(1, log.position(), log.position(), Bytes::new()).await;
+    assert_eq!(reader.wal(committed, 300).await, log.since(committed));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn the_end_of_a_stream_leaves_the_session_ready() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 3).await;
+    let mut reader = server.reader().await;
+    for _ in 0..2 {
+        reader.start_replication(&START.to_string()).await;
+        reader.wal(START, log.since(START).len()).await;
+        assert_eq!(server.timeline().readers().count(), 1);
+        reader.copy_done().await;
+        let end = reader.until_ready().await;
+        let complete = |tag: &str| BackendMessage::CommandComplete(tag.to_owned());
+        assert_eq!(end, [BackendMessage::CopyDone, complete("START_STREAMING"), complete("START_REPLICATION")]);
+        assert_eq!(server.timeline().readers().count(), 0);
+    }
+    reader.row("IDENTIFY_SYSTEM").await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn long_wal_is_cut_at_pages() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 3000).await;
+    let wal = log.since(START);
+    assert!(wal.len() > 1 << 20, "more than one segment");
+    for offset in [0, 1, 8191, 123_456] {
+        let mut reader = server.reader().await;
+        let mut at = Lsn(START.0 + offset);
+        reader.start_replication(&at.to_string()).await;
+        while at < log.position() {
+            let ServerMessage::XLogData { start, data, .. } = reader.stream().await else { continue };
+            assert_eq!(start, at);
+            assert!(data.len() <= MAX_SEND_SIZE);
+            let skip = usize::try_from(at.0 - START.0).unwrap();
+            assert_eq!(data, wal.slice(skip..skip + data.len()));
+            at = Lsn(at.0 + data.len() as u64);
+            assert!(at == log.position() || at.page_offset() == 0, "cut at {at}");
+        }
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_term_sees_uncommitted_wal_until_it_is_over() {
+    let (server, mut log, mut leader) = server_with_wal(ServerConfig::default(), 2).await;
+    let committed = log.position();
+    log.record(300, 1);
+    leader.append(1, committed, committed, log.since(committed)).await;
+    while leader.ack().await.flush_lsn < log.position() {}
+
+    let name = [("application_name", "wal_proposer_recovery"), ("options", &options(ttid()))];
+    let mut peer = server.login(&name).await;
+    peer.start_replication(&format!("PHYSICAL {START} (term='1')")).await;
+    assert_eq!(peer.wal(START, log.since(START).len()).await, log.since(START));
+    assert_eq!(server.timeline().bump_term(None).await.unwrap(), (Term(1), Term(2)));
+    let error = loop {
+        match peer.next().await {
+            BackendMessage::ErrorResponse(fields) => break fields,
+            BackendMessage::CopyData(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(error.message.contains("failed to acquire term 1"), "{error}");
+
+    let mut late = server.login(&name).await;
+    late.start_replication(&format!("PHYSICAL {START} (term='1')")).await;
+    late.fatal(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn starts_that_cannot_be_served_leave_the_session_usable() {
+    let (server, _, _leader) = server_with_wal(ServerConfig::default(), 2).await;
+    let mut reader = server.reader().await;
+    for start in ["0/0", "0/100000", "0/2FFFFF"] {
+        reader.start_replication(start).await;
+        let error = reader.error(SqlState::UNDEFINED_FILE).await;
+        assert!(error.message.ends_with("has already been removed"), "{error}");
+        assert_eq!(reader.next().await, BackendMessage::ReadyForQuery(b'I'));
+    }
+    reader.refused(&format!("START_REPLICATION {START} TIMELINE 9"), SqlState::INTERNAL_ERROR).await;
+    reader.refused(&format!("START_REPLICATION SLOT s {START}"), SqlState::FEATURE_NOT_SUPPORTED).await;
+    reader.row("IDENTIFY_SYSTEM").await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_start_beyond_the_end_is_waited_for() {
+    let (server, mut log, mut leader) = server_with_wal(ServerConfig::default(), 2).await;
+    let end = log.position();
+    log.record(1000, 1);
+    let start = Lsn(end.0 + 512);
+    let mut reader = server.reader().await;
+    reader.start_replication(&start.to_string()).await;
+    let status = StandbyStatus { reply_requested: true, ..StandbyStatus::default() };
+    reader.copy_data(|body| status.encode(body)).await;
+    assert!(matches!(reader.stream().await, ServerMessage::Keepalive { .. }));
+    leader.commit(1, end, &log.since(end)).await;
+    assert_eq!(reader.wal(start, 100).await, log.since(start));
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_silent_reader_is_asked_and_then_dropped() {
+    let (server, log, _leader) = server_with_wal(impatient(), 1).await;
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    reader.wal(START, log.since(START).len()).await;
+    match reader.stream().await {
+        ServerMessage::Keepalive { end, reply_requested, .. } => {
+            assert_eq!((end, reply_requested), (log.position(), true))
+        }
+        other => panic!("{other:?}"),
+    }
+    assert_eq!(reader.try_next().await, None, "closed without a word, as PostgreSQL does");
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_answers_is_kept() {
+    let (server, log, _leader) = server_with_wal(impatient(), 1).await;
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    reader.wal(START, log.since(START).len()).await;
+    for _ in 0..5 {
+        assert!(matches!(reader.stream().await, ServerMessage::Keepalive { reply_requested: true, .. }));
+        reader.copy_data(|body| StandbyStatus::default().encode(body)).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn feedback_reaches_the_proposer() {
+    let (server, log, mut leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    let feedback = HotStandbyFeedback { timestamp: 77, xmin: 1 << 32 | 700, catalog_xmin: 0 };
+    let status = StandbyStatus { write: Lsn(9), flush: Lsn(8), reply_requested: true, ..StandbyStatus::default() };
+    reader.copy_data(|body| encode_hot_standby_feedback(&feedback, body)).await;
+    reader.copy_data(|body| status.encode(body)).await;
+    // The answer to the second says that the first was taken in.
+    while !matches!(reader.stream().await, ServerMessage::Keepalive { .. }) {}
+    leader.append(1, log.position(), log.position(), Bytes::new()).await;
+    assert_eq!(leader.ack().await.hs_feedback, feedback);
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn messages_that_do_not_belong_into_a_stream_end_it() {
+    let (server, _, _leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let garbage = [
+        message(b'Q', b"IDENTIFY_SYSTEM\0"),
+        message(b'f', b"no\0"),
+        message(b'd', b""),
+        message(b'd', b"r\0\0"),
+        message(b'd', b"?"),
+        message(b'?', b""),
+    ];
+    for bytes in garbage {
+        let mut reader = server.reader().await;
+        // Nothing to send there, so the error is the first message.
+        reader.start_replication("F/0").await;
+        reader.send(&bytes).await;
+        reader.fatal(SqlState::PROTOCOL_VIOLATION).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_page_server_that_has_everything_is_sent_home_once_nobody_writes() {
+    let (server, log, mut leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let login = [("replication", "true"), ("application_name", "pageserver-1"), ("options", &options(ttid()))];
+    let mut reader = server.login(&login).await;
+    reader.start_replication(&START.to_string()).await;
+    reader.wal(START, log.since(START).len()).await;
+    leader.client.copy_done().await;
+    while leader.client.try_next().await.is_some() {}
+    let feedback = PageserverFeedback { remote_consistent_lsn: log.position(), ..PageserverFeedback::default() };
+    let fields = loop {
+        match reader.next().await {
+            BackendMessage::CopyData(body) => match ServerMessage::decode(body).unwrap() {
+                ServerMessage::Keepalive { reply_requested, .. } => {
+                    assert!(reply_requested);
+                    reader.copy_data(|body| feedback.encode_message(body)).await;
+                }
+                ServerMessage::XLogData { .. } => {}
+            },
+            BackendMessage::ErrorResponse(fields) => break fields,
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(fields.code, SqlState::SUCCESSFUL_COMPLETION);
+    assert!(fields.message.contains("ending streaming"), "{fields}");
+    server.stop().await;
+}
