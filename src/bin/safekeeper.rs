@@ -9,11 +9,12 @@ use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::storage::{ControlFile, DataDir, RealDisk};
 use safekeeper::timeline::registry::Registry;
-use safekeeper::daemon;
+use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
-    let Loaded::<SafekeeperSettings> { settings, warnings } = config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let Loaded::<SafekeeperSettings> { settings, warnings } =
+        config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
     daemon::exit_code(match &settings.dump_control_file {
         Some(file) => dump_control_file(file),
         None => start(settings, warnings),
@@ -36,6 +37,7 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     }
     // Before the timelines are loaded, so that a taken port is found out at once.
     let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;
+    let http = daemon::bind("--listen-http", &settings.listen_http).await?;
     let registry = Registry::load(data_dir).await.context("cannot list the timelines")?;
     tracing::info!(
         node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
@@ -43,7 +45,10 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     );
     let shutdown = CancellationToken::new();
     tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let router = http::safekeeper::router(Arc::clone(&registry));
+    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
     server::serve(pg, registry, ServerConfig::default(), shutdown.clone()).await;
     shutdown.cancel();
+    http.await.context("HTTP server")?;
     Ok(())
 }

@@ -7,11 +7,12 @@ use anyhow::Context;
 use pgproto::TenantTimelineId;
 use safekeeper::config::{self, Loaded, WalproposerSettings};
 use safekeeper::propose::{self, Settings, status::Status};
-use safekeeper::daemon;
+use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
-    let Loaded::<WalproposerSettings> { settings, warnings } = config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    let Loaded::<WalproposerSettings> { settings, warnings } =
+        config::load(std::env::args_os()).unwrap_or_else(|error| error.exit());
     daemon::exit_code(start(settings, warnings))
 }
 
@@ -34,8 +35,15 @@ async fn start(settings: WalproposerSettings, warnings: Vec<String>) -> anyhow::
     };
     let status = Arc::new(Status::new(proposing.safekeepers.clone()));
     let shutdown = CancellationToken::new();
+    let http = tokio::spawn(http::serve(
+        listener,
+        http::walproposer::router(Arc::clone(&status)),
+        http::Limits::default(),
+        shutdown.clone(),
+    ));
     tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
     let result = propose::run(proposing, status, shutdown.clone()).await;
     shutdown.cancel();
+    http.await.context("HTTP server")?;
     Ok(result?)
 }
