@@ -9,6 +9,7 @@ use super::blocking;
 use super::disk::{DiskError, DiskFile, During};
 use super::segments::{PG_TIMELINE, SegmentFile, TimelineFiles, offset};
 use crate::consensus::state::ControlState;
+use crate::metrics;
 
 /// Most bytes returned by one read: what fits into one message to a reader.
 pub const MAX_READ_SIZE: usize = pgproto::walproposer::MAX_SEND_SIZE;
@@ -101,7 +102,13 @@ impl WalReader {
     /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, or for [`MAX_READ_SIZE`].
     /// Empty only when `at` equals `end`.
     pub async fn read(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        blocking(|| self.read_now(at, end))
+        let result = blocking(|| self.read_now(at, end));
+        if let Err(ReadError::Disk(error)) = &result
+            && !error.is_not_found()
+        {
+            metrics::disk_io_error();
+        }
+        result
     }
 
     fn read_now(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {

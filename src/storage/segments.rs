@@ -9,10 +9,12 @@ use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
 
 use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::disk::{Disk, DiskError, DiskFile, During};
+use crate::metrics::{self, StorageOperation};
 
 /// Postgres timeline of all WAL: a server that was never promoted. The only place that knows.
 pub const PG_TIMELINE: u32 = 1;
@@ -132,6 +134,7 @@ impl TimelineFiles {
 
     /// Writes a segment full of zeros, durably, under the temporary name. What was there before is replaced.
     pub(super) fn prepare_segment(&self, size: SegmentSize) -> Result<Arc<dyn DiskFile>, DiskError> {
+        let started = Instant::now();
         let path = self.dir().join(PREPARED_NAME);
         let file = self.disk.create(&path, true).during("create", &path)?;
         let zeros = vec![0; ZERO_CHUNK];
@@ -139,6 +142,7 @@ impl TimelineFiles {
             file.write_at(&mut [IoSlice::new(&zeros)], offset).during("fill with zeros", &path)?;
         }
         file.sync_all().during("sync", &path)?;
+        metrics::storage_operation(StorageOperation::InitializeSegment, started.elapsed());
         Ok(file)
     }
 

@@ -1,6 +1,7 @@
 //! The single writer's handle on one timeline's files.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
@@ -17,6 +18,7 @@ use super::recovery::{self, RecoveryError};
 use super::segments::TimelineFiles;
 use super::wal_store::{WalError, WalStore};
 use crate::consensus::state::{ControlState, ServerInfo};
+use crate::metrics::{self, StorageOperation};
 
 /// Writes the WAL and control file of one timeline. There must be one per timeline at most.
 ///
@@ -269,9 +271,11 @@ impl TimelineStore {
     /// ever written is durable when this returns. The result is the LSN up to which bytes are durable.
     pub async fn append(&mut self, at: Lsn, wal: &[Bytes], sync: bool) -> Result<Lsn, StorageError> {
         self.run(|store| {
+            let started = Instant::now();
             store.wal.append(at, wal)?;
+            metrics::wal_written(wal.iter().map(Bytes::len).sum(), started.elapsed());
             if sync {
-                store.wal.flush()?;
+                store.flush_now()?;
             }
             Ok(store.wal.flush_lsn())
         })
@@ -280,9 +284,19 @@ impl TimelineStore {
     /// Makes all that was written durable, and says up to which LSN that is.
     pub async fn flush(&mut self) -> Result<Lsn, StorageError> {
         self.run(|store| {
-            store.wal.flush()?;
+            store.flush_now()?;
             Ok(store.wal.flush_lsn())
         })
+    }
+
+    fn flush_now(&mut self) -> Result<(), StorageError> {
+        if self.wal.flush_lsn() == self.wal.write_lsn() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        self.wal.flush()?;
+        metrics::wal_flushed(started.elapsed());
+        Ok(())
     }
 
     /// Makes `state` durable in place of what was persisted before (D8).
@@ -294,7 +308,9 @@ impl TimelineStore {
                 eviction: EvictionState::Present,
                 creation_ts: store.creation_ts,
             };
+            let started = Instant::now();
             file.write(store.files.disk(), &store.files.dir())?;
+            metrics::control_file_persisted(started.elapsed());
             store.server = state.server;
             store.commit_lsn = state.commit_lsn;
             Ok(())
@@ -308,14 +324,22 @@ impl TimelineStore {
             if end < store.commit_lsn {
                 return Err(StorageError::Committed { end, commit_lsn: store.commit_lsn });
             }
-            Ok(store.wal.truncate(end, store.server)?)
+            let started = Instant::now();
+            store.wal.truncate(end, store.server)?;
+            metrics::storage_operation(StorageOperation::TruncateWal, started.elapsed());
+            Ok(())
         })
     }
 
     /// Prepares the timeline's first segment for WAL that begins at `start`, with the page headers nobody will send.
     /// Only while there is no WAL. A truncation at `start` must follow.
     pub async fn init_first_segment(&mut self, start: Lsn) -> Result<(), StorageError> {
-        self.run(|store| Ok(store.wal.init_first_segment(start, store.server)?))
+        self.run(|store| {
+            let started = Instant::now();
+            store.wal.init_first_segment(start, store.server)?;
+            metrics::storage_operation(StorageOperation::InitializeFirstSegment, started.elapsed());
+            Ok(())
+        })
     }
 
     /// Makes everything durable and closes the file, to cost next to nothing while the timeline is idle. The next
@@ -331,6 +355,7 @@ impl TimelineStore {
         }
         let result = blocking(|| work(self));
         if let Err(error @ StorageError::Disk(_)) = &result {
+            metrics::disk_io_error();
             tracing::error!(timeline = %self.files.ttid(), "storage stopped: {error}");
             self.poisoned = Some(error.to_string().into());
         }
