@@ -7,6 +7,7 @@ use pgproto::backend::BackendMessage;
 use pgproto::replication::message::ServerMessage;
 use pgproto::{Lsn, TenantTimelineId, Term};
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::task::AbortHandle;
 
 use super::safekeepers;
@@ -23,14 +24,16 @@ const APPLICATION_NAME: &str = "wal_proposer_recovery";
 #[derive(Debug)]
 pub(super) struct DonorEvent {
     pub(super) laggard: PeerIndex,
-    /// Why the fetch ended, if it did.
-    pub(super) ended: Option<String>,
+    /// How the fetch ended, if it did.
+    pub(super) ended: Option<Result<(), String>>,
 }
 
 /// A fetch under way. Dropping it ends it.
 pub(super) struct Donor {
     pub(super) donor: PeerIndex,
     pieces: mpsc::Receiver<Bytes>,
+    /// Position of the next byte to be taken.
+    at: Lsn,
     /// Left over from the last piece.
     rest: Bytes,
     task: AbortHandle,
@@ -55,27 +58,29 @@ impl Donor {
         let (queue, pieces) = mpsc::channel(FETCHED_AHEAD);
         let (donor, address) = donor;
         let fetch = async move {
-            let ended = fetch(laggard, &address, ttid, range, term, &queue, &events).await.err();
+            let ended = fetch(laggard, &address, ttid, range, term, &queue, &events).await;
+            // First the queue, so that whoever hears of the end finds it closed.
             drop(queue);
-            let _ = events.send(DonorEvent { laggard, ended: Some(ended.unwrap_or_else(|| "done".to_owned())) }).await;
+            let _ = events.send(DonorEvent { laggard, ended: Some(ended) }).await;
         };
-        Self { donor, pieces, rest: Bytes::new(), task: tokio::spawn(fetch).abort_handle() }
+        Self { donor, pieces, at: range.0, rest: Bytes::new(), task: tokio::spawn(fetch).abort_handle() }
     }
 
-    /// Up to `max` bytes that follow those taken before; empty when none wait.
-    pub(super) fn take(&mut self, max: usize) -> Bytes {
-        if self.rest.is_empty() {
-            self.rest = self.pieces.try_recv().unwrap_or_default();
+    /// Up to `max` bytes at `at`: empty while none have come, `None` when none will, or not from there.
+    pub(super) fn take(&mut self, at: Lsn, max: usize) -> Option<Bytes> {
+        if at != self.at {
+            return None;
         }
-        self.rest.split_to(max.min(self.rest.len()))
-    }
-
-    /// Bytes that [`Self::take`] can give at once.
-    pub(super) fn waiting(&mut self) -> usize {
         if self.rest.is_empty() {
-            self.rest = self.pieces.try_recv().unwrap_or_default();
+            match self.pieces.try_recv() {
+                Ok(piece) => self.rest = piece,
+                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Disconnected) => return None,
+            }
         }
-        self.rest.len()
+        let wal = self.rest.split_to(max.min(self.rest.len()));
+        self.at = at.checked_add(wal.len() as u64)?;
+        Some(wal)
     }
 }
 
