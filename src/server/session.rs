@@ -14,6 +14,9 @@ use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, start_wa
 use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
 
+/// Characters of a refused command that are logged.
+const LOGGED_TEXT: usize = 200;
+
 /// A client that was let in.
 pub(super) struct Session {
     pub(super) house: Arc<House>,
@@ -68,6 +71,7 @@ impl Session {
     async fn query(&mut self, text: &str) -> Result<(), Interrupt> {
         match self.run_command(text).await {
             Err(Interrupt::Refused(fields)) => {
+                let text: String = text.chars().take(LOGGED_TEXT).collect();
                 tracing::info!(id = self.client.id, address = %self.client.address, text, error = %fields, "refused");
                 // What a stream left half sent comes first.
                 self.writer.flush().await?;
