@@ -5,3 +5,4 @@ mod commands;
 mod harness;
 mod push;
 mod readers;
+mod replay;
