@@ -21,6 +21,13 @@ enum Effect {
     Refused(&'static str),
 }
 
+#[cfg(test)]
+impl ForeignFlag {
+    pub(super) fn name(&self) -> &'static str {
+        self.name
+    }
+}
+
 const fn no_effect(name: &'static str, why: &'static str) -> ForeignFlag {
     ForeignFlag { name, effect: Effect::None(why) }
 }

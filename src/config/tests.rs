@@ -189,3 +189,41 @@ fn help_teaches() {
         assert!(!help.contains("broker-endpoint"));
     }
 }
+
+/// One row per setting: flag, variable, default, meaning.
+fn reference<S: Settings>() -> String {
+    let mut table = String::from("| Flag | Environment | Default | Meaning |\n|---|---|---|---|\n");
+    for arg in S::command().get_arguments().filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
+        let long = arg.get_long().unwrap();
+        let short = arg.get_short().map(|short| format!(", `-{short}`")).unwrap_or_default();
+        let env = arg.get_env().map(|env| format!("`{}`", env.to_str().unwrap())).unwrap_or_default();
+        let shown = !matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::Version);
+        let defaults: Vec<_> = arg.get_default_values().iter().filter_map(|value| value.to_str()).collect();
+        let default = if shown && !defaults.is_empty() { format!("`{}`", defaults.join(",")) } else { String::new() };
+        let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
+        let help = help.replace("\n\n", " ").replace('|', "\\|");
+        let help = if help.ends_with('.') { help } else { format!("{help}.") };
+        table += &format!("| `--{long}`{short} | {env} | {default} | {help} |\n");
+    }
+    table
+}
+
+#[test]
+fn the_document_has_every_setting() {
+    let doc = include_str!("../../docs/configuration.md");
+    for (heading, table) in
+        [("## safekeeper", reference::<SafekeeperSettings>()), ("## walproposer", reference::<WalproposerSettings>())]
+    {
+        let section = doc.split_once(&format!("{heading}\n")).map(|(_, rest)| rest).unwrap_or_default();
+        let section = section.split_once("\n## ").map_or(section, |(section, _)| section);
+        assert!(section.contains(&table), "under \"{heading}\", docs/configuration.md shall have:\n\n{table}");
+    }
+}
+
+#[test]
+fn the_document_lists_neons_flags() {
+    let doc = include_str!("../../docs/configuration.md");
+    for flag in SafekeeperSettings::FOREIGN {
+        assert!(doc.contains(&format!("`--{}`", flag.name())), "docs/configuration.md shall have --{}", flag.name());
+    }
+}
