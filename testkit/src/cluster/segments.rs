@@ -40,13 +40,11 @@ pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal
         let (a, b) = (read(&theirs, reference)?, read(&ours, dir)?);
         let segment_start = SegmentNumber(number).start(size);
         let length = usize::try_from(end.saturating_sub(segment_start).min(size.bytes()))?;
-        ensure!(
-            a.len() >= length && b.len() >= length,
-            "segment {name} is too short: {} and {} bytes",
-            a.len(),
-            b.len()
-        );
-        if let Some(offset) = a.iter().zip(&b).take(length).position(|(a, b)| a != b) {
+        let (Some(a), Some(b)) = (a.get(..length), b.get(..length)) else {
+            bail!("segment {name} is too short: {} and {} bytes, not {length}", a.len(), b.len());
+        };
+        if a != b {
+            let offset = a.iter().zip(b).take_while(|(a, b)| a == b).count();
             bail!("segment {name} differs at {}", Lsn(segment_start.0 + offset as u64));
         }
     }

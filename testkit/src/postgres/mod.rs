@@ -17,6 +17,7 @@ use crate::programs::{Programs, run};
 use crate::scratch::Scratch;
 use crate::secs;
 use crate::sql::Sql;
+use crate::wait::wait_for;
 
 pub use tools::{PgbenchReport, ReceiveWal, pg_controldata, pg_waldump};
 
@@ -184,11 +185,16 @@ impl Postgres {
     pub fn kill9(&mut self) -> Result<()> {
         let children = self.daemon.pid().map(children_of).unwrap_or_default();
         self.daemon.kill()?;
-        for child in children {
+        for &child in &children {
             // Most have noticed the postmaster's death and gone by themselves.
             let _ = kill_process(child, Signal::KILL);
         }
-        Ok(())
+        // The next start is refused for as long as one of them holds the shared memory.
+        wait_for(START_DEADLINE, "the server's processes to be gone", || {
+            let left: Vec<Pid> = children.iter().copied().filter(|child| is_running(*child)).collect();
+            ensure!(left.is_empty(), "still there: {left:?}");
+            Ok(())
+        })
     }
 
     /// Connects as superuser to the database `postgres`.
@@ -284,12 +290,19 @@ fn quote(text: &str) -> String {
 /// The direct children of process `parent`.
 fn children_of(parent: u32) -> Vec<Pid> {
     let Ok(processes) = fs::read_dir("/proc") else { return Vec::new() };
-    let pids = processes.flatten().filter_map(|entry| entry.file_name().to_string_lossy().parse::<i32>().ok());
-    let is_child = |pid: &i32| {
-        // "pid (name) state ppid ...", where the name may hold anything.
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        let ppid = stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(1));
-        ppid.and_then(|text| text.parse().ok()) == Some(parent)
-    };
-    pids.filter(is_child).filter_map(Pid::from_raw).collect()
+    let pids = processes.flatten().filter_map(|entry| Pid::from_raw(entry.file_name().to_string_lossy().parse().ok()?));
+    pids.filter(|pid| stat(*pid).is_some_and(|(_, ppid)| ppid == parent)).collect()
+}
+
+/// Is there such a process, other than one that only waits for its parent to notice its end?
+fn is_running(pid: Pid) -> bool {
+    stat(pid).is_some_and(|(state, _)| state != "Z")
+}
+
+/// State and parent of a process.
+fn stat(pid: Pid) -> Option<(String, u32)> {
+    // "pid (name) state ppid ...", where the name may hold anything.
+    let text = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+    let mut fields = text.rsplit(')').next()?.split_whitespace();
+    Some((fields.next()?.to_owned(), fields.next()?.parse().ok()?))
 }
