@@ -197,7 +197,10 @@ fn try_value(arg: &Arg, text: &str) -> Result<(), String> {
         let possible = arg.get_possible_values();
         let names: Vec<_> = possible.iter().map(clap::builder::PossibleValue::get_name).collect();
         let reason = reason.unwrap_or_else(|| format!("expected one of: {}", names.join(", ")));
-        format!("invalid value \"{text}\": {reason}")
+        match arg.is_hide_env_values_set() {
+            true => format!("invalid value: {reason}"),
+            false => format!("invalid value \"{text}\": {reason}"),
+        }
     })
 }
 

@@ -100,6 +100,13 @@ fn a_wrong_file_is_an_error_that_names_file_and_key() {
 }
 
 #[test]
+fn a_secret_in_the_file_is_not_repeated() {
+    let file = file("primary = 'host=db password=secret bogus'\nsafekeepers = 'a:1'\n");
+    let error = walproposer(&["--config", file.path().to_str().unwrap()]).unwrap_err().to_string();
+    assert!(error.contains("setting \"primary\"") && !error.contains("secret"), "{error}");
+}
+
+#[test]
 fn a_wrong_flag_is_an_error() {
     for args in [&["--bogus"][..], &["--id", "0"], &["--listen-pg", "5454"], &["extra"], &["--id"]] {
         assert!(matches!(safekeeper(args), Err(ConfigError::CommandLine(_))), "{args:?}");

@@ -109,15 +109,22 @@ impl CreateRequest {
             Some(bytes) => SegmentSize::new(bytes).map_err(|error| ApiError::BadRequest(error.to_string()))?,
             None => SegmentSize::DEFAULT,
         };
-        let commit_lsn = self.commit_lsn.unwrap_or(self.start_lsn);
-        if self.pg_version == 0 {
-            return bad("pg_version must be a PostgreSQL version number such as 150004");
+        let start = self.start_lsn;
+        if !(14..=18).contains(&(self.pg_version / 10_000)) {
+            return bad("pg_version must be the number of a PostgreSQL version from 14 to 18, such as 150004");
         }
-        if commit_lsn < self.start_lsn {
-            return bad("commit_lsn must not be before start_lsn");
+        if start.align_up() != start || start.checked_add(wal_seg_size.bytes()).is_none() {
+            return bad(
+                "start_lsn must be where a WAL record can begin: a multiple of 8, not in the last segment there is",
+            );
         }
-        let begins = TermLsn { term: Term(0), lsn: self.start_lsn };
-        let history = if commit_lsn.is_valid() { vec![begins] } else { Vec::new() };
+        // Neon's lets the WAL in between be copied in later. Nobody does that here, and until then this node would claim
+        // to have committed WAL that it hasn't.
+        if self.commit_lsn.is_some_and(|commit_lsn| commit_lsn != start) {
+            return bad("commit_lsn must be equal to start_lsn, or null: a timeline begins empty");
+        }
+        let begins = TermLsn { term: Term(0), lsn: start };
+        let history = if start.is_valid() { vec![begins] } else { Vec::new() };
         let term_history = TermHistory::new(history).map_err(|error| ApiError::BadRequest(error.to_string()))?;
         Ok(ControlState {
             ttid: TenantTimelineId::new(self.tenant_id, self.timeline_id),
@@ -129,11 +136,11 @@ impl CreateRequest {
                 system_id: SystemId(self.system_id.unwrap_or(0)),
                 wal_seg_size,
             },
-            timeline_start_lsn: self.start_lsn,
-            local_start_lsn: self.start_lsn,
-            commit_lsn,
-            backup_lsn: self.start_lsn,
-            peer_horizon_lsn: self.start_lsn,
+            timeline_start_lsn: start,
+            local_start_lsn: start,
+            commit_lsn: start,
+            backup_lsn: start,
+            peer_horizon_lsn: start,
             remote_consistent_lsn: Lsn::INVALID,
         })
     }

@@ -240,7 +240,12 @@ async fn wrong_requests_are_refused_with_a_reason() {
         (with("start_lsn", json!(5)), "failed to parse json request"),
         (with("wal_seg_size", json!(12345)), "segment size"),
         (with("pg_version", json!(0)), "pg_version"),
+        (with("pg_version", json!(130_004)), "pg_version"),
+        (with("pg_version", json!(4_000_000_000_u32)), "pg_version"),
+        (with("start_lsn", json!("0/14EE151")), "start_lsn"),
+        (with("start_lsn", json!("FFFFFFFF/FFFFFFF8")), "start_lsn"),
         (with("commit_lsn", json!("0/1")), "commit_lsn"),
+        (with("commit_lsn", json!("0/2000000")), "commit_lsn"),
     ] {
         let answer = server.post("/v1/tenant/timeline", &body).await;
         assert_eq!(answer.status, 400, "{body}");

@@ -105,7 +105,7 @@ pub(super) async fn run(index: PeerIndex, address: HostPort, ttid: TenantTimelin
 }
 
 async fn connect(address: &HostPort, ttid: TenantTimelineId) -> Result<Connection, ConnectError> {
-    let mut connection = safekeepers::connect(address, ttid, None).await?;
+    let mut connection = safekeepers::connect(address, ttid, Some("walproposer")).await?;
     connection.start_copy("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'true')").await?;
     Ok(connection)
 }
