@@ -16,6 +16,7 @@ pub mod config;
 pub mod consensus;
 pub mod daemon;
 pub mod http;
+pub mod lanes;
 pub mod metrics;
 pub mod propose;
 pub mod retry;

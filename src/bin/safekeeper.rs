@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
+use safekeeper::lanes::Lanes;
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::storage::{ControlFile, DataDir, RealDisk};
 use safekeeper::timeline::registry::Registry;
@@ -38,7 +39,8 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     // Before the timelines are loaded, so that a taken port is found out at once.
     let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;
     let http = daemon::bind("--listen-http", &settings.listen_http).await?;
-    let registry = Registry::load(data_dir).await.context("cannot list the timelines")?;
+    let lanes = Lanes::start(std::thread::available_parallelism().map_or(1, usize::from))?;
+    let registry = Registry::load(data_dir, lanes).await.context("cannot list the timelines")?;
     tracing::info!(
         node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
         http = %settings.listen_http, "safekeeper is ready"

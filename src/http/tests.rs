@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::consensus::proposer::PeerState;
+use crate::lanes::Lanes;
 use crate::propose::status::{PeerReport, Status};
 use crate::storage::DataDir;
 use crate::timeline::registry::Registry;
@@ -48,7 +49,7 @@ async fn start(router: Router, limits: Limits) -> Server {
 async fn safekeeper_server() -> Server {
     let dir = tempfile::tempdir().unwrap();
     let data_dir = DataDir::open(dir.path(), Some(NodeId(7)), false).unwrap();
-    let registry = Registry::load(data_dir).await.unwrap();
+    let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
     let mut server = start(safekeeper::router(Arc::clone(&registry)), Limits::default()).await;
     server._dir = Some(dir);
     server.registry = Some(registry);

@@ -26,8 +26,12 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// Largest message taken from a server. XLogData has at most 128 KiB of WAL; term histories and rows are far below this.
 const MAX_BODY: usize = 4 << 20;
 
-/// Free room made in the read buffer before each read: enough for a full XLogData.
-const READ_AHEAD: usize = 192 * 1024;
+/// Size of a new read buffer: a full XLogData and more.
+const READ_BUFFER: usize = 256 * 1024;
+
+/// Room below which a new read buffer is begun. Payloads pin the buffer that they arrived in, so a buffer must be filled
+/// before the next one: small messages would otherwise hold a whole buffer each.
+const LOW_ROOM: usize = 8 * 1024;
 
 /// Rows kept of one command.
 const MAX_ROWS: usize = 64;
@@ -111,7 +115,9 @@ impl ReadHalf {
             if let Some(frame) = frame::decode(&mut self.buffer, MAX_BODY)? {
                 return Ok(BackendMessage::decode(frame)?);
             }
-            self.buffer.reserve(READ_AHEAD);
+            if self.buffer.capacity() - self.buffer.len() < LOW_ROOM {
+                self.buffer.reserve(READ_BUFFER);
+            }
             if self.socket.read_buf(&mut self.buffer).await? == 0 {
                 return Err(ConnectError::Closed);
             }
@@ -297,5 +303,36 @@ impl Connection {
     /// Both halves, to be used side by side.
     pub fn into_split(self) -> (ReadHalf, WriteHalf) {
         (self.reader, self.writer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A buffer for each small message once made a proposer hold a thousand times the WAL it had received.
+    #[tokio::test]
+    async fn small_messages_share_a_read_buffer() {
+        const MESSAGES: usize = 1000;
+        // A pipe shorter than a message, so that no read sees two.
+        let (server, client) = tokio::io::duplex(64);
+        let socket: Box<dyn Socket> = Box::new(client);
+        let (socket, _writer) = tokio::io::split(socket);
+        let mut reader = ReadHalf { socket, buffer: BytesMut::new() };
+        tokio::spawn(async move {
+            let mut server = server;
+            let mut message = BytesMut::new();
+            frontend::copy_data(&mut message, |body| body.extend_from_slice(&[7; 100]));
+            for _ in 0..MESSAGES {
+                server.write_all(&message).await.unwrap();
+            }
+        });
+        let mut held = Vec::new();
+        for _ in 0..MESSAGES {
+            let BackendMessage::CopyData(body) = reader.next().await.unwrap() else { panic!("not CopyData") };
+            held.push(body);
+        }
+        let apart = |pair: &&[Bytes]| (pair[1].as_ptr() as usize).abs_diff(pair[0].as_ptr() as usize) > 4096;
+        assert!(held.windows(2).filter(apart).count() <= 1, "a hundred kilobytes fit into one buffer");
     }
 }

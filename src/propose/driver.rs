@@ -4,6 +4,7 @@
 //! ([`super::peer`]), donor fetches ([`super::donor`]) and connecting to the primary run as tasks beside it and talk to it
 //! through bounded queues.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use pgproto::Lsn;
 use pgproto::walproposer::MAX_SEND_SIZE;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio::time::Sleep;
 
 use super::buffer::WalBuffer;
 use super::donor::{Donor, DonorEvent};
@@ -78,8 +80,10 @@ pub(super) struct Driver {
     peers: Vec<PeerSlot>,
     buffer: WalBuffer,
     elected_at: Option<Instant>,
-    /// When followers that had no WAL to carry the commit LSN are told it.
-    commit_news_due: Option<Instant>,
+    /// Runs while followers may have to be told the commit LSN without WAL to carry it. Never stopped before it fires:
+    /// setting a timer anew for each commit would cost two system calls.
+    commit_news: Pin<Box<Sleep>>,
+    commit_news_runs: bool,
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
     connecting: bool,
@@ -119,7 +123,8 @@ impl Driver {
             peers: settings.safekeepers.iter().map(slot).collect(),
             buffer: WalBuffer::new(Lsn::INVALID, settings.buffer_size),
             elected_at: None,
-            commit_news_due: None,
+            commit_news: Box::pin(tokio::time::sleep(COMMIT_NEWS_DELAY)),
+            commit_news_runs: false,
             upstream: None,
             upstream_retry: Backoff::for_peers(),
             connecting: false,
@@ -146,7 +151,7 @@ impl Driver {
                 event = next_upstream(&mut self.upstream, read_primary) => self.on_upstream(event).await,
                 Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
                 Some(event) = inbox.donors.recv() => { self.on_donor(event); Ok(()) }
-                () = sleep_until(self.commit_news_due) => { self.tell_commit(); Ok(()) }
+                () = &mut self.commit_news, if self.commit_news_runs => { self.tell_commit(); Ok(()) }
                 _ = tick.tick() => self.on_tick().await,
             };
             if let Err(ended) = step {
@@ -257,15 +262,15 @@ impl Driver {
             self.pump(index);
         }
         let owed = (0..self.peers.len()).any(|index| self.proposer.owes_commit(PeerIndex(index)));
-        self.commit_news_due = match self.commit_news_due {
-            due @ Some(_) if owed => due,
-            _ => owed.then(|| Instant::now() + COMMIT_NEWS_DELAY),
-        };
+        if owed && !self.commit_news_runs {
+            self.commit_news.as_mut().reset(tokio::time::Instant::now() + COMMIT_NEWS_DELAY);
+            self.commit_news_runs = true;
+        }
     }
 
     /// Tells the commit LSN to those who have all WAL and haven't heard of it.
     fn tell_commit(&mut self) {
-        self.commit_news_due = None;
+        self.commit_news_runs = false;
         for index in (0..self.peers.len()).map(PeerIndex) {
             if self.proposer.owes_commit(index) {
                 self.heartbeat(index);
@@ -492,14 +497,6 @@ impl Driver {
 
     fn address(&self, index: PeerIndex) -> String {
         self.settings.safekeepers.get(index.0).map_or_else(String::new, ToString::to_string)
-    }
-}
-
-/// Waits until `due`; for ever without one.
-async fn sleep_until(due: Option<Instant>) {
-    match due {
-        Some(due) => tokio::time::sleep_until(due.into()).await,
-        None => std::future::pending().await,
     }
 }
 

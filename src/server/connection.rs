@@ -36,6 +36,13 @@ pub(super) fn split(socket: TcpStream, config: &ServerConfig) -> (MessageReader,
     (reader, writer)
 }
 
+/// Moves a connection to the runtime this is called on.
+pub(super) fn rehome(reader: MessageReader, writer: MessageWriter) -> io::Result<(MessageReader, MessageWriter)> {
+    let socket = reader.socket.reunite(writer.socket).map_err(io::Error::other)?;
+    let (read, write) = TcpStream::from_std(socket.into_std()?)?.into_split();
+    Ok((MessageReader { socket: read, ..reader }, MessageWriter { socket: write, ..writer }))
+}
+
 /// What the client sends.
 pub(super) struct MessageReader {
     socket: OwnedReadHalf,

@@ -279,6 +279,8 @@ pub(super) async fn take_leave(
     mut writer: MessageWriter,
 ) {
     let fields = match end {
+        // A proposer's session is handed over before anybody takes leave.
+        Interrupt::Push(_) => return,
         Interrupt::Gone(reason) => {
             tracing::debug!(id, %address, reason, "connection ended");
             return;

@@ -5,6 +5,7 @@ use std::io;
 use pgproto::DecodeError;
 use pgproto::backend::{ErrorFields, SqlState};
 use pgproto::replication::CommandError;
+use pgproto::replication::command::StartWalPush;
 
 use crate::consensus::acceptor::AcceptorError;
 use crate::storage::ReadError;
@@ -18,6 +19,8 @@ pub(super) enum Interrupt {
     Refused(ErrorFields),
     /// Tell the client, then close.
     Fatal(ErrorFields),
+    /// The rest of the session is a proposer's stream, to be served on the lane of its timeline.
+    Push(StartWalPush),
     /// Close without a word: the client left, or there is nobody left to tell.
     Gone(String),
 }

@@ -5,13 +5,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use pgproto::replication::command::StartWalPush;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::handshake::{self, Admission};
+use super::interrupt::Interrupt;
 use super::session::Session;
+use super::start_wal_push;
 use super::{MAX_REFUSALS, SHUTDOWN_LIMIT, ServerConfig, connection};
 use crate::timeline::registry::Registry;
 
@@ -92,13 +95,37 @@ impl House {
         let end = match handshake::run(&self, id, address, admission, &mut reader, &mut writer).await {
             Ok(client) => {
                 let mut session = Session { house: Arc::clone(&self), client, reader, writer };
-                let end = session.run().await;
-                (reader, writer) = (session.reader, session.writer);
-                end
+                match session.run().await {
+                    Interrupt::Push(request) => return self.serve_proposer(session, request).await,
+                    end => {
+                        (reader, writer) = (session.reader, session.writer);
+                        end
+                    }
+                }
             }
             Err(end) => end,
         };
         handshake::take_leave(&self, id, address, end, reader, writer).await;
         drop(permit);
+    }
+
+    /// Moves the connection to the lane where the timeline's writer is, for the rest of its life.
+    async fn serve_proposer(self: Arc<Self>, session: Session, request: StartWalPush) {
+        let lane = self.registry.lane(session.client.ttid);
+        let served = lane.spawn(async move {
+            let Session { house, client, reader, writer } = session;
+            let (id, address) = (client.id, client.address);
+            let (reader, writer) = match connection::rehome(reader, writer) {
+                Ok(halves) => halves,
+                Err(error) => return tracing::warn!(id, %address, %error, "connection lost"),
+            };
+            let mut session = Session { house, client, reader, writer };
+            let end = start_wal_push::run(&mut session, request).await;
+            let Session { house, reader, writer, .. } = session;
+            handshake::take_leave(&house, id, address, end, reader, writer).await;
+        });
+        if let Err(error) = served.await {
+            tracing::error!(%error, "a proposer's session ended abnormally");
+        }
     }
 }

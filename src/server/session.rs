@@ -10,7 +10,7 @@ use super::connection::{MessageReader, MessageWriter};
 use super::handshake::{Client, NoTimeline, find_timeline};
 use super::interrupt::Interrupt;
 use super::listener::House;
-use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, start_wal_push, status};
+use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, status};
 use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
 
@@ -84,6 +84,9 @@ impl Session {
 
     async fn run_command(&mut self, text: &str) -> Result<(), Interrupt> {
         let command = Command::parse(text)?;
+        if let Command::StartWalPush(request) = command {
+            return Err(Interrupt::Push(request));
+        }
         let _timer = metrics::query(kind(&command));
         match command {
             Command::IdentifySystem => identify_system::run(self),
@@ -95,7 +98,7 @@ impl Session {
             }
             Command::TimelineHistory(timeline) => Err(no_history(timeline)),
             Command::StartReplication(request) => start_replication::run(self, request).await,
-            Command::StartWalPush(request) => start_wal_push::run(self, request).await,
+            Command::StartWalPush(request) => Err(Interrupt::Push(request)),
             Command::ReadReplicationSlot(_)
             | Command::CreateReplicationSlot { .. }
             | Command::DropReplicationSlot { .. } => Err(no_slots()),

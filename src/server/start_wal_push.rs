@@ -25,7 +25,7 @@ use super::connection::{MessageReader, MessageWriter};
 use super::interrupt::Interrupt;
 use super::session::Session;
 use crate::consensus::state::{ControlState, ServerInfo};
-use crate::metrics;
+use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
 use crate::timeline::push::{Ack, PushSession};
 use crate::timeline::registry::{CreateTimelineError, LookupError, Registry};
@@ -33,8 +33,14 @@ use crate::timeline::registry::{CreateTimelineError, LookupError, Registry};
 /// Replies waiting to be written. A proposer has one request under way at a time.
 const REPLY_QUEUE: usize = 16;
 
-/// Serves a proposer until it leaves; never returns to the command loop.
-pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
+/// Serves a proposer until it leaves; says why it did.
+pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interrupt {
+    let _timer = metrics::query(QueryKind::StartWalPush);
+    let ended = "the proposer ended the stream".to_owned();
+    serve(session, request).await.err().unwrap_or(Interrupt::Gone(ended))
+}
+
+async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
     let Session { house, client, reader, writer } = session;
     let version = request.version;
     encode::copy_both_response(writer.out());
@@ -61,8 +67,7 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Result<
         reason = push.writer_gone() => Err(reason.into()),
         () = house.shutdown.cancelled() => Err(Interrupt::shutdown()),
     };
-    close_politely(ended, writer).await?;
-    Err(Interrupt::Gone("the proposer ended the stream".to_owned()))
+    close_politely(ended, writer).await.map(drop)
 }
 
 /// A connection that named one timeline cannot push to another. A default chosen by this node doesn't bind.

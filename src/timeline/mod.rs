@@ -40,6 +40,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::state::ControlState;
+use crate::lanes::Lane;
 use crate::metrics::TimelineSample;
 use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
@@ -132,11 +133,12 @@ pub struct Timeline {
     push_sessions: push::PushSessions,
     written_bytes: AtomicU64,
     files: TimelineFiles,
+    lane: Lane,
 }
 
 impl Timeline {
-    /// Puts acceptor and store together; the writer starts parked.
-    fn new(acceptor: Acceptor, store: TimelineStore) -> Arc<Self> {
+    /// Puts acceptor and store together; the writer starts parked, and will work on `lane`.
+    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
@@ -151,6 +153,7 @@ impl Timeline {
             push_sessions: push::PushSessions::default(),
             written_bytes: AtomicU64::new(0),
             files,
+            lane,
         })
     }
 
@@ -257,7 +260,7 @@ impl Timeline {
             Seat::Parked(writer) => {
                 let (mailbox, commands) = mpsc::channel(MAILBOX_CAPACITY);
                 *seat = Seat::Running(mailbox.clone());
-                tokio::spawn(writer::run(Arc::clone(self), writer, commands));
+                self.lane.spawn(writer::run(Arc::clone(self), writer, commands));
                 Ok(mailbox)
             }
             Seat::Running(mailbox) => {

@@ -8,11 +8,12 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 use pgproto::wal::page::magic_of;
-use pgproto::{NodeId, TenantTimelineId};
+use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
 use crate::consensus::acceptor::Acceptor;
 use crate::consensus::state::ControlState;
+use crate::lanes::{Lane, Lanes};
 use crate::metrics::{TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, TimelineStore};
 
@@ -63,19 +64,20 @@ enum Slot {
 /// The timelines of a node.
 pub struct Registry {
     data_dir: DataDir,
+    lanes: Lanes,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
 
 impl Registry {
     /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name.
-    pub async fn load(data_dir: DataDir) -> Result<Arc<Self>, DiskError> {
+    pub async fn load(data_dir: DataDir, lanes: Lanes) -> Result<Arc<Self>, DiskError> {
         let mut timelines = BTreeMap::new();
         for ttid in data_dir.timelines()? {
             let slot = match TimelineStore::open(&data_dir, ttid).await {
                 Ok((store, recovered)) => {
                     let acceptor = Acceptor::new(data_dir.node_id(), recovered.control, recovered.scanner);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
-                    Slot::Loaded(Timeline::new(acceptor, store))
+                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid)))
                 }
                 Err(error) => {
                     tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
@@ -84,12 +86,18 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, timelines: Mutex::new(timelines) }))
+        Ok(Arc::new(Self { data_dir, lanes, timelines: Mutex::new(timelines) }))
     }
 
     /// The node these timelines are on.
     pub fn node_id(&self) -> NodeId {
         self.data_dir.node_id()
+    }
+
+    /// Where the commits of a timeline travel, whether it is here or not. Who names none gets any lane.
+    pub fn lane(&self, ttid: Option<TenantTimelineId>) -> Lane {
+        let any = TenantTimelineId::new(TenantId([0; 16]), TimelineId([0; 16]));
+        self.lanes.of(ttid.unwrap_or(any))
     }
 
     /// The timeline of this name.
@@ -159,7 +167,7 @@ impl Registry {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
                 let acceptor = Acceptor::new(self.node_id(), recovered.control, recovered.scanner);
-                let timeline = Timeline::new(acceptor, store);
+                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid));
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
             }

@@ -19,6 +19,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
+use crate::lanes::Lanes;
 use crate::server::{ServerConfig, serve};
 use crate::storage::DataDir;
 use crate::storage::test_wal::{PG_VERSION, SIZE, SYSTEM_ID, WalWriter};
@@ -57,7 +58,7 @@ impl TestServer {
     pub(super) async fn start_with(config: ServerConfig) -> Self {
         let dir = TempDir::new().unwrap();
         let data_dir = DataDir::open(dir.path(), Some(NodeId(1)), false).unwrap();
-        let registry = Registry::load(data_dir).await.unwrap();
+        let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
