@@ -12,7 +12,7 @@
 //!
 //! | File | What is in it |
 //! |---|---|
-//! | [`serve`] | connections: accept, bound, shut down |
+//! | `serve` | connections: accept, bound, shut down |
 //! | `request` | what all requests have in common: ids, bodies, logging |
 //! | [`error`] | failures as responses |
 //! | [`safekeeper`] | routes of the safekeeper |
@@ -22,7 +22,7 @@
 pub mod error;
 mod request;
 pub mod safekeeper;
-pub mod serve;
+mod serve;
 mod timeline_status;
 pub mod walproposer;
 
