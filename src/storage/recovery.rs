@@ -79,16 +79,18 @@ pub(super) fn find_end_of_wal(files: &TimelineFiles, state: &ControlState) -> Re
     Ok(EndOfWal { lsn, valid_to: lsn.min(scanner.position()), stopped_by })
 }
 
-/// The segment in which committed WAL ends must be there, unless the timeline was created at that position and has no
-/// WAL yet. At a segment's very start there may be none.
+/// The segment with the last committed byte must be there, unless the copy here begins at the commit LSN and has no WAL
+/// yet.
 fn check_committed(files: &TimelineFiles, state: &ControlState) -> Result<(), RecoveryError> {
     let size = state.server.wal_seg_size;
     let commit_lsn = state.commit_lsn;
-    let end = offset(commit_lsn, size);
-    if end == 0 || (commit_lsn == state.local_start_lsn && files.list(size)?.is_empty()) {
+    let begins_here = commit_lsn == state.local_start_lsn;
+    if begins_here && (offset(commit_lsn, size) == 0 || files.list(size)?.is_empty()) {
         return Ok(());
     }
-    let number = SegmentNumber::containing(commit_lsn, size);
+    let last = Lsn(commit_lsn.0.saturating_sub(1));
+    let number = SegmentNumber::containing(last, size);
+    let end = offset(last, size) + 1;
     let missing = || RecoveryError::Missing { commit_lsn, segment: number.file_name(PG_TIMELINE, size) };
     let file = files.open_to_read(number, size)?.ok_or_else(missing)?;
     let path = files.segment_path(SegmentFile { number, partial: false }, size);

@@ -310,6 +310,23 @@ async fn an_interrupted_first_start_is_started_over() {
 }
 
 #[tokio::test]
+async fn lost_wal_up_to_a_segment_boundary_is_an_error_too() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(1_500_000, 1);
+    fx.wal.switch();
+    fx.control.commit_lsn = fx.append_new().await;
+    assert_eq!(fx.control.commit_lsn.0 % SIZE.bytes(), 0);
+    let control = fx.control.clone();
+    fx.store().persist(&control).await.unwrap();
+    let last = SIZE.bytes() - 1;
+    let last = pgproto::SegmentNumber::containing(Lsn(control.commit_lsn.0 - last), SIZE).file_name(1, SIZE);
+    let names = [last.clone(), format!("{last}.partial")];
+    let removed = names.iter().filter(|name| std::fs::remove_file(fx.path(name)).is_ok()).count();
+    assert_eq!(removed, 1);
+    assert!(matches!(fx.restart().await, Err(OpenError::WalMissing { .. })));
+}
+
+#[tokio::test]
 async fn lost_committed_wal_is_an_error_and_no_shorter_log() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(1_500_000, 1);
