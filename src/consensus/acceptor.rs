@@ -371,8 +371,10 @@ impl Acceptor {
         if ours != wanted || !wanted.is_valid() {
             return Err(AcceptorError::StartMismatch { ours, theirs: wanted });
         }
-        if wanted < self.lazy.commit_lsn {
-            return Err(AcceptorError::TruncatesCommitted { start: wanted, commit: self.lazy.commit_lsn });
+        // What the flush that comes first will make committed counts already.
+        let commit = self.lazy.commit_lsn.max(self.leader_commit_lsn.min(end));
+        if wanted < commit {
+            return Err(AcceptorError::TruncatesCommitted { start: wanted, commit });
         }
         if written.is_valid() && wanted > end {
             return Err(AcceptorError::StartBeyondEnd { start: wanted, end });

@@ -466,6 +466,8 @@ impl Proposer {
         let start_streaming_at = point.map_or(Lsn::INVALID, |point| point.lsn);
         peer.state = PeerState::Following;
         peer.next_send = start_streaming_at;
+        // It may come back with less than it had acknowledged: an emptied disk. What it hasn't must not count.
+        peer.flush_lsn = peer.flush_lsn.min(start_streaming_at);
         // Nothing was told on this connection yet; the first append goes out at once, even if empty.
         peer.told_commit = Lsn::INVALID;
         let elected = ProposerElected {
@@ -527,7 +529,7 @@ impl Proposer {
         let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
         let reported = response.flush_lsn;
         // Behind a switch record the rest of the segment counts as there, so up to a segment end may be claimed unsent.
-        let sent = Lsn(peer.next_send.0.next_multiple_of(segment));
+        let sent = Lsn(peer.next_send.0.checked_next_multiple_of(segment).unwrap_or(u64::MAX));
         if reported > sent {
             let known = "that was never sent";
             return vec![Effect::Disconnect(index, PeerError::ImpossibleFlush { reported, known })];

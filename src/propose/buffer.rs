@@ -122,7 +122,7 @@ mod tests {
             sizes in prop::collection::vec(1usize..50, 1..20), from in 0usize..600, max in 1usize..60,
         ) {
             let total: usize = sizes.iter().sum();
-            let all: Vec<u8> = (0..total).map(|i| (i % 251) as u8).collect();
+            let all: Vec<u8> = (0..=250).cycle().take(total).collect();
             let mut buffer = WalBuffer::new(Lsn(1000), 1 << 20);
             let mut at = 0;
             for size in sizes {

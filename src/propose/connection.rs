@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-/// Connecting and logging in must end within this time.
+/// Connecting and logging in must end within this time, and so must each command.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// Largest message taken from a server. XLogData has at most 128 KiB of WAL; term histories and rows are far below this.
@@ -246,8 +246,12 @@ impl Connection {
         self.parameters.get(name).map(String::as_str)
     }
 
-    /// Runs one command and returns its rows.
+    /// Runs one command and returns its rows. A connection on which this timed out is of no more use.
     pub async fn query(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
+        timeout(CONNECT_LIMIT, self.rows_of(text)).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    async fn rows_of(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         self.send_query(text).await?;
         let mut rows = Vec::new();
         let mut failure = None;

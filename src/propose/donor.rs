@@ -120,3 +120,35 @@ async fn fetch(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A fetch from position 100, and the end at which its WAL arrives.
+    fn donor() -> (mpsc::Sender<Bytes>, Donor) {
+        let (queue, pieces) = mpsc::channel(8);
+        let task = tokio::spawn(std::future::pending::<()>()).abort_handle();
+        (queue, Donor { donor: PeerIndex(0), pieces, at: Lsn(100), rest: Bytes::new(), task })
+    }
+
+    #[tokio::test]
+    async fn wal_left_over_is_not_taken_for_wal_at_another_position() {
+        let (queue, mut donor) = donor();
+        queue.try_send(Bytes::from_static(b"0123456789")).unwrap();
+        assert_eq!(donor.take(Lsn(100), 4), Some(Bytes::from_static(b"0123")));
+        assert_eq!(donor.take(Lsn(200), 4), None, "the laggard was fed from the buffer meanwhile");
+        assert_eq!(donor.take(Lsn(104), 4), Some(Bytes::from_static(b"4567")));
+    }
+
+    #[tokio::test]
+    async fn a_fetch_is_over_only_when_its_last_piece_was_taken() {
+        let (queue, mut donor) = donor();
+        assert_eq!(donor.take(Lsn(100), 9), Some(Bytes::new()), "nothing yet");
+        queue.try_send(Bytes::from_static(b"01")).unwrap();
+        drop(queue);
+        assert_eq!(donor.take(Lsn(100), 1), Some(Bytes::from_static(b"0")));
+        assert_eq!(donor.take(Lsn(101), 9), Some(Bytes::from_static(b"1")));
+        assert_eq!(donor.take(Lsn(102), 9), None, "what is missing still has to come from a new fetch");
+    }
+}

@@ -340,9 +340,12 @@ impl Driver {
     }
 
     fn heartbeat(&mut self, index: PeerIndex) {
-        let Some(spec) = self.proposer.heartbeat(index) else { return };
-        if let Some(link) = self.link(index) {
-            // A full queue is not idle: what waits in it is as good as a heartbeat.
+        // A full queue is not idle: what waits in it is as good as a heartbeat. But then the proposer must not be led to
+        // believe that the commit LSN was told.
+        if self.link(index).is_some_and(Link::has_room)
+            && let Some(spec) = self.proposer.heartbeat(index)
+            && let Some(link) = self.link(index)
+        {
             link.send(spec.with_wal(Bytes::new()));
         }
         self.told(index);
@@ -389,6 +392,8 @@ impl Driver {
             return;
         }
         self.connecting = true;
+        // Those of earlier attempts, which have ended; they would pile up.
+        while self.tasks.try_join_next().is_some() {}
         let (settings, facts, events) = (Arc::clone(&self.settings), self.facts, self.upstream_events.clone());
         let start = self.buffer.end();
         self.tasks.spawn(async move {

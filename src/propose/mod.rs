@@ -103,7 +103,10 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
     loop {
         let (driver, inbox) = Driver::new(Arc::clone(&settings), facts, Arc::clone(&status));
         let began = Instant::now();
-        match driver.run(inbox, &shutdown).await {
+        let ended = driver.run(inbox, &shutdown).await;
+        // Until the next driver reports: whoever looks in the pause must not see a leader.
+        status.update(|report| (report.leading, report.streaming) = (false, false));
+        match ended {
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             Ended::SteppedDown(reason) => tracing::warn!(%reason, "stepping down"),

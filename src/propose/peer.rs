@@ -14,6 +14,7 @@ use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
 use pgproto::{TenantTimelineId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
 use super::safekeepers;
@@ -29,6 +30,9 @@ const OUTBOUND_QUEUE: usize = 16;
 
 /// Small messages are gathered up to this many bytes for one write; larger WAL is written without a copy.
 const GATHER: usize = 64 * 1024;
+
+/// Why a connection ended that the driver dropped.
+const CLOSED_HERE: &str = "closed by the proposer";
 
 /// What happens at a peer.
 #[derive(Debug)]
@@ -55,6 +59,8 @@ pub(super) struct PeerDown {
 pub(super) struct Link {
     queue: mpsc::Sender<ProposerMessage>,
     wants_room: Arc<AtomicBool>,
+    /// Ends the connection even while its writer waits for a safekeeper that takes nothing.
+    _open: DropGuard,
 }
 
 impl Link {
@@ -84,12 +90,16 @@ pub(super) async fn run(index: PeerIndex, address: HostPort, ttid: TenantTimelin
             Ok(connection) => {
                 let (queue, outgoing) = mpsc::channel(OUTBOUND_QUEUE);
                 let wants_room = Arc::new(AtomicBool::new(false));
-                let link = Link { queue, wants_room: Arc::clone(&wants_room) };
+                let dropped = CancellationToken::new();
+                let link = Link { queue, wants_room: Arc::clone(&wants_room), _open: dropped.clone().drop_guard() };
                 if events.send(Event::Connected(index, link)).await.is_err() {
                     return;
                 }
                 let mut talk = Talk { index, events: &events, acknowledged: false };
-                let reason = talk.run(connection, outgoing, &wants_room).await;
+                let reason = tokio::select! {
+                    reason = talk.run(connection, outgoing, &wants_room) => reason,
+                    () = dropped.cancelled() => CLOSED_HERE.to_owned(),
+                };
                 if talk.acknowledged {
                     backoff.progress();
                 }
@@ -161,7 +171,7 @@ async fn write(
 ) -> String {
     let mut gathered = BytesMut::with_capacity(GATHER);
     loop {
-        let Some(first) = outgoing.recv().await else { return "closed by the proposer".to_owned() };
+        let Some(first) = outgoing.recv().await else { return CLOSED_HERE.to_owned() };
         let mut next = Some(first);
         while let Some(message) = next {
             if let Err(error) = put(&mut writer, &mut gathered, message).await {
@@ -200,4 +210,70 @@ async fn flush(writer: &mut WriteHalf, gathered: &mut BytesMut) -> std::io::Resu
     writer.write_all(gathered).await?;
     gathered.clear();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use bytes::Bytes;
+    use pgproto::backend::encode;
+    use pgproto::walproposer::AppendRequest;
+    use pgproto::{Generation, Lsn, Term};
+    use tokio::io::AsyncReadExt;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    /// A safekeeper that lets a proposer in and then reads nothing any more.
+    async fn stuck_safekeeper(listener: TcpListener) {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let mut received = [0; 4096];
+        assert!(socket.read(&mut received).await.unwrap() > 0, "a startup packet");
+        let mut out = BytesMut::new();
+        encode::authentication_ok(&mut out);
+        encode::ready_for_query(&mut out);
+        socket.write_all_buf(&mut out).await.unwrap();
+        assert!(socket.read(&mut received).await.unwrap() > 0, "START_WAL_PUSH");
+        encode::copy_both_response(&mut out);
+        socket.write_all_buf(&mut out).await.unwrap();
+        std::future::pending().await
+    }
+
+    fn append() -> ProposerMessage {
+        ProposerMessage::Append(AppendRequest {
+            generation: Generation(0),
+            term: Term(1),
+            begin_lsn: Lsn(0),
+            commit_lsn: Lsn(0),
+            truncate_lsn: Lsn(0),
+            wal: Bytes::from(vec![0; 128 * 1024]),
+        })
+    }
+
+    #[tokio::test]
+    async fn a_dropped_link_ends_the_connection_even_to_a_safekeeper_that_takes_nothing() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = HostPort { host: "127.0.0.1".to_owned(), port: listener.local_addr().unwrap().port() };
+        let (events, mut inbox) = mpsc::channel(16);
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(stuck_safekeeper(listener));
+        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
+        tasks.spawn(run(PeerIndex(0), address, ttid, events));
+        let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };
+        // Full, and not emptied although asked to tell: the writer waits for the socket.
+        loop {
+            while link.has_room() {
+                assert!(link.send(append()));
+            }
+            let room = tokio::time::timeout(Duration::from_millis(500), inbox.recv()).await;
+            if room.is_err() {
+                break;
+            }
+        }
+        drop(link);
+        let ended = tokio::time::timeout(Duration::from_secs(10), inbox.recv()).await;
+        let ended = ended.expect("the connection outlives its link");
+        assert!(matches!(ended, Some(Event::Disconnected(..))), "{ended:?}");
+    }
 }

@@ -93,7 +93,10 @@ impl PushSession {
 
     /// Wakes when there is a newer word about the appends. The channel closes when the writer is gone for good.
     pub fn acks(&self) -> watch::Receiver<Ack> {
-        self.session.acks.subscribe()
+        let mut acks = self.session.acks.subscribe();
+        // What was said before anybody listened is news too.
+        acks.mark_changed();
+        acks
     }
 
     /// Resolves when the writer is gone, with the reason.

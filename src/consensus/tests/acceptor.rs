@@ -319,3 +319,16 @@ fn bumping_the_term_fences_the_leader() {
     assert!(a.bump_term(Some(Term(1))).is_empty(), "never lowered");
     assert_eq!(brief(a.handle(append(1, START.0, START.0, 0)).unwrap()), ["reply ack term 2 flush 0 commit 0"]);
 }
+
+#[test]
+fn committed_wal_that_waits_for_its_flush_is_never_cut() {
+    let mut a = follower();
+    a.handle(append(1, START.0, START.0 + 8192, START.0 + 8192)).unwrap();
+    let mut flushed = a.clone();
+    flushed.flush();
+    let commit = flushed.lazy_lsns().commit_lsn;
+    assert!(commit > START);
+    // This leader never asked for a vote, which would have flushed.
+    let refused = a.handle(elected(2, START, &[(1, START.0), (2, START.0)])).map(brief);
+    assert_eq!(refused, Err(AcceptorError::TruncatesCommitted { start: START, commit }));
+}

@@ -250,3 +250,38 @@ fn a_joint_configuration_needs_both_majorities() {
     }
     assert_eq!(p.handle(PeerIndex(4), greeting_with(5, 0, joint)).len(), 4, "3 and 5 are a majority of the new set");
 }
+
+#[test]
+fn a_follower_that_returns_with_less_than_it_acknowledged_counts_for_what_it_has() {
+    let mut p = leader();
+    p.handle(A, ack(6, 0x10_0100));
+    p.wal_available(Lsn(0x10_0800));
+    for peer in [A, B] {
+        while p.next_append(peer, 512).is_some() {}
+    }
+    p.handle(B, ack(6, 0x10_0800));
+    p.disconnected(B);
+    p.connected(B);
+    p.handle(B, greeting(2, 0));
+    assert_eq!(
+        brief(p.handle(B, vote(6, true, 0, &[]))),
+        ["1 elected 6 from 100000 [1@100000 4@100100 6@100300]", "1 follows"],
+        "its disk is empty now"
+    );
+    assert_eq!(p.peer_flush_lsn(B), Lsn(0x10_0000));
+    assert!(p.handle(A, ack(6, 0x10_0800)).is_empty(), "only A has it: committed it would hang on one disk");
+}
+
+#[test]
+fn a_log_at_the_end_of_all_positions_is_no_reason_to_panic() {
+    let mut p = proposer();
+    p.connected(A);
+    p.connected(B);
+    p.handle(A, greeting(1, u64::MAX));
+    p.handle(B, greeting(2, 0));
+    let term = p.term().0;
+    for (peer, node) in [(A, 1), (B, 2)] {
+        let _ = (node, p.handle(peer, vote(term, true, u64::MAX, &[(1, 0x10_0000)])));
+    }
+    p.handle(A, ack(term, u64::MAX));
+}
