@@ -1,7 +1,8 @@
 //! WAL received from the primary, kept until every acceptor could have it: bounded, contiguous, without copies.
 //!
 //! Committed WAL may be dropped to make room, since acceptors that miss it can get it from one that has it. Uncommitted
-//! WAL stays. When it alone fills the buffer, the buffer is full and the primary must not be read any further.
+//! WAL stays. When it alone fills the buffer, the buffer is full and the primary must not be read any further, unless nothing
+//! but more WAL can bring the next commit: see the driver.
 
 use std::collections::VecDeque;
 
@@ -44,7 +45,7 @@ impl WalBuffer {
         self.start == self.end
     }
 
-    /// Whether the primary must not be read for now.
+    /// Whether there is as much as should be.
     pub fn is_full(&self) -> bool {
         self.len() >= self.capacity
     }

@@ -144,7 +144,7 @@ impl Driver {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut events = Vec::with_capacity(EVENT_BATCH);
         loop {
-            let read_primary = !self.buffer.is_full();
+            let read_primary = self.reads_on();
             let step = tokio::select! {
                 () = shutdown.cancelled() => Err(Ended::Shutdown),
                 _ = inbox.peers.recv_many(&mut events, EVENT_BATCH) => self.on_peer_events(&mut events),
@@ -375,13 +375,12 @@ impl Driver {
         }
         let stalled = self.elected_at.is_some_and(|at| now.duration_since(at) > TERM_START_LIMIT)
             && !self.proposer.commit_lsn().is_valid()
-            && self.majority_follows();
+            && self.majority(|index| self.proposer.peer_state(index) == PeerState::Following);
         if stalled { Err(Ended::Stalled) } else { Ok(()) }
     }
 
-    fn majority_follows(&self) -> bool {
-        let follows = |index: &usize| self.proposer.peer_state(PeerIndex(*index)) == PeerState::Following;
-        (0..self.peers.len()).filter(follows).count() > self.peers.len() / 2
+    fn majority(&self, holds: impl Fn(PeerIndex) -> bool) -> bool {
+        (0..self.peers.len()).filter(|&index| holds(PeerIndex(index))).count() > self.peers.len() / 2
     }
 
     /// Connects to the primary beside the driver, unless that is under way or too early.
@@ -430,6 +429,15 @@ impl Driver {
             status.primary_error = Some(error.to_string());
             status.primary_retry_at = self.upstream_retry.next_retry_at();
         });
+    }
+
+    /// Whether the primary is to be read. A full buffer waits for commits. But a record commits only as a whole and may be
+    /// larger than the buffer: once a majority was sent all there is, only more WAL can bring the next commit. How much that
+    /// can be is bounded by what the majority takes without acknowledging it.
+    fn reads_on(&self) -> bool {
+        let end = self.buffer.end();
+        !self.buffer.is_full()
+            || self.majority(|index| self.proposer.peer_next_send(index).is_some_and(|next| next >= end))
     }
 
     async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {
@@ -510,5 +518,83 @@ async fn next_upstream(upstream: &mut Option<Upstream>, read: bool) -> Result<Up
     match upstream {
         Some(upstream) if read => upstream.next().await,
         _ => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
+    use pgproto::{Generation, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+
+    use super::*;
+    use crate::config::HostPort;
+    use crate::consensus::state::ServerInfo;
+
+    const START: Lsn = Lsn(0x100_0000);
+    const CAPACITY: u64 = 1 << 20;
+
+    fn driver() -> Driver {
+        let nobody = |_| HostPort { host: "127.0.0.1".to_owned(), port: 1 };
+        let safekeepers: Vec<_> = (0..3).map(nobody).collect();
+        let settings = Settings {
+            primary: tokio_postgres::Config::new(),
+            safekeepers: safekeepers.clone(),
+            slot: "safekeeper".to_owned(),
+            application_name: "safekeeper".to_owned(),
+            ttid: None,
+            buffer_size: CAPACITY,
+        };
+        let facts = PrimaryFacts {
+            ttid: TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16])),
+            server: ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: SegmentSize::DEFAULT },
+            initial_start: START,
+        };
+        Driver::new(Arc::new(settings), facts, Arc::new(Status::new(safekeepers))).0
+    }
+
+    /// Lets safekeeper `index` connect and greet; the result is what it is sent.
+    fn follow(driver: &mut Driver, index: usize) -> mpsc::Receiver<ProposerMessage> {
+        let (link, sent) = Link::detached(1000);
+        let peer = PeerIndex(index);
+        let node_id = NodeId(index as u64 + 1);
+        let greeting = AcceptorGreeting { node_id, configuration: Configuration::default(), term: Term(0) };
+        driver.on_peer_event(Event::Connected(peer, link)).unwrap();
+        driver.on_peer_event(Event::Message(peer, AcceptorMessage::Greeting(greeting))).unwrap();
+        sent
+    }
+
+    fn vote(driver: &mut Driver, index: usize) {
+        let vote = VoteResponse {
+            generation: Generation(0),
+            term: Term(1),
+            vote_given: true,
+            flush_lsn: Lsn::INVALID,
+            truncate_lsn: Lsn::INVALID,
+            term_history: Vec::new(),
+        };
+        driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
+    }
+
+    async fn receive(driver: &mut Driver, bytes: u64) {
+        let end = Lsn(driver.buffer.end().0 + bytes);
+        while driver.buffer.end() < end {
+            let wal = Bytes::from(vec![0; 64 * 1024]);
+            let event = UpstreamEvent::Wal { start: driver.buffer.end(), wal };
+            driver.on_upstream(Ok(event)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_buffer_stops_the_reading_until_a_majority_was_sent_all_of_it() {
+        let mut driver = driver();
+        let _first = follow(&mut driver, 0);
+        let _second = follow(&mut driver, 1);
+        vote(&mut driver, 0);
+        vote(&mut driver, 1);
+        assert_eq!(driver.proposer.term_start(), Some(START));
+        receive(&mut driver, CAPACITY).await;
+        assert!(driver.reads_on(), "a record larger than the buffer commits only when all of it was read");
+        driver.disconnected(PeerIndex(1), None);
+        assert!(!driver.reads_on(), "without a majority nothing can commit, and memory is bounded");
     }
 }

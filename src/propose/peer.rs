@@ -64,6 +64,13 @@ pub(super) struct Link {
 }
 
 impl Link {
+    /// A link that leads nowhere, and what is sent into it.
+    #[cfg(test)]
+    pub(super) fn detached(capacity: usize) -> (Self, mpsc::Receiver<ProposerMessage>) {
+        let (queue, outgoing) = mpsc::channel(capacity);
+        (Self { queue, wants_room: Arc::default(), _open: CancellationToken::new().drop_guard() }, outgoing)
+    }
+
     /// Whether something can be sent now. If not, an [`Event::Room`] follows when it can.
     pub(super) fn has_room(&self) -> bool {
         if self.queue.capacity() > 0 {
