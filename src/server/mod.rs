@@ -69,9 +69,8 @@ const STARTUP_LIMIT: Duration = Duration::from_secs(60);
 /// Largest body of a message that carries a command or a reader's report. The largest real ones have a few hundred bytes.
 const MAX_COMMAND_BODY: usize = 64 * 1024;
 
-/// Largest body of a proposer's message. An AppendRequest has 128 KiB of WAL; an Elected grows with the term history, by
-/// 16 bytes per term.
-const MAX_PUSH_BODY: usize = 1024 * 1024;
+/// Largest body of a proposer's message. An AppendRequest has 128 KiB of WAL; an Elected grows with the term history.
+const MAX_PUSH_BODY: usize = pgproto::walproposer::MAX_MESSAGE_SIZE;
 
 /// Bytes read from a socket at a time, at least.
 const READ_AHEAD: usize = 64 * 1024;

@@ -61,6 +61,17 @@ async fn pipelined_appends_share_acknowledgements() {
 }
 
 #[tokio::test]
+async fn a_leader_after_very_many_elections_is_accepted() {
+    let server = TestServer::start().await;
+    let history: Vec<_> = (1..=100_000).map(|term| (term, START)).collect();
+    let mut leader = server.leader(100_000, START, &history).await;
+    let mut log = WalWriter::new(START);
+    log.record(100, 1);
+    leader.commit(100_000, START, &log.since(START)).await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_deposed_leader_learns_the_new_term_and_writes_nothing() {
     let (server, mut log, mut old) = server_with_wal(ServerConfig::default(), 2).await;
     let end = log.position();
