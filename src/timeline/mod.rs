@@ -42,7 +42,7 @@ use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::TimelineSample;
-use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{ReadError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -307,10 +307,12 @@ impl Timeline {
         });
     }
 
-    fn fail(&self, error: &StorageError) -> Arc<str> {
-        let reason: Arc<str> = error.to_string().into();
-        tracing::error!(ttid = %self.ttid, %error, "storage failure: this timeline takes no writes until restart");
-        *self.seat.lock() = Seat::Failed(Arc::clone(&reason));
-        reason
+    /// Stops all writing for good. Only the first reason counts.
+    fn fail(&self, reason: &str) {
+        let mut seat = self.seat.lock();
+        if !matches!(&*seat, Seat::Failed(_)) {
+            tracing::error!(ttid = %self.ttid, reason, "this timeline takes no writes until restart");
+            *seat = Seat::Failed(reason.into());
+        }
     }
 }

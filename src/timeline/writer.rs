@@ -80,9 +80,21 @@ impl Writer {
 
 /// Serves the mailbox until the timeline has been idle for a while, fails, or the process ends.
 pub(super) async fn run(timeline: Arc<Timeline>, writer: Box<Writer>, mailbox: mpsc::Receiver<Command>) {
+    let _witness = Witness(&timeline);
     let task = Task { timeline: Arc::clone(&timeline), writer };
     if let Err(error) = task.serve(mailbox).await {
-        timeline.fail(&error);
+        timeline.fail(&error.to_string());
+    }
+}
+
+/// Tells why the timeline stopped when its writer panics. Nobody would know otherwise.
+struct Witness<'a>(&'a Timeline);
+
+impl Drop for Witness<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.fail("the writer broke off in the middle of its work: a bug in safekeeper, see its log");
+        }
     }
 }
 
@@ -224,6 +236,15 @@ impl Task {
 
     /// Performs actions one after the other, stopping at the first failure. Returns the reply among them, if any.
     async fn perform(&mut self, actions: Vec<Action>) -> Result<Option<AcceptorMessage>, StorageError> {
+        let performed = self.perform_in_order(actions).await;
+        if let Err(error) = &performed {
+            // Before those who wait for an answer learn that there will be none, and ask why.
+            self.timeline.fail(&error.to_string());
+        }
+        performed
+    }
+
+    async fn perform_in_order(&mut self, actions: Vec<Action>) -> Result<Option<AcceptorMessage>, StorageError> {
         let mut reply = None;
         for action in actions {
             match action {
@@ -276,5 +297,37 @@ impl Writer {
         self.batch.clear();
         self.batch_bytes = 0;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pgproto::{NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, TimelineId};
+
+    use super::*;
+    use crate::consensus::state::{ControlState, ServerInfo};
+    use crate::lanes::Lanes;
+    use crate::storage::DataDir;
+    use crate::timeline::registry::Registry;
+
+    #[tokio::test]
+    async fn a_timeline_whose_writer_panicked_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = DataDir::open(dir.path(), Some(NodeId(1)), false).unwrap();
+        let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
+        let wal_seg_size = SegmentSize::new(1 << 20).unwrap();
+        let server = ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size };
+        let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
+        let timeline = registry.get_or_create(ControlState::new(ttid, server)).await.unwrap();
+        assert_eq!(timeline.bump_term(None).await.unwrap(), (Term(0), Term(1)));
+        let broken = Arc::clone(&timeline);
+        let writer = tokio::spawn(async move {
+            let _witness = Witness(&broken);
+            tokio::task::yield_now().await;
+            panic!("as an assertion would");
+        });
+        assert!(writer.await.is_err());
+        let refused = timeline.bump_term(None).await;
+        assert!(matches!(&refused, Err(TimelineError::Failed { reason, .. }) if reason.contains("bug")), "{refused:?}");
     }
 }
