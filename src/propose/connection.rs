@@ -168,6 +168,15 @@ impl Connection {
         timeout(CONNECT_LIMIT, connect).await.map_err(|_| ConnectError::TimedOut)?
     }
 
+    /// A connection that is past the login.
+    #[cfg(test)]
+    pub(super) fn over(socket: impl Socket + 'static) -> Self {
+        let socket: Box<dyn Socket> = Box::new(socket);
+        let (socket, writer) = tokio::io::split(socket);
+        let reader = ReadHalf { socket, buffer: BytesMut::new() };
+        Self { reader, writer, outgoing: BytesMut::new(), parameters: HashMap::new() }
+    }
+
     async fn log_in(socket: Box<dyn Socket>, login: &Login<'_>) -> Result<Self, ConnectError> {
         let (socket, writer) = tokio::io::split(socket);
         let reader = ReadHalf { socket, buffer: BytesMut::new() };

@@ -28,8 +28,12 @@ const SUPPORTED_VERSIONS: std::ops::Range<u32> = 140_000..190_000;
 /// The only Postgres timeline this version follows.
 const PG_TIMELINE: u32 = 1;
 
-/// A primary that sends nothing for this long is taken for dead; it sends keepalives far more often.
+/// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears
+/// from us, so it is asked in time.
 const PRIMARY_SILENCE_LIMIT: Duration = Duration::from_secs(30);
+
+/// Silence after which reports ask the primary for a sign of life.
+const ASK_AFTER: Duration = Duration::from_secs(10);
 
 /// Makes the primary notice a dead proposer soon, so that a new connection gets the slot (spec: postgres clients 9.1).
 const WAL_SENDER_OPTIONS: &str = "-c wal_sender_timeout=5s";
@@ -381,7 +385,8 @@ impl Upstream {
         let lsn = self.commit_lsn;
         let (write, flush, apply) = (lsn, lsn, lsn);
         let timestamp = crate::clock::since_2000();
-        let status = StandbyStatus { write, flush, apply, timestamp, reply_requested: false };
+        let reply_requested = self.heard.elapsed() >= ASK_AFTER;
+        let status = StandbyStatus { write, flush, apply, timestamp, reply_requested };
         self.connection.send_copy_data(|body| status.encode(body)).await?;
         self.throttle.reported(lsn, Instant::now());
         Ok(())
@@ -390,7 +395,26 @@ impl Upstream {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::AsyncReadExt;
+
     use super::*;
+
+    #[tokio::test]
+    async fn an_idle_primary_is_asked_for_a_sign_of_life_before_it_is_given_up() {
+        let (mut primary, ours) = tokio::io::duplex(1024);
+        let (commit_lsn, throttle, heard) = (Lsn(8), AckThrottle::default(), Instant::now());
+        let connection = Connection::over(ours);
+        let mut upstream =
+            Upstream { connection, position: Lsn(8), primary_flush_lsn: Lsn(8), commit_lsn, throttle, heard };
+        for (silence, asked) in [(Duration::ZERO, 0), (ASK_AFTER, 1), (PRIMARY_SILENCE_LIMIT, 1)] {
+            upstream.heard = Instant::now().checked_sub(silence).unwrap();
+            upstream.send_status().await.unwrap();
+            // Tag and length of CopyData, then the status, whose last byte is the flag.
+            let mut message = [0; 5 + 34];
+            primary.read_exact(&mut message).await.unwrap();
+            assert_eq!((message[0], message[5], message[38]), (b'd', b'r', asked), "after {silence:?}");
+        }
+    }
 
     #[test]
     fn version_texts() {
