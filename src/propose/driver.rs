@@ -145,6 +145,8 @@ impl Driver {
         let mut events = Vec::with_capacity(EVENT_BATCH);
         loop {
             let read_primary = self.reads_on();
+            let lacks_primary = self.elected_at.is_some() && self.upstream.is_none() && !self.connecting;
+            let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
                 () = shutdown.cancelled() => Err(Ended::Shutdown),
                 _ = inbox.peers.recv_many(&mut events, EVENT_BATCH) => self.on_peer_events(&mut events),
@@ -152,6 +154,7 @@ impl Driver {
                 Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
                 Some(event) = inbox.donors.recv() => { self.on_donor(event); Ok(()) }
                 () = &mut self.commit_news, if self.commit_news_runs => { self.tell_commit(); Ok(()) }
+                () = tokio::time::sleep(retry_in), if lacks_primary => { self.connect_upstream(); Ok(()) }
                 _ = tick.tick() => self.on_tick().await,
             };
             if let Err(ended) = step {
@@ -365,9 +368,6 @@ impl Driver {
             }
         }
         self.pump_all();
-        if self.upstream.is_none() && self.elected_at.is_some() {
-            self.connect_upstream();
-        }
         if let Some(upstream) = &mut self.upstream
             && let Err(error) = upstream.send_status().await
         {
