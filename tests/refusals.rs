@@ -197,6 +197,21 @@ fn absent_safekeepers_and_an_absent_primary_are_waited_for() {
 }
 
 #[test]
+fn another_cluster_is_not_pushed_into_a_timeline() {
+    scenario("cluster", |scratch| {
+        let cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        let mut other = Postgres::init(scratch, "other", &[])?;
+        other.start()?;
+        let ttid = cluster.ttid().to_owned();
+        let ids = ["--tenant-id", &ttid, "--timeline-id", &ttid];
+        let mut stranger = Walproposer::named(scratch, &binaries(), "stranger", &other, &cluster.safekeepers, &ids)?;
+        stranger.start()?;
+        says(&mut stranger, "give each cluster a timeline of its own")?;
+        cluster.primary.sql()?.run("CREATE TABLE t (id int)")
+    });
+}
+
+#[test]
 fn settings_of_the_primary_that_defeat_the_purpose_are_pointed_out() {
     scenario("warnings", |scratch| {
         let options = ClusterOptions { synchronous: false, ..ClusterOptions::default() };

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use pgproto::DecodeError;
 use pgproto::backend::{Authentication, BackendMessage, ErrorFields};
 use pgproto::startup::StartupMessage;
-use pgproto::{frame, frontend};
+use pgproto::{SystemId, frame, frontend};
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
 use postgres_protocol::message::frontend as client;
@@ -54,6 +54,17 @@ pub enum ConnectError {
     /// The server sent what the protocol doesn't allow here.
     #[error("protocol violation: {0}")]
     Protocol(String),
+    /// The safekeeper has another cluster's WAL under this name.
+    #[error(
+        "its timeline holds WAL of the database cluster with system identifier {there}, the primary's is {expected}; \
+         give each cluster a timeline of its own"
+    )]
+    WrongCluster {
+        /// The primary's.
+        expected: SystemId,
+        /// The timeline's.
+        there: SystemId,
+    },
     /// An authentication method that isn't spoken here, or a missing password.
     #[error("{0}")]
     Authentication(String),

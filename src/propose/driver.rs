@@ -114,7 +114,7 @@ impl Driver {
         let (upstream_events, upstream_inbox) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
         for (index, address) in settings.safekeepers.iter().enumerate() {
-            tasks.spawn(peer::run(PeerIndex(index), address.clone(), facts.ttid, peer_events.clone()));
+            tasks.spawn(peer::run(PeerIndex(index), address.clone(), facts, peer_events.clone()));
         }
         let now = Instant::now();
         let slot = |_| PeerSlot::new(None, now);
@@ -237,14 +237,9 @@ impl Driver {
     }
 
     fn disconnected(&mut self, index: PeerIndex, down: Option<PeerDown>) {
-        let was_connected = self.link(index).is_some();
         metrics::disconnected(&self.address(index));
         if let Some(down) = &down {
-            if was_connected {
-                tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "connection lost");
-            } else {
-                tracing::debug!(safekeeper = %self.address(index), reason = %down.reason, "not reachable");
-            }
+            self.log_down(index, down);
         }
         if let Some(slot) = self.peers.get_mut(index.0) {
             slot.link = None;
@@ -256,6 +251,19 @@ impl Driver {
             if slot.donor.as_ref().is_some_and(|donor| donor.donor == index) {
                 slot.donor = None;
             }
+        }
+    }
+
+    /// A lost connection and each new reason for not getting one are worth a warning, the same reason again is not.
+    fn log_down(&self, index: PeerIndex, down: &PeerDown) {
+        let (safekeeper, reason) = (self.address(index), &down.reason);
+        let known = self.peers.get(index.0).and_then(|slot| slot.down.as_ref());
+        if self.link(index).is_some() {
+            tracing::warn!(%safekeeper, %reason, "connection lost");
+        } else if known.is_none_or(|known| known.reason != *reason) {
+            tracing::warn!(%safekeeper, %reason, "no connection; trying again and again");
+        } else {
+            tracing::debug!(%safekeeper, %reason, "still no connection");
         }
     }
 
@@ -423,7 +431,7 @@ impl Driver {
         self.upstream = None;
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
-        tracing::warn!(%error, ?retry_in, "primary not available");
+        tracing::warn!(primary = %self.settings.primary_address(), %error, ?retry_in, "primary not available");
         metrics::disconnected("primary");
         self.status.update(|status| {
             status.primary_error = Some(error.to_string());

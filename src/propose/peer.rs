@@ -11,11 +11,12 @@ use std::time::Instant;
 use bytes::{BufMut, BytesMut};
 use pgproto::backend::BackendMessage;
 use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
-use pgproto::{TenantTimelineId, frame};
+use pgproto::{SystemId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use super::PrimaryFacts;
 use super::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
 use super::safekeepers;
 use crate::config::HostPort;
@@ -88,11 +89,11 @@ impl Link {
 }
 
 /// Keeps a connection to the safekeeper until the driver is gone.
-pub(super) async fn run(index: PeerIndex, address: HostPort, ttid: TenantTimelineId, events: mpsc::Sender<Event>) {
+pub(super) async fn run(index: PeerIndex, address: HostPort, facts: PrimaryFacts, events: mpsc::Sender<Event>) {
     let mut backoff = Backoff::for_peers();
     loop {
         tokio::time::sleep(backoff.wait(Instant::now())).await;
-        let reason = match connect(&address, ttid).await {
+        let reason = match connect(&address, &facts).await {
             Err(error) => error.to_string(),
             Ok(connection) => {
                 let (queue, outgoing) = mpsc::channel(OUTBOUND_QUEUE);
@@ -121,10 +122,28 @@ pub(super) async fn run(index: PeerIndex, address: HostPort, ttid: TenantTimelin
     }
 }
 
-async fn connect(address: &HostPort, ttid: TenantTimelineId) -> Result<Connection, ConnectError> {
-    let mut connection = safekeepers::connect(address, ttid, Some("walproposer")).await?;
+async fn connect(address: &HostPort, facts: &PrimaryFacts) -> Result<Connection, ConnectError> {
+    let mut connection = safekeepers::connect(address, facts.ttid, Some("walproposer")).await?;
+    check_cluster(&mut connection, facts.server.system_id).await?;
     connection.start_copy("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'true')").await?;
     Ok(connection)
+}
+
+/// A safekeeper takes WAL of whatever cluster a proposer names, as a compute may change its identifier. A stock primary
+/// never does, so one that comes with another cluster's timeline is stopped here, before it asks for a vote.
+async fn check_cluster(connection: &mut Connection, expected: SystemId) -> Result<(), ConnectError> {
+    let rows = match connection.query("IDENTIFY_SYSTEM").await {
+        Ok(rows) => rows,
+        // It has no such timeline, or no WAL of it.
+        Err(ConnectError::Server(_)) => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let value = rows.first().and_then(|row| row.first()?.as_ref());
+    let known = value.and_then(|value| std::str::from_utf8(value).ok()?.parse().ok()).map(SystemId);
+    match known {
+        Some(there) if there.is_known() && there != expected => Err(ConnectError::WrongCluster { expected, there }),
+        _ => Ok(()),
+    }
 }
 
 struct Talk<'a> {
@@ -224,13 +243,14 @@ mod tests {
     use std::time::Duration;
 
     use bytes::Bytes;
-    use pgproto::backend::encode;
+    use pgproto::backend::{ErrorFields, SqlState, encode};
     use pgproto::walproposer::AppendRequest;
-    use pgproto::{Generation, Lsn, Term};
+    use pgproto::{Generation, Lsn, TenantTimelineId, Term};
     use tokio::io::AsyncReadExt;
     use tokio::net::TcpListener;
 
     use super::*;
+    use crate::consensus::state::ServerInfo;
 
     /// A safekeeper that lets a proposer in and then reads nothing any more.
     async fn stuck_safekeeper(listener: TcpListener) {
@@ -239,6 +259,10 @@ mod tests {
         assert!(socket.read(&mut received).await.unwrap() > 0, "a startup packet");
         let mut out = BytesMut::new();
         encode::authentication_ok(&mut out);
+        encode::ready_for_query(&mut out);
+        socket.write_all_buf(&mut out).await.unwrap();
+        assert!(socket.read(&mut received).await.unwrap() > 0, "IDENTIFY_SYSTEM");
+        ErrorFields::error(SqlState::UNDEFINED_OBJECT, "no such timeline").encode(&mut out);
         encode::ready_for_query(&mut out);
         socket.write_all_buf(&mut out).await.unwrap();
         assert!(socket.read(&mut received).await.unwrap() > 0, "START_WAL_PUSH");
@@ -266,7 +290,10 @@ mod tests {
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(stuck_safekeeper(listener));
         let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
-        tasks.spawn(run(PeerIndex(0), address, ttid, events));
+        let server =
+            ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: pgproto::SegmentSize::DEFAULT };
+        let facts = PrimaryFacts { ttid, server, initial_start: Lsn(0x100_0000) };
+        tasks.spawn(run(PeerIndex(0), address, facts, events));
         let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };
         // Full, and not emptied although asked to tell: the writer waits for the socket.
         loop {

@@ -165,13 +165,29 @@ impl Walproposer {
         primary: &Postgres,
         safekeepers: &[Safekeeper],
     ) -> Result<Walproposer> {
+        Walproposer::named(scratch, binaries, "walproposer", primary, safekeepers, &[])
+    }
+
+    /// The same under another name, with more arguments.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn named(
+        scratch: &Scratch,
+        binaries: &Binaries,
+        name: &str,
+        primary: &Postgres,
+        safekeepers: &[Safekeeper],
+        args: &[&str],
+    ) -> Result<Walproposer> {
         let members: Vec<String> = safekeepers.iter().map(Safekeeper::pg_address).collect();
         let http = Port::reserve()?;
         let launch = Launch::new(&binaries.walproposer)
             .args(["--primary", &format!("host=127.0.0.1 port={} user=postgres", primary.port())])
             .args(["--safekeepers", &members.join(","), "--application-name", APPLICATION_NAME])
-            .args(["--listen-http", &http.address()]);
-        Ok(Walproposer { http, daemon: Daemon::new(scratch, "walproposer", launch) })
+            .args(["--listen-http", &http.address()])
+            .args(args);
+        Ok(Walproposer { http, daemon: Daemon::new(scratch, name, launch) })
     }
 
     /// Starts it. What follows depends on the primary and the quorum: wait for that.
