@@ -136,7 +136,8 @@ async fn primary_facts(
             Err(error) if error.is_fatal() => return Err(error),
             Err(error) => {
                 retry.failed(Instant::now());
-                tracing::warn!(%error, retry_in = ?retry.wait(Instant::now()), "primary not available");
+                let (primary, retry_in) = (upstream::describe(&settings.primary), retry.wait(Instant::now()));
+                tracing::warn!(primary, %error, ?retry_in, "primary not available");
                 status.update(|report| {
                     report.primary_error = Some(error.to_string());
                     report.primary_retry_at = retry.next_retry_at();
