@@ -243,7 +243,7 @@ impl Driver {
             if was_connected {
                 tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "connection lost");
             } else {
-                tracing::debug!(safekeeper = %self.address(index), reason = %down.reason, "not reachable");
+                tracing::warn!(safekeeper = %self.address(index), reason = %down.reason, "not reachable");
             }
         }
         if let Some(slot) = self.peers.get_mut(index.0) {
