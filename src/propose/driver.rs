@@ -431,7 +431,8 @@ impl Driver {
         self.upstream = None;
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
-        tracing::warn!(primary = %self.settings.primary_address(), %error, ?retry_in, "primary not available");
+        let primary = upstream::describe(&self.settings.primary);
+        tracing::warn!(primary, %error, ?retry_in, "primary not available");
         metrics::disconnected("primary");
         self.status.update(|status| {
             status.primary_error = Some(error.to_string());

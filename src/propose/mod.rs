@@ -38,7 +38,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, TimelineId};
-use tokio_postgres::config::Host;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::HostPort;
@@ -66,20 +65,6 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// Where the primary is, as `host:port`, several separated by commas; without credentials.
-    pub fn primary_address(&self) -> String {
-        let ports = self.primary.get_ports();
-        let one = |(index, host): (usize, &Host)| {
-            let port = ports.get(index).or(ports.first()).copied().unwrap_or(5432);
-            match host {
-                Host::Tcp(name) => format!("{name}:{port}"),
-                Host::Unix(directory) => format!("{}:{port}", directory.display()),
-            }
-        };
-        let hosts: Vec<_> = self.primary.get_hosts().iter().enumerate().map(one).collect();
-        hosts.join(",")
-    }
-
     /// The log on the safekeepers for the cluster `system_id`. By default tenant and timeline are eight zero bytes and
     /// the identifier, so that every proposer of one cluster comes to the same and two clusters never share a log.
     pub fn ttid(&self, system_id: SystemId) -> TenantTimelineId {
@@ -151,8 +136,8 @@ async fn primary_facts(
             Err(error) if error.is_fatal() => return Err(error),
             Err(error) => {
                 retry.failed(Instant::now());
-                let (primary, retry_in) = (settings.primary_address(), retry.wait(Instant::now()));
-                tracing::warn!(%primary, %error, ?retry_in, "primary not available");
+                let (primary, retry_in) = (upstream::describe(&settings.primary), retry.wait(Instant::now()));
+                tracing::warn!(primary, %error, ?retry_in, "primary not available");
                 status.update(|report| {
                     report.primary_error = Some(error.to_string());
                     report.primary_retry_at = retry.next_retry_at();

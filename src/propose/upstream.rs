@@ -248,6 +248,15 @@ fn addresses(primary: &tokio_postgres::Config) -> Vec<(Host, u16)> {
     hosts.into_iter().enumerate().map(|(index, host)| (host, port(index))).collect()
 }
 
+/// The addresses that are tried, for the log.
+pub(super) fn describe(primary: &tokio_postgres::Config) -> String {
+    let name = |(host, port): (Host, u16)| match host {
+        Host::Tcp(name) => format!("{name}:{port}"),
+        Host::Unix(directory) => format!("{}:{port}", directory.display()),
+    };
+    addresses(primary).into_iter().map(name).collect::<Vec<_>>().join(",")
+}
+
 async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), UpstreamError> {
     let rows = connection.query("IDENTIFY_SYSTEM").await?;
     let field = |index: usize| rows.first().and_then(|row| text(row.get(index)?.as_ref()?));
