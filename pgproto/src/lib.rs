@@ -32,5 +32,5 @@ pub mod wal;
 pub mod walproposer;
 
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
-pub use lsn::{Lsn, SegmentNumber, SegmentSize};
+pub use lsn::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize};
 pub use read::DecodeError;

@@ -11,6 +11,10 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 /// Size of a WAL page (`XLOG_BLCKSZ`) in bytes.
 pub const PAGE_SIZE: u64 = 8192;
 
+/// The Postgres timeline id of all WAL there is here. A promoted standby writes under the next one; following it is not
+/// supported.
+pub const PG_TIMELINE: u32 = 1;
+
 /// A byte position in the WAL; 0 is "invalid".
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);

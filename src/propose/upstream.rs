@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, ErrorFields, SqlState};
 use pgproto::replication::message::{ServerMessage, StandbyStatus};
-use pgproto::{Lsn, SegmentNumber, SegmentSize, SystemId};
+use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, SystemId};
 use tokio_postgres::config::{Host, SslMode};
 
 use super::connection::{ConnectError, Connection, Login};
@@ -24,9 +24,6 @@ const DEFAULT_PORT: u16 = 5432;
 
 /// Versions whose WAL is understood, as `PG_VERSION_NUM`.
 const SUPPORTED_VERSIONS: std::ops::Range<u32> = 140_000..190_000;
-
-/// The only Postgres timeline this version follows.
-const PG_TIMELINE: u32 = 1;
 
 /// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears
 /// from us, so it is asked in time.

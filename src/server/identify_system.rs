@@ -1,12 +1,10 @@
 //! `IDENTIFY_SYSTEM`: which cluster this is, and how far its WAL goes.
 
+use pgproto::PG_TIMELINE;
 use pgproto::backend::{Column, ColumnType, SqlState, encode};
 
 use super::interrupt::Interrupt;
 use super::session::Session;
-
-/// The one Postgres timeline served so far.
-pub(super) const PG_TIMELINE: u32 = 1;
 
 /// Answers with the flush LSN to proposers and peers, with the commit LSN to everybody else. A position that isn't known
 /// yet is an error, not `0/0`.

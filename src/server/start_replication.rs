@@ -15,13 +15,12 @@ use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::command::StartReplication;
 use pgproto::replication::message::{ReaderMessage, put_keepalive, put_xlog_data_header};
-use pgproto::{DecodeError, Lsn, SegmentNumber};
+use pgproto::{DecodeError, Lsn, PG_TIMELINE, SegmentNumber};
 use tokio::time::{Instant, sleep_until};
 
 use super::connection::{MessageReader, MessageWriter};
 use super::handshake::Client;
 use super::horizon::{Horizon, cut};
-use super::identify_system::PG_TIMELINE;
 use super::interrupt::Interrupt;
 use super::session::{Session, no_slots};
 use super::{MAX_COMMAND_BODY, ServerConfig};

@@ -238,6 +238,7 @@ mod tests {
     use std::io;
 
     use super::*;
+    use crate::storage::simdisk::{SimDisk, Survivors};
 
     const ONE: Option<NodeId> = Some(NodeId(1));
 
@@ -256,6 +257,17 @@ mod tests {
         let error = open(&dir, ONE).unwrap_err();
         assert!(matches!(error, DataDirError::IdMismatch { stored: NodeId(12), given: NodeId(1) }));
         assert!(error.to_string().contains("--id 12"), "{error}");
+    }
+
+    #[test]
+    fn what_a_crashed_process_left_in_memory_is_durable_before_it_is_believed() {
+        let (dir, wal) = (Path::new("/data"), Path::new("/data/wal"));
+        let disk = SimDisk::with_dir(dir);
+        let file = disk.create(wal, true).unwrap();
+        file.write_at(&mut [io::IoSlice::new(b"read, hence believed")], 0).unwrap();
+        DataDir::open_on(Arc::new(disk.clone()), dir, ONE).unwrap();
+        disk.crash(Survivors::Nothing);
+        assert_eq!(disk.open_read(wal).unwrap().len().unwrap(), 20);
     }
 
     #[test]

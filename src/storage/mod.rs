@@ -64,7 +64,7 @@ pub use control_file::{
 pub use data_dir::{DataDir, DataDirError};
 pub use disk::{DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
-pub use segments::{PG_TIMELINE, SegmentFile, TimelineFiles};
+pub use segments::{SegmentFile, TimelineFiles};
 pub use timeline_store::{CreateError, OpenError, Recovered, StorageError, TimelineStore};
 
 use tokio::runtime::{Handle, RuntimeFlavor};

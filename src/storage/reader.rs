@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use pgproto::{Lsn, SegmentNumber, SegmentSize};
+use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize};
 
 use super::blocking;
 use super::disk::{DiskError, DiskFile, During};
-use super::segments::{PG_TIMELINE, SegmentFile, TimelineFiles, offset};
+use super::segments::{SegmentFile, TimelineFiles, offset};
 use crate::consensus::state::ControlState;
 use crate::metrics;
 

@@ -2,10 +2,10 @@
 //! records to the first thing that isn't one.
 
 use pgproto::wal::{RecordScanner, WalError};
-use pgproto::{Lsn, SegmentNumber};
+use pgproto::{Lsn, PG_TIMELINE, SegmentNumber};
 
 use super::disk::{DiskError, During};
-use super::segments::{PG_TIMELINE, SegmentFile, TimelineFiles, offset};
+use super::segments::{SegmentFile, TimelineFiles, offset};
 use crate::consensus::state::ControlState;
 
 /// Most bytes read at a time.

@@ -11,13 +11,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId};
+use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::disk::{Disk, DiskError, DiskFile, During};
 use crate::metrics::{self, StorageOperation};
-
-/// Postgres timeline of all WAL: a server that was never promoted. The only place that knows.
-pub const PG_TIMELINE: u32 = 1;
 
 const PARTIAL_SUFFIX: &str = ".partial";
 /// A segment that has no name yet.

@@ -17,7 +17,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::WalError;
 use crate::lsn::{PAGE_SIZE, segment_offset};
-use crate::{Lsn, SegmentNumber, SegmentSize, SystemId};
+use crate::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, SystemId};
 
 /// Size of the header of every page but a segment's first.
 pub const SHORT_HEADER_SIZE: usize = 24;
@@ -194,7 +194,7 @@ pub fn first_segment_headers(
         let page = PageHeader {
             magic,
             flags: continues | if is_first { LONG_HEADER } else { 0 },
-            timeline: 1,
+            timeline: PG_TIMELINE,
             address: at,
             remaining: u32::try_from(remaining).unwrap_or_default(),
             long: is_first.then_some(LongHeader {

@@ -13,12 +13,12 @@ use super::{
 };
 use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
 use crate::read::Reader;
-use crate::{DecodeError, Generation, Lsn, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+use crate::{
+    DecodeError, Generation, Lsn, NodeId, PG_TIMELINE, SystemId, TenantId, TenantTimelineId, Term, TimelineId,
+};
 
 /// What a proposer announces in its greeting.
 const PROTOCOL_VERSION: u32 = 2;
-/// The only Postgres timeline of computes.
-const PG_TIMELINE: u32 = 1;
 /// Size of the unused proposer id.
 const PROPOSER_ID_SIZE: usize = 16;
 

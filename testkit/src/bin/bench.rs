@@ -49,6 +49,9 @@ struct Options {
     /// Variants, of: none, receivewal, safekeepers.
     #[arg(long, value_delimiter = ',', default_value = "none,receivewal,safekeepers")]
     variants: Vec<VariantKind>,
+    /// Receivers of (b), and safekeepers of (c); a majority of them confirms a commit.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..))]
+    members: u64,
     /// Path of `safekeeper`; the default is beside this program.
     #[arg(long, requires = "walproposer")]
     safekeeper: Option<PathBuf>,
@@ -80,13 +83,17 @@ enum VariantKind {
 }
 
 impl VariantKind {
-    fn title(self) -> &'static str {
+    fn title(self, members: u64) -> String {
         match self {
-            VariantKind::None => "(a) no standby",
-            VariantKind::Receivewal => "(b) 3 pg_receivewal, ANY 2",
-            VariantKind::Safekeepers => "(c) 3 safekeepers",
+            VariantKind::None => "(a) no standby".to_owned(),
+            VariantKind::Receivewal => format!("(b) {members} pg_receivewal, ANY {}", majority(members)),
+            VariantKind::Safekeepers => format!("(c) {members} safekeepers"),
         }
     }
+}
+
+fn majority(members: u64) -> u64 {
+    members / 2 + 1
 }
 
 /// A primary and what confirms its commits. Fields are dropped in order: receivers before their primary.
@@ -97,7 +104,7 @@ enum Variant {
 }
 
 impl Variant {
-    fn start(kind: VariantKind, scratch: &Scratch, binaries: Option<&Binaries>) -> Result<Variant> {
+    fn start(kind: VariantKind, members: u64, scratch: &Scratch, binaries: Option<&Binaries>) -> Result<Variant> {
         let primary = |name: &str| -> Result<Postgres> {
             let mut primary = Postgres::init(scratch, name, SETTINGS)?;
             primary.start()?;
@@ -107,12 +114,13 @@ impl Variant {
             VariantKind::None => Ok(Variant::None(primary("primary-a")?)),
             VariantKind::Receivewal => {
                 let primary = primary("primary-b")?;
-                let receivers = start_receivers(scratch, &primary)?;
+                let receivers = start_receivers(scratch, &primary, members)?;
                 Ok(Variant::Receivewal { _receivers: receivers, primary })
             }
             VariantKind::Safekeepers => {
                 let binaries = binaries.context("no binaries for the safekeepers")?;
-                let options = ClusterOptions { primary_settings: SETTINGS, ..ClusterOptions::default() };
+                let options =
+                    ClusterOptions { primary_settings: SETTINGS, safekeepers: members, ..ClusterOptions::default() };
                 Ok(Variant::Safekeepers(Box::new(Cluster::start(scratch, binaries, &options)?)))
             }
         }
@@ -129,7 +137,7 @@ impl Variant {
     fn receivers(&self) -> usize {
         match self {
             Variant::None(_) => 0,
-            Variant::Receivewal { .. } => 3,
+            Variant::Receivewal { _receivers: receivers, .. } => receivers.len(),
             Variant::Safekeepers(_) => 1,
         }
     }
@@ -149,20 +157,23 @@ impl Variant {
     }
 }
 
-fn start_receivers(scratch: &Scratch, primary: &Postgres) -> Result<Vec<ReceiveWal>> {
+fn start_receivers(scratch: &Scratch, primary: &Postgres, members: u64) -> Result<Vec<ReceiveWal>> {
     let mut receivers = Vec::new();
-    for n in 1..=3 {
+    let mut names = Vec::new();
+    for n in 1..=members {
         let slot = format!("receiver_{n}");
         primary.sql()?.run(&format!("SELECT pg_create_physical_replication_slot('{slot}', true)"))?;
         let source = format!("{} application_name={slot}", primary.conninfo());
         let args = ["--synchronous", "--no-loop", "--slot", &slot];
         receivers.push(ReceiveWal::start(scratch, &slot, &source, &args)?);
+        names.push(slot);
     }
-    primary.set("synchronous_standby_names", "'ANY 2 (receiver_1, receiver_2, receiver_3)'")?;
-    wait_for(secs(60), "three synchronous receivers", || {
+    let wanted = format!("'ANY {} ({})'", majority(members), names.join(", "));
+    primary.set("synchronous_standby_names", &wanted)?;
+    wait_for(secs(60), "all synchronous receivers", || {
         let query = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'quorum' AND state = 'streaming'";
         let count = primary.sql()?.value(query)?;
-        ensure!(count == "3", "{count} of 3");
+        ensure!(count == members.to_string(), "{count} of {members}");
         Ok(())
     })?;
     Ok(receivers)
@@ -205,7 +216,7 @@ fn milliseconds(micros: u64) -> String {
 }
 
 /// The table in Markdown: a row per cell and variant, with the ratio to (b) where (b) was measured.
-fn table(cells: &[Cell], kinds: &[VariantKind], samples: &[Vec<Vec<Sample>>]) -> String {
+fn table(cells: &[Cell], kinds: &[VariantKind], members: u64, samples: &[Vec<Vec<Sample>>]) -> String {
     let mut out = String::from(
         "| workload | clients | variant | TPS | p50 ms | p99 ms | TPS / (b) |\n|---|--:|---|--:|--:|--:|--:|\n",
     );
@@ -222,7 +233,7 @@ fn table(cells: &[Cell], kinds: &[VariantKind], samples: &[Vec<Vec<Sample>>]) ->
                 "| {} | {} | {} | {tps:.0} | {} | {} | {ratio} |\n",
                 cell.workload.name(),
                 cell.clients,
-                kind.title(),
+                kind.title(members),
                 milliseconds(p50),
                 milliseconds(p99),
             );
@@ -252,8 +263,8 @@ fn run(options: &Options, scratch: &Scratch) -> Result<()> {
     };
     let mut variants = Vec::new();
     for kind in &options.variants {
-        eprintln!("starting {}, scale {}", kind.title(), options.scale);
-        let variant = Variant::start(*kind, scratch, binaries.as_ref())?;
+        eprintln!("starting {}, scale {}", kind.title(options.members), options.scale);
+        let variant = Variant::start(*kind, options.members, scratch, binaries.as_ref())?;
         variant.primary().pgbench_init(scratch, options.scale)?;
         variants.push((*kind, variant));
     }
@@ -263,7 +274,7 @@ fn run(options: &Options, scratch: &Scratch) -> Result<()> {
         .flat_map(|&workload| options.clients.iter().map(move |&clients| Cell { workload, clients }))
         .collect();
     let samples = measure_all(options, scratch, &variants, &cells)?;
-    print!("{}", table(&cells, &options.variants, &samples));
+    print!("{}", table(&cells, &options.variants, options.members, &samples));
     Ok(())
 }
 
@@ -292,7 +303,7 @@ fn measure_all(
                     options.rounds,
                     cell.workload.name(),
                     cell.clients,
-                    kind.title(),
+                    kind.title(options.members),
                     sample.tps
                 );
                 samples.push(sample);
