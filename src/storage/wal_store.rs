@@ -4,6 +4,7 @@
 use std::io::IoSlice;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use bytes::Bytes;
@@ -55,7 +56,15 @@ pub(super) struct WalStore {
     /// What is on disk behind `write_lsn` must be erased before anything is written (D9). True after every start.
     truncation_pending: bool,
     /// Preparation of the next segment, under way or done.
-    next: Option<Receiver<Result<(), DiskError>>>,
+    next: Option<Preparation>,
+}
+
+/// The next segment being prepared by another thread.
+#[derive(Debug)]
+struct Preparation {
+    done: Receiver<Result<(), DiskError>>,
+    /// Somebody waits for it: no more pauses.
+    wanted: Arc<AtomicBool>,
 }
 
 #[derive(Debug)]
@@ -258,7 +267,7 @@ impl WalStore {
 
     fn create(&mut self, number: SegmentNumber) -> Result<OpenSegment, DiskError> {
         if !self.take_prepared() {
-            self.files.prepare_segment(self.size)?;
+            self.files.prepare_segment(self.size, || false)?;
         }
         self.files.adopt_prepared(number, self.size)?;
         self.names_unsynced = true;
@@ -277,19 +286,25 @@ impl WalStore {
             return;
         }
         let Ok(runtime) = Handle::try_current() else { return };
-        let (done, next) = sync_channel(1);
+        let (finished, done) = sync_channel(1);
         let (files, size) = (self.files.clone(), self.size);
+        let wanted = Arc::new(AtomicBool::new(false));
+        self.next = Some(Preparation { done, wanted: Arc::clone(&wanted) });
         runtime.spawn_blocking(move || {
+            let gently = || !wanted.load(Ordering::Relaxed);
             // Nobody listens only when the store is gone, and then nobody wants the segment.
-            let _ = done.send(files.prepare_segment(size).map(drop));
+            let _ = finished.send(files.prepare_segment(size, gently).map(drop));
         });
-        self.next = Some(next);
     }
 
     /// Whether a prepared segment is there, waiting for one that is about to be. A failure to prepare ahead harms
     /// nothing: the same is tried again now, and that one counts.
     fn take_prepared(&mut self) -> bool {
-        match self.next.take().map(|next| next.recv()) {
+        let wait = |next: Preparation| {
+            next.wanted.store(true, Ordering::Relaxed);
+            next.done.recv()
+        };
+        match self.next.take().map(wait) {
             Some(Ok(Ok(()))) => true,
             Some(Ok(Err(error))) => {
                 tracing::warn!(timeline = %self.files.ttid(), "could not prepare the next WAL segment: {error}");
