@@ -75,9 +75,9 @@ impl From<CreateTimelineError> for ApiError {
         match error {
             CreateTimelineError::Taken(LookupError::Creating(_)) => ApiError::Unavailable(error.to_string()),
             CreateTimelineError::Invalid(..) => ApiError::BadRequest(error.to_string()),
-            CreateTimelineError::Taken(_) | CreateTimelineError::Storage { .. } => {
-                ApiError::Internal(error.to_string())
-            }
+            CreateTimelineError::Taken(_)
+            | CreateTimelineError::TooMany { .. }
+            | CreateTimelineError::Storage { .. } => ApiError::Internal(error.to_string()),
         }
     }
 }

@@ -93,6 +93,7 @@ impl From<CreateTimelineError> for Interrupt {
         let code = match &error {
             CreateTimelineError::Taken(_) => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
             CreateTimelineError::Invalid(..) => SqlState::INVALID_PARAMETER_VALUE,
+            CreateTimelineError::TooMany { .. } => SqlState::CONFIGURATION_LIMIT_EXCEEDED,
             CreateTimelineError::Storage { .. } => SqlState::IO_ERROR,
         };
         Self::fatal(code, error.to_string())

@@ -17,6 +17,9 @@ use crate::lanes::{Lane, Lanes};
 use crate::metrics::{TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, TimelineStore};
 
+/// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
+pub const MAX_TIMELINES: usize = 100_000;
+
 /// Why a timeline isn't to be had.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LookupError {
@@ -45,6 +48,14 @@ pub enum CreateTimelineError {
     /// The facts given don't make a timeline.
     #[error("timeline {0} not created: {1}")]
     Invalid(TenantTimelineId, &'static str),
+    /// The node has as many as it may.
+    #[error("timeline {ttid} not created: this node has {limit} timelines and takes no more")]
+    TooMany {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// How many there may be.
+        limit: usize,
+    },
     /// The disk said no.
     #[error("timeline {ttid} not created: {reason}")]
     Storage {
@@ -65,6 +76,7 @@ enum Slot {
 pub struct Registry {
     data_dir: DataDir,
     lanes: Lanes,
+    limit: usize,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
 
@@ -86,7 +98,7 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, lanes, timelines: Mutex::new(timelines) }))
+        Ok(Arc::new(Self { data_dir, lanes, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
     }
 
     /// The node these timelines are on.
@@ -149,18 +161,29 @@ impl Registry {
         })
     }
 
+    /// Takes the name for a timeline about to be created, unless there is one.
+    fn reserve(&self, ttid: TenantTimelineId) -> Result<Option<Arc<Timeline>>, CreateTimelineError> {
+        let mut timelines = self.timelines.lock();
+        match timelines.get(&ttid) {
+            Some(Slot::Loaded(timeline)) => return Ok(Some(Arc::clone(timeline))),
+            Some(Slot::Creating) => return Err(LookupError::Creating(ttid).into()),
+            Some(Slot::Broken(reason)) => {
+                return Err(LookupError::Broken { ttid, reason: Arc::clone(reason) }.into());
+            }
+            None if timelines.len() >= self.limit => {
+                return Err(CreateTimelineError::TooMany { ttid, limit: self.limit });
+            }
+            None => {}
+        }
+        timelines.insert(ttid, Slot::Creating);
+        Ok(None)
+    }
+
     async fn create(&self, state: ControlState) -> Result<Arc<Timeline>, CreateTimelineError> {
         let ttid = state.ttid;
-        match self.timelines.lock().entry(ttid) {
-            std::collections::btree_map::Entry::Vacant(entry) => entry.insert(Slot::Creating),
-            std::collections::btree_map::Entry::Occupied(entry) => match entry.get() {
-                Slot::Loaded(timeline) => return Ok(Arc::clone(timeline)),
-                Slot::Creating => return Err(LookupError::Creating(ttid).into()),
-                Slot::Broken(reason) => {
-                    return Err(LookupError::Broken { ttid, reason: Arc::clone(reason) }.into());
-                }
-            },
-        };
+        if let Some(timeline) = self.reserve(ttid)? {
+            return Ok(timeline);
+        }
         let created = TimelineStore::create(&self.data_dir, state).await;
         let mut timelines = self.timelines.lock();
         match created {
@@ -189,5 +212,33 @@ impl Registry {
 impl TimelineSource for Registry {
     fn timelines(&self) -> Vec<TimelineSample> {
         self.list().iter().map(|timeline| timeline.sample()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pgproto::{SegmentSize, SystemId};
+
+    use super::*;
+    use crate::consensus::state::ServerInfo;
+
+    #[tokio::test]
+    async fn timelines_are_not_created_without_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let data_dir = DataDir::open(dir.path(), Some(NodeId(1)), false).unwrap();
+        let mut registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
+        Arc::get_mut(&mut registry).unwrap().limit = 2;
+        let wal_seg_size = SegmentSize::new(1 << 20).unwrap();
+        let server = ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size };
+        let create = |number: u8| {
+            let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([number; 16]));
+            registry.get_or_create(ControlState::new(ttid, server))
+        };
+        for number in [1, 2, 1] {
+            create(number).await.unwrap();
+        }
+        let refused = create(3).await.err();
+        assert!(matches!(refused, Some(CreateTimelineError::TooMany { limit: 2, .. })), "{refused:?}");
+        assert_eq!(registry.list().len(), 2);
     }
 }
