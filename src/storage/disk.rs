@@ -7,9 +7,14 @@
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IoSlice};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::fs::OFlags;
+
+/// What writes to a file opened by [`Disk::open_durable`] are aligned to, in bytes.
+pub const DURABLE_ALIGNMENT: usize = 4096;
 
 /// A directory entry.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,6 +33,10 @@ pub trait Disk: fmt::Debug + Send + Sync {
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     /// Opens a file to read and write, creating it when it doesn't exist; `truncate` empties one that does.
     fn create(&self, path: &Path, truncate: bool) -> io::Result<Arc<dyn DiskFile>>;
+    /// Opens an existing file whose writes are durable when they return, without a sync. Offset, length and address of what
+    /// is written must be multiples of [`DURABLE_ALIGNMENT`], and the file must have been filled and synced before: a write
+    /// beyond its end is an error.
+    fn open_durable(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>>;
     /// Gives a file or directory another name, replacing a file of that name.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
@@ -100,6 +109,22 @@ impl Disk for RealDisk {
     fn create(&self, path: &Path, truncate: bool) -> io::Result<Arc<dyn DiskFile>> {
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(truncate).open(path)?;
         Ok(Arc::new(RealFile { file, sync: self.sync }))
+    }
+
+    /// Past the page cache where the file system can do that, which is the fastest durable write there is (spec:
+    /// dependencies, section 6); through it elsewhere.
+    fn open_durable(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        let open = |flags: OFlags| {
+            let file = OpenOptions::new().read(true).write(true).custom_flags(flags.bits().cast_signed()).open(path)?;
+            Ok(Arc::new(RealFile { file, sync: self.sync }) as Arc<dyn DiskFile>)
+        };
+        if !self.sync {
+            return open(OFlags::empty());
+        }
+        match open(OFlags::DIRECT | OFlags::DSYNC) {
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => open(OFlags::DSYNC),
+            opened => opened,
+        }
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {

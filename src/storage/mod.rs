@@ -51,9 +51,17 @@ mod wal_store;
 
 #[cfg(test)]
 mod crash_tests;
-#[cfg(test)]
+#[cfg(any(test, feature = "simulation"))]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    missing_docs,
+    reason = "serves tests alone"
+)]
 pub mod simdisk;
-#[cfg(test)]
+#[cfg(any(test, feature = "simulation"))]
+#[allow(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, reason = "serves tests alone")]
 pub mod test_wal;
 #[cfg(test)]
 mod tests;
@@ -62,7 +70,7 @@ pub use control_file::{
     CONTROL_FILE_NAME, ControlFile, ControlFileError, CreationTime, EvictionState, PartialSegment, UploadStatus,
 };
 pub use data_dir::{DataDir, DataDirError};
-pub use disk::{DirEntry, Disk, DiskError, DiskFile, RealDisk};
+pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use segments::{SegmentFile, TimelineFiles};
 pub use timeline_store::{CreateError, OpenError, Recovered, StorageError, TimelineStore};

@@ -252,7 +252,7 @@ impl State {
     fn file(&self, disk: &SimDisk, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         match self.node(path)? {
             Node::Dir => Err(ErrorKind::IsADirectory.into()),
-            Node::File(inode) => Ok(Arc::new(SimFile { disk: disk.clone(), inode, epoch: self.epoch })),
+            Node::File(inode) => Ok(Arc::new(SimFile { disk: disk.clone(), inode, epoch: self.epoch, durable: false })),
         }
     }
 }
@@ -325,6 +325,16 @@ impl Disk for SimDisk {
 
     fn open_read(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         self.open(path)
+    }
+
+    fn open_durable(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
+        match self.0.lock().node(path)? {
+            Node::Dir => Err(ErrorKind::IsADirectory.into()),
+            Node::File(inode) => {
+                let epoch = self.0.lock().epoch;
+                Ok(Arc::new(SimFile { disk: self.clone(), inode, epoch, durable: true }))
+            }
+        }
     }
 
     fn create(&self, path: &Path, truncate: bool) -> io::Result<Arc<dyn DiskFile>> {
@@ -408,6 +418,8 @@ struct SimFile {
     disk: SimDisk,
     inode: usize,
     epoch: u64,
+    /// Writes are durable when they return.
+    durable: bool,
 }
 
 impl SimFile {
@@ -448,6 +460,9 @@ impl DiskFile for SimFile {
         }
         inode.content[start..start + data.len()].copy_from_slice(data);
         inode.touch(start, start + data.len());
+        if self.durable && outcome.is_ok() {
+            inode.sync();
+        }
         outcome
     }
 
