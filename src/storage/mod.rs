@@ -43,6 +43,7 @@
 mod control_file;
 mod data_dir;
 mod disk;
+pub mod journal;
 mod reader;
 mod recovery;
 mod segments;
