@@ -40,10 +40,18 @@
 //!
 //! Disk calls block. All go through one helper that tells the runtime so.
 
+#[allow(dead_code, reason = "not yet built in")]
+pub(crate) mod chain;
+#[allow(dead_code, reason = "not yet built in")]
+pub(crate) mod control_copies;
 mod control_file;
 mod data_dir;
 mod disk;
 pub mod journal;
+#[allow(dead_code, reason = "not yet built in")]
+pub(crate) mod forks;
+#[allow(dead_code, reason = "not yet built in")]
+pub(crate) mod ledger;
 mod reader;
 mod recovery;
 mod segments;
