@@ -4,6 +4,7 @@
 //! same code runs in the daemons, in simulation and in a model checker.
 
 pub mod acceptor;
+pub mod health;
 pub mod history;
 pub mod proposer;
 pub mod state;

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use crate::consensus::acceptor::AcceptorError;
 use crate::metrics::RenderError;
 use crate::timeline::TimelineError;
 use crate::timeline::registry::{CreateTimelineError, LookupError};
@@ -85,6 +86,7 @@ impl From<CreateTimelineError> for ApiError {
 impl From<TimelineError> for ApiError {
     fn from(error: TimelineError) -> Self {
         match error {
+            TimelineError::Refused(AcceptorError::TermTooFar { .. }) => ApiError::BadRequest(error.to_string()),
             TimelineError::ShuttingDown(_) => ApiError::Unavailable(error.to_string()),
             TimelineError::Refused(_) | TimelineError::Failed { .. } => ApiError::Internal(error.to_string()),
         }

@@ -102,10 +102,12 @@ impl From<CreateTimelineError> for Interrupt {
 
 fn refusal_code(refusal: &AcceptorError) -> SqlState {
     match refusal {
-        AcceptorError::BadWal(_) => SqlState::DATA_CORRUPTED,
+        AcceptorError::BadWal(_) | AcceptorError::Faulty(_) | AcceptorError::Quarantined(_) => SqlState::DATA_CORRUPTED,
+        alarming if alarming.is_alarming() => SqlState::DATA_CORRUPTED,
         AcceptorError::WrongTimeline(_)
         | AcceptorError::VersionMismatch { .. }
         | AcceptorError::UnsupportedVersion(_)
+        | AcceptorError::TermTooFar { .. }
         | AcceptorError::SegmentSizeMismatch { .. } => SqlState::INVALID_PARAMETER_VALUE,
         _ => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
     }

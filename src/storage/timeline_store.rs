@@ -17,6 +17,7 @@ use super::disk::{DiskError, During};
 use super::recovery::{self, RecoveryError};
 use super::segments::TimelineFiles;
 use super::wal_store::{WalError, WalStore};
+use crate::consensus::health::Fault;
 use crate::consensus::state::{ControlState, ServerInfo};
 use crate::metrics::{self, StorageOperation};
 
@@ -46,6 +47,8 @@ pub struct Recovered {
     pub control: ControlState,
     /// Stands at the end of the last whole record; `None` when there is no WAL.
     pub scanner: Option<RecordScanner>,
+    /// Acknowledged WAL that is damaged.
+    pub fault: Option<Fault>,
 }
 
 /// Why a write failed or was refused.
@@ -244,7 +247,7 @@ impl TimelineStore {
             creation_ts,
             poisoned: None,
         };
-        Ok((store, Recovered { control: state, scanner }))
+        Ok((store, Recovered { control: state, scanner, fault: None }))
     }
 
     /// Where the files are; readers are built over it.

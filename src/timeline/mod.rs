@@ -16,6 +16,9 @@
 //! A failed write or sync ends the writer for good: the timeline is *failed* until the process restarts and looks at the
 //! disk again. Readers keep being served what was committed.
 //!
+//! A timeline that can't vouch for its log says so in [`Timeline::health`] and takes part in nothing that needs it to
+//! ([`crate::consensus::health`]).
+//!
 //! | File | What is in it |
 //! |---|---|
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
@@ -39,6 +42,7 @@ use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
+use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::TimelineSample;
@@ -128,6 +132,7 @@ pub struct Timeline {
     /// Apart from `progress`, so that committed-WAL readers wake only when there is something for them.
     commit_lsn: watch::Sender<Lsn>,
     control: ArcSwap<ControlState>,
+    health: ArcSwap<Health>,
     seat: Mutex<Seat>,
     readers: Readers,
     push_sessions: push::PushSessions,
@@ -142,19 +147,23 @@ impl Timeline {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
-        Arc::new(Self {
+        let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
             progress: watch::Sender::new(progress),
             commit_lsn: watch::Sender::new(progress.commit_lsn),
             control: ArcSwap::from_pointee(control),
-            seat: Mutex::new(Seat::Parked(Box::new(Writer::new(acceptor, store)))),
+            health: ArcSwap::from_pointee(Health::Sound),
+            seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
             push_sessions: push::PushSessions::default(),
             written_bytes: AtomicU64::new(0),
             files,
             lane,
-        })
+        });
+        timeline.publish_health(&acceptor);
+        *timeline.seat.lock() = Seat::Parked(Box::new(Writer::new(acceptor, store)));
+        timeline
     }
 
     /// Its name.
@@ -185,6 +194,16 @@ impl Timeline {
     /// The state as persisted: facts about the server, term history, configuration.
     pub fn control_state(&self) -> Arc<ControlState> {
         self.control.load_full()
+    }
+
+    /// Whether it can vouch for its log.
+    pub fn health(&self) -> Arc<Health> {
+        self.health.load_full()
+    }
+
+    /// Acknowledged WAL turned out to be damaged: from now on this node doesn't vote. For readers, which find it.
+    pub async fn report_fault(self: &Arc<Self>, fault: Fault) -> Result<(), TimelineError> {
+        self.ask(|reply| Command::ReportFault { fault, reply }).await
     }
 
     /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
@@ -296,6 +315,27 @@ impl Timeline {
             changed
         });
         self.commit_lsn.send_if_modified(advanced);
+        self.publish_health(acceptor);
+    }
+
+    /// Publishes how the timeline is, and tells the log when that got worse.
+    fn publish_health(&self, acceptor: &Acceptor) {
+        let now = acceptor.health();
+        if **self.health.load() == *now {
+            return;
+        }
+        match now {
+            Health::Sound => {}
+            Health::Fault(fault) => {
+                let what = "acknowledged WAL is damaged: this timeline does not vote until it is repaired";
+                tracing::error!(ttid = %self.ttid, from = %fault.from, acked_end = %fault.acked_end, reason = %fault.reason, "{what}");
+            }
+            Health::Quarantined(reason) => {
+                let what = "an invariant is broken: this timeline is quarantined, its bytes are kept";
+                tracing::error!(ttid = %self.ttid, %reason, "{what}");
+            }
+        }
+        self.health.store(Arc::new(now.clone()));
     }
 
     /// Publishes a new term alone, while an action sequence is under way and the LSNs are not yet true.

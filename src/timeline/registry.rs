@@ -15,7 +15,7 @@ use crate::consensus::acceptor::Acceptor;
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
 use crate::metrics::{TimelineSample, TimelineSource};
-use crate::storage::{CreateError, DataDir, DiskError, TimelineStore};
+use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
 pub const MAX_TIMELINES: usize = 100_000;
@@ -87,7 +87,7 @@ impl Registry {
         for ttid in data_dir.timelines()? {
             let slot = match TimelineStore::open(&data_dir, ttid).await {
                 Ok((store, recovered)) => {
-                    let acceptor = Acceptor::new(data_dir.node_id(), recovered.control, recovered.scanner);
+                    let acceptor = acceptor(data_dir.node_id(), recovered);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
                     Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid)))
                 }
@@ -189,7 +189,7 @@ impl Registry {
         match created {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
-                let acceptor = Acceptor::new(self.node_id(), recovered.control, recovered.scanner);
+                let acceptor = acceptor(self.node_id(), recovered);
                 let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid));
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
@@ -207,6 +207,16 @@ impl Registry {
             }
         }
     }
+}
+
+/// The acceptor over what was found on disk.
+fn acceptor(node_id: NodeId, recovered: Recovered) -> Acceptor {
+    let Recovered { control, scanner, fault } = recovered;
+    let mut acceptor = Acceptor::new(node_id, control, scanner);
+    if let Some(fault) = fault {
+        acceptor.report_fault(fault);
+    }
+    acceptor
 }
 
 impl TimelineSource for Registry {

@@ -16,6 +16,7 @@ use tokio::time::{Instant, timeout};
 use super::push::{Ack, Session};
 use super::{Seat, Timeline, TimelineError};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
+use crate::consensus::health::Fault;
 use crate::metrics;
 use crate::storage::{StorageError, TimelineStore};
 
@@ -46,6 +47,10 @@ pub(super) enum Command {
     },
     SwitchConfiguration {
         to: Configuration,
+        reply: oneshot::Sender<Result<(), TimelineError>>,
+    },
+    ReportFault {
+        fault: Fault,
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
     Checkpoint {
@@ -166,12 +171,16 @@ impl Task {
             }
             Command::BumpTerm { to, reply } => {
                 let before = self.writer.acceptor.term();
-                let actions = self.writer.acceptor.bump_term(to);
-                self.answer(Ok(actions), reply, |writer, _| (before, writer.acceptor.term())).await
+                let result = self.writer.acceptor.bump_term(to);
+                self.answer(result, reply, |writer, _| (before, writer.acceptor.term())).await
             }
             Command::SwitchConfiguration { to, reply } => {
                 let result = self.writer.acceptor.switch_configuration(to);
                 self.answer(result, reply, |_, _| ()).await
+            }
+            Command::ReportFault { fault, reply } => {
+                self.writer.acceptor.report_fault(fault);
+                self.answer(Ok(Vec::new()), reply, |_, _| ()).await
             }
             Command::Checkpoint { reply } => {
                 let actions = self.writer.acceptor.checkpoint();
@@ -221,16 +230,18 @@ impl Task {
     }
 
     fn refused(&self, error: AcceptorError) -> TimelineError {
-        if error.is_alarming() {
-            tracing::error!(ttid = %self.timeline.ttid, %error, "a proposer's message contradicts what is committed here");
-        }
+        // The refusal may have quarantined the timeline.
+        self.timeline.publish_health(&self.writer.acceptor);
         TimelineError::Refused(error)
     }
 
     fn acknowledge(&mut self) {
         let hs_feedback = self.timeline.readers.hot_standby_feedback();
         for (session, term) in self.writer.unacknowledged.drain(..) {
-            session.acknowledge(Ack::Response(self.writer.acceptor.append_response(term, hs_feedback)));
+            session.acknowledge(match self.writer.acceptor.append_response(term, hs_feedback) {
+                Ok(response) => Ack::Response(response),
+                Err(error) => Ack::Refused(error.into()),
+            });
         }
     }
 

@@ -4,6 +4,7 @@
 
 use bytes::Bytes;
 use pgproto::feedback::HotStandbyFeedback;
+use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
     AcceptorMessage, AppendRequest, AppendResponse, Configuration, Member, ProposerElected, ProposerGreeting,
     ProposerMessage, TermLsn, VoteRequest, VoteResponse,
@@ -11,6 +12,7 @@ use pgproto::walproposer::{
 use pgproto::{Generation, Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 
 use crate::consensus::acceptor::*;
+use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::{ControlState, ServerInfo};
 
 const WAL: &[u8] = include_bytes!("../../../pgproto/tests/data/wal/000000010000000000000008.head");
@@ -25,6 +27,10 @@ fn new_acceptor() -> Acceptor {
     let wal_seg_size = SegmentSize::new(1 << 20).unwrap();
     let server = ServerInfo { pg_version: 150_018, system_id: SystemId(7_710_417_969_895_730_492), wal_seg_size };
     Acceptor::new(NodeId(1), ControlState::new(ttid(), server), None)
+}
+
+fn scanner_at(lsn: Lsn) -> RecordScanner {
+    RecordScanner::new(lsn, SegmentSize::new(1 << 20).unwrap(), 150_018)
 }
 
 fn wal(from: u64, to: u64) -> Bytes {
@@ -96,7 +102,7 @@ fn brief_ack(r: &AppendResponse) -> String {
 }
 
 fn ack(acceptor: &Acceptor, term: u64) -> String {
-    brief_ack(&acceptor.append_response(Term(term), HotStandbyFeedback::default()))
+    brief_ack(&acceptor.append_response(Term(term), HotStandbyFeedback::default()).unwrap())
 }
 
 /// An acceptor that follows the leader of term 1 and has written nothing yet.
@@ -197,8 +203,7 @@ fn a_vote_alone_doesnt_let_a_leader_append() {
 #[test]
 fn after_a_restart_the_leader_must_introduce_itself_again() {
     let a = follower();
-    let scanner = pgproto::wal::RecordScanner::new(START, SegmentSize::new(1 << 20).unwrap(), 150_018);
-    let mut restarted = Acceptor::new(NodeId(1), a.durable_state().clone(), Some(scanner));
+    let mut restarted = Acceptor::new(NodeId(1), a.durable_state().clone(), Some(scanner_at(START)));
     let refused = restarted.handle(append(1, START.0, START.0 + 8192, 0));
     assert_eq!(refused, Err(AcceptorError::NotElected(Term(1))), "bytes beyond the end have not been cut off yet");
     restarted.handle(elected(1, START, &[(1, START.0)])).unwrap();
@@ -250,11 +255,13 @@ fn committed_wal_is_never_cut() {
     a.flush();
     let commit = a.lazy_lsns().commit_lsn;
     a.handle(vote(2)).unwrap();
-    let before = format!("{a:?}");
+    let before = a.clone();
     let refused = a.handle(elected(2, START, &[(1, START.0), (2, START.0)])).unwrap_err();
     assert_eq!(refused, AcceptorError::TruncatesCommitted { start: START, commit });
     assert!(refused.is_alarming());
-    assert_eq!(format!("{a:?}"), before, "a refused message changes nothing");
+    assert_eq!(a.health(), &Health::Quarantined(refused.to_string().into()));
+    assert_eq!((a.durable_state(), a.lazy_lsns()), (before.durable_state(), before.lazy_lsns()));
+    assert_eq!((a.flush_lsn(), a.write_lsn()), (before.flush_lsn(), before.write_lsn()), "all bytes are kept");
 }
 
 #[test]
@@ -315,8 +322,8 @@ fn a_configuration_is_durable_before_it_is_told_and_never_one_without_this_node(
 #[test]
 fn bumping_the_term_fences_the_leader() {
     let mut a = follower();
-    assert_eq!(brief(a.bump_term(None)), ["persist term 2 [1@800000] commit 800000"]);
-    assert!(a.bump_term(Some(Term(1))).is_empty(), "never lowered");
+    assert_eq!(brief(a.bump_term(None).unwrap()), ["persist term 2 [1@800000] commit 800000"]);
+    assert!(a.bump_term(Some(Term(1))).unwrap().is_empty(), "never lowered");
     assert_eq!(brief(a.handle(append(1, START.0, START.0, 0)).unwrap()), ["reply ack term 2 flush 0 commit 0"]);
 }
 
@@ -331,4 +338,85 @@ fn committed_wal_that_waits_for_its_flush_is_never_cut() {
     // This leader never asked for a vote, which would have flushed.
     let refused = a.handle(elected(2, START, &[(1, START.0), (2, START.0)])).map(brief);
     assert_eq!(refused, Err(AcceptorError::TruncatesCommitted { start: START, commit }));
+}
+
+fn damaged(from: u64, acked_end: u64) -> Fault {
+    Fault { from: Lsn(from), acked_end: Lsn(acked_end), reason: "checksum of a block".into() }
+}
+
+#[test]
+fn a_faulty_node_does_not_vote_and_accepts_no_leader_but_its_leader_may_go_on() {
+    let mut a = follower();
+    a.handle(append(1, START.0, START.0 + 4096, 0)).unwrap();
+    a.flush();
+    let fault = damaged(START.0, a.flush_lsn().0);
+    a.report_fault(fault.clone());
+    let refused = Err(AcceptorError::Faulty(fault));
+    assert_eq!(a.handle(vote(2)), refused, "no vote response at all, not one that gives no vote");
+    assert_eq!(a.handle(vote(1)), refused);
+    assert_eq!(a.handle(elected(2, a.flush_lsn(), &[(1, START.0), (2, a.flush_lsn().0)])), refused);
+    assert_eq!(a.term(), Term(1));
+    a.handle(append(1, START.0 + 4096, START.0 + 8192, 0)).unwrap();
+    a.flush();
+    assert!(a.flush_lsn() > Lsn(START.0 + 4096), "WAL behind the damage is whole");
+    assert_eq!(brief(a.handle(ProposerMessage::Greeting(greeting())).unwrap()), ["reply greeting term 1"]);
+    assert_eq!(a.bump_term(None).unwrap().len(), 1);
+    assert_eq!(brief(a.handle(append(1, START.0, START.0, 0)).unwrap()), ["reply ack term 2 flush 0 commit 0"]);
+    assert!(a.handle(elected(1, START, &[(1, START.0)])).unwrap().is_empty(), "lower terms are refused as ever");
+}
+
+#[test]
+fn a_faulty_node_takes_no_appends_after_a_restart() {
+    let (state, scanner) = (follower().durable_state().clone(), scanner_at(START));
+    let mut a = Acceptor::new(NodeId(1), state, Some(scanner));
+    a.report_fault(damaged(START.0, START.0 + 8192));
+    assert!(matches!(a.handle(elected(1, START, &[(1, START.0)])), Err(AcceptorError::Faulty(_))));
+    assert_eq!(a.handle(append(1, START.0, START.0 + 8192, 0)), Err(AcceptorError::NotElected(Term(1))));
+}
+
+#[test]
+fn a_quarantined_node_takes_part_in_nothing() {
+    let mut a = follower();
+    a.handle(append(1, START.0, START.0 + 4096, START.0 + 4096)).unwrap();
+    // Term 1 began somewhere else, says this leader: two leaders in one term, or damage.
+    let conflict = a.handle(elected(2, START, &[(1, START.0 - 8), (2, START.0)]));
+    assert!(matches!(&conflict, Err(AcceptorError::BadHistory(_))), "{conflict:?}");
+    assert_eq!(a.health().name(), "quarantined");
+    assert!(matches!(a.handle(vote(2)), Err(AcceptorError::Quarantined(_))));
+    assert!(matches!(a.handle(elected(1, START, &[(1, START.0)])), Err(AcceptorError::Quarantined(_))));
+    assert!(matches!(a.handle(append(1, START.0 + 4096, START.0 + 4104, 0)), Err(AcceptorError::Quarantined(_))));
+    assert_eq!(brief(a.flush()), ["flush"], "what was written is kept");
+    assert_eq!(a.lazy_lsns().commit_lsn, START, "and is not called committed");
+    let ack = a.append_response(Term(1), HotStandbyFeedback::default());
+    assert!(matches!(ack, Err(AcceptorError::Quarantined(_))), "nor acknowledged: {ack:?}");
+    assert_eq!(brief(a.handle(ProposerMessage::Greeting(greeting())).unwrap()), ["reply greeting term 1"]);
+    assert_eq!(brief(a.bump_term(None).unwrap()), ["persist term 2 [1@800000] commit 800000"]);
+    assert_eq!(brief(a.handle(append(1, START.0, START.0, 0)).unwrap()), ["reply ack term 2 flush 0 commit 0"]);
+}
+
+#[test]
+fn a_state_that_contradicts_itself_takes_part_in_nothing() {
+    let state = follower().durable_state().clone();
+    let load = |state: ControlState| Acceptor::new(NodeId(1), state, Some(scanner_at(START)));
+    assert_eq!(load(state.clone()).health(), &Health::Sound);
+    let old_term = load(ControlState { term: Term(0), ..state.clone() });
+    assert_eq!(old_term.health().name(), "quarantined", "term 1 wrote WAL here, so term 1 was promised");
+    let short = load(ControlState { commit_lsn: Lsn(START.0 + 0x100), ..state.clone() });
+    let Health::Fault(fault) = short.health() else { panic!("{:?}", short.health()) };
+    assert_eq!((fault.from, fault.acked_end), (START, Lsn(START.0 + 0x100)), "committed WAL is missing");
+    let ahead = load(ControlState { backup_lsn: Lsn(START.0 + 0x100), ..state });
+    assert_eq!((ahead.health(), ahead.lazy_lsns().backup_lsn), (&Health::Sound, START), "what peers told is cut");
+}
+
+#[test]
+fn no_message_uses_up_the_terms_there_are() {
+    let mut a = follower();
+    let asked = Term(u64::MAX);
+    let refused = Err(AcceptorError::TermTooFar { ours: Term(1), asked });
+    assert_eq!(a.handle(vote(u64::MAX)), refused);
+    assert_eq!(a.handle(elected(u64::MAX, START, &[(1, START.0), (u64::MAX, START.0)])), refused);
+    assert_eq!(a.bump_term(Some(asked)), refused.clone());
+    assert_eq!(a.term(), Term(1));
+    a.bump_term(Some(Term(1 + MAX_TERM_STEP))).unwrap();
+    assert_eq!(a.term(), Term(1 + MAX_TERM_STEP));
 }

@@ -5,18 +5,26 @@
 //!
 //! A message yields [`Action`]s in durability order. The caller performs them one after the other and **stops at the first
 //! failure**: the acceptor's memory is then ahead of the disk, so it must be thrown away and built anew from what is
-//! durable. A refused message ([`AcceptorError`]) changes nothing.
+//! durable. A refused message ([`AcceptorError`]) changes nothing, except that one which contradicts what is certain here
+//! quarantines the timeline ([`Health`]).
+//!
+//! Invariants (spec: semantics 5.3) are kept in three ways. What a peer or the disk could break is checked: a message is
+//! refused, a loaded state gives [`Health::Fault`] or [`Health::Quarantined`]. What only a bug could break is asserted.
+
+mod error;
 
 use bytes::Bytes;
 use pgproto::feedback::HotStandbyFeedback;
-use pgproto::wal::{RecordScanner, WalError};
+use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
     ProposerMessage, TermLsn, VoteRequest, VoteResponse,
 };
 use pgproto::{Generation, Lsn, NodeId, Term};
 
-use super::history::{HistoryError, TermHistory, highest_common_point};
+pub use self::error::{AcceptorError, MAX_TERM_STEP};
+use super::health::{Fault, Health};
+use super::history::{TermHistory, highest_common_point};
 use super::state::ControlState;
 
 /// One thing to do, in the order given.
@@ -45,113 +53,6 @@ pub enum Action {
     Flush,
     /// Answer the sender of the message.
     Reply(AcceptorMessage),
-}
-
-/// Why a message was refused. Nothing was changed; the connection it came from should end.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum AcceptorError {
-    /// The greeting names another timeline.
-    #[error("greeting is for another timeline than {0}")]
-    WrongTimeline(pgproto::TenantTimelineId),
-    /// The WAL of one timeline comes from one major version.
-    #[error("PostgreSQL major version {theirs} does not match this timeline's {ours}")]
-    VersionMismatch {
-        /// Major version of the timeline.
-        ours: u32,
-        /// Major version of the greeting.
-        theirs: u32,
-    },
-    /// Versions outside 14 to 18 are not understood.
-    #[error("PostgreSQL version {0} is not supported: use 14 to 18")]
-    UnsupportedVersion(u32),
-    /// Segment size differs.
-    #[error("WAL segment size {theirs} does not match this timeline's {ours}")]
-    SegmentSizeMismatch {
-        /// Bytes per segment here.
-        ours: u64,
-        /// Bytes per segment in the greeting.
-        theirs: u64,
-    },
-    /// The proposer's newer configuration leaves this node out.
-    #[error("node {node} is not a member of configuration generation {generation}")]
-    NotAMember {
-        /// This node.
-        node: NodeId,
-        /// The configuration offered.
-        generation: Generation,
-    },
-    /// Votes and acknowledgements of different configurations don't mix.
-    #[error("message of generation {theirs} refused, generation here is {ours}")]
-    GenerationMismatch {
-        /// Generation here.
-        ours: Generation,
-        /// Generation of the message.
-        theirs: Generation,
-    },
-    /// A history that is not one, or contradicts the one here.
-    #[error("term history refused: {0}")]
-    BadHistory(#[from] HistoryError),
-    /// The history must end with the leader's own term.
-    #[error("term history ends with term {last}, not with the elected term {term}")]
-    HistoryTermMismatch {
-        /// Term of the message.
-        term: Term,
-        /// Last term of its history.
-        last: Term,
-    },
-    /// The leader computed its start from an older view of this log; a reconnect recomputes it.
-    #[error("leader wants to stream from {theirs} but the logs part at {ours}; reconnect")]
-    StartMismatch {
-        /// The highest common point as computed here.
-        ours: Lsn,
-        /// The leader's start.
-        theirs: Lsn,
-    },
-    /// Following the leader would destroy acknowledged commits. Some node's log is damaged or lost.
-    #[error("refusing to truncate to {start}: WAL up to {commit} is committed; this needs an operator")]
-    TruncatesCommitted {
-        /// Where the leader wants to start.
-        start: Lsn,
-        /// Commit LSN here.
-        commit: Lsn,
-    },
-    /// The log here ends before the point where the leader's begins.
-    #[error("leader's log begins at {start}, behind the end of the log here at {end}")]
-    StartBeyondEnd {
-        /// Where the leader wants to start.
-        start: Lsn,
-        /// End of the log here.
-        end: Lsn,
-    },
-    /// An append must follow an accepted `Elected` of exactly its term.
-    #[error("append of term {0} before that leader was accepted here")]
-    NotElected(Term),
-    /// Bytes would be written twice.
-    #[error("append at {begin} would overwrite WAL that ends at {end}")]
-    Overlap {
-        /// First byte of the append.
-        begin: Lsn,
-        /// End of the log here.
-        end: Lsn,
-    },
-    /// Bytes would be missing.
-    #[error("append at {begin} leaves a gap behind WAL that ends at {end}")]
-    Gap {
-        /// First byte of the append.
-        begin: Lsn,
-        /// End of the log here.
-        end: Lsn,
-    },
-    /// The bytes are not WAL that can follow what is here.
-    #[error("invalid WAL: {0}")]
-    BadWal(#[from] WalError),
-}
-
-impl AcceptorError {
-    /// Whether this means damage somewhere rather than an ordinary race or a wrong message.
-    pub fn is_alarming(&self) -> bool {
-        matches!(self, Self::TruncatesCommitted { .. } | Self::BadHistory(HistoryError::Conflict { .. }))
-    }
 }
 
 /// LSNs that may fall back to their last saved value after a crash.
@@ -197,14 +98,15 @@ pub struct Acceptor {
     leader_commit_lsn: Lsn,
     /// WAL was written that no flush has covered.
     dirty: bool,
+    health: Health,
 }
 
 impl Acceptor {
     /// Takes up work where `state` and the WAL on disk end. `scanner` stands at the end of the last whole record, or is
-    /// `None` when there is no WAL.
+    /// `None` when there is no WAL. What contradicts itself there shows in [`Self::health`].
     pub fn new(node_id: NodeId, state: ControlState, scanner: Option<RecordScanner>) -> Self {
         let flush_lsn = scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
-        Self {
+        let mut acceptor = Self {
             node_id,
             lazy: LazyLsns::from(&state),
             durable: state,
@@ -214,6 +116,61 @@ impl Acceptor {
             term_start_lsn: Lsn::INVALID,
             leader_commit_lsn: Lsn::INVALID,
             dirty: false,
+            health: Health::Sound,
+        };
+        acceptor.check_loaded();
+        acceptor
+    }
+
+    /// Checks what was loaded against the invariants of semantics 5.3.
+    fn check_loaded(&mut self) {
+        let (commit, end) = (self.lazy.commit_lsn, self.flush_lsn());
+        if commit > end {
+            let reason = format!("WAL up to {commit} is committed, but whole records end at {end}");
+            self.health.add_fault(Fault { from: end, acked_end: commit, reason: reason.into() });
+        }
+        let (term, joined) = (self.durable.term, self.durable.term_history.last_term());
+        if joined > term {
+            self.quarantine(format!("its log has WAL of term {joined}, but it promised no term above {term}"));
+        }
+        // Peers of other safekeepers told each other these, so they may be ahead. Too low they are true as well.
+        let lazy = &mut self.lazy;
+        for lsn in [&mut lazy.backup_lsn, &mut lazy.peer_horizon_lsn, &mut lazy.remote_consistent_lsn] {
+            *lsn = (*lsn).min(commit);
+        }
+    }
+
+    /// Whether this acceptor can vouch for its log.
+    pub fn health(&self) -> &Health {
+        &self.health
+    }
+
+    /// Damage was found in acknowledged WAL, at start or by a reader. From now on no vote, and no new leader; see
+    /// [`super::health`] for why a leader accepted before may go on.
+    pub fn report_fault(&mut self, fault: Fault) {
+        self.health.add_fault(fault);
+    }
+
+    /// Takes part in nothing any more: what is here contradicts itself or what is certain elsewhere.
+    fn quarantine(&mut self, reason: String) {
+        self.health.quarantine(reason);
+        self.leader_accepted = false;
+        self.leader_commit_lsn = Lsn::INVALID;
+    }
+
+    /// Whether this acceptor may say how far its log goes.
+    fn check_may_vouch(&self) -> Result<(), AcceptorError> {
+        match &self.health {
+            Health::Sound => Ok(()),
+            Health::Fault(fault) => Err(AcceptorError::Faulty(fault.clone())),
+            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
+        }
+    }
+
+    fn check_not_quarantined(&self) -> Result<(), AcceptorError> {
+        match &self.health {
+            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
+            Health::Sound | Health::Fault(_) => Ok(()),
         }
     }
 
@@ -259,12 +216,34 @@ impl Acceptor {
 
     /// Handles one message of a proposer.
     pub fn handle(&mut self, message: ProposerMessage) -> Result<Vec<Action>, AcceptorError> {
-        match message {
+        let result = match message {
             ProposerMessage::Greeting(greeting) => self.greeting(greeting),
             ProposerMessage::VoteRequest(request) => self.vote(request),
             ProposerMessage::Elected(elected) => self.elected(elected),
             ProposerMessage::Append(append) => self.append(append),
+        };
+        if let Err(error) = &result
+            && error.is_alarming()
+        {
+            self.quarantine(error.to_string());
         }
+        self.assert_invariants();
+        result
+    }
+
+    /// What holds after every step, unless what was loaded broke it (spec: semantics 5.3, 22 and 23).
+    fn assert_invariants(&self) {
+        if !self.health.is_sound() {
+            return;
+        }
+        let LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn } = self.lazy;
+        assert!(commit_lsn <= self.flush_lsn(), "only what is here can be called committed here");
+        assert!(peer_horizon_lsn <= commit_lsn, "the peer horizon is committed");
+        assert!(
+            backup_lsn <= commit_lsn && remote_consistent_lsn <= commit_lsn,
+            "only committed WAL leaves the quorum"
+        );
+        assert!(self.durable.term >= self.durable.term_history.last_term(), "WAL comes only from terms joined");
     }
 
     fn greeting(&mut self, greeting: ProposerGreeting) -> Result<Vec<Action>, AcceptorError> {
@@ -317,6 +296,8 @@ impl Acceptor {
 
     fn vote(&mut self, request: VoteRequest) -> Result<Vec<Action>, AcceptorError> {
         self.check_generation(request.generation)?;
+        self.check_may_vouch()?;
+        self.check_term_step(request.term)?;
         // The vote tells the end of the log for good: nothing of an older leader may become durable after it (D3).
         let mut actions = self.flush();
         let vote_given = self.durable.term < request.term;
@@ -341,6 +322,8 @@ impl Acceptor {
             // A stale leader; the answer to its first append will tell it.
             return Ok(Vec::new());
         }
+        self.check_may_vouch()?;
+        self.check_term_step(elected.term)?;
         let history = TermHistory::new(elected.term_history)?;
         if history.last_term() != elected.term {
             return Err(AcceptorError::HistoryTermMismatch { term: elected.term, last: history.last_term() });
@@ -416,6 +399,7 @@ impl Acceptor {
         if append.term < self.durable.term {
             return Ok(vec![Action::Reply(AcceptorMessage::AppendResponse(self.refusal()))]);
         }
+        self.check_not_quarantined()?;
         // Equal terms are not enough: a vote sets the term too, without this leader having cut the log here (rule 9).
         if append.term > self.durable.term
             || !self.leader_accepted
@@ -490,13 +474,14 @@ impl Acceptor {
     }
 
     /// Raises the term to `to`, or by one; never lowers it. Any current leader is fenced at its next message.
-    pub fn bump_term(&mut self, to: Option<Term>) -> Vec<Action> {
-        let mut actions = self.flush();
+    pub fn bump_term(&mut self, to: Option<Term>) -> Result<Vec<Action>, AcceptorError> {
         let target = to.unwrap_or_else(|| self.durable.term.next());
+        self.check_term_step(target)?;
+        let mut actions = self.flush();
         if target > self.durable.term {
             self.raise_term(target, &mut actions);
         }
-        actions
+        Ok(actions)
     }
 
     /// Adopts `configuration` if its generation is higher; returns whether it was.
@@ -514,17 +499,22 @@ impl Acceptor {
     }
 
     /// Acknowledges to a leader of `term` what is durable; a refusal if that term is over. Call after [`Self::flush`].
-    pub fn append_response(&self, term: Term, hs_feedback: HotStandbyFeedback) -> AppendResponse {
+    pub fn append_response(
+        &self,
+        term: Term,
+        hs_feedback: HotStandbyFeedback,
+    ) -> Result<AppendResponse, AcceptorError> {
         if term != self.durable.term {
-            return self.refusal();
+            return Ok(self.refusal());
         }
-        AppendResponse {
+        self.check_not_quarantined()?;
+        Ok(AppendResponse {
             flush_lsn: self.flush_lsn(),
             // The saved one, so that whoever hears it knows that it survives a restart.
             commit_lsn: self.durable.commit_lsn,
             hs_feedback,
             ..self.refusal()
-        }
+        })
     }
 
     /// Tells only the own term: the sender is no longer the leader.
@@ -542,6 +532,14 @@ impl Acceptor {
     fn check_generation(&self, theirs: Generation) -> Result<(), AcceptorError> {
         let ours = self.durable.configuration.generation;
         if ours == theirs { Ok(()) } else { Err(AcceptorError::GenerationMismatch { ours, theirs }) }
+    }
+
+    fn check_term_step(&self, asked: Term) -> Result<(), AcceptorError> {
+        let ours = self.durable.term;
+        if asked.0 > ours.0.saturating_add(MAX_TERM_STEP) {
+            return Err(AcceptorError::TermTooFar { ours, asked });
+        }
+        Ok(())
     }
 
     fn raise_term(&mut self, term: Term, actions: &mut Vec<Action>) {

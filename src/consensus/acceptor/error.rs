@@ -1,0 +1,137 @@
+//! Why an acceptor refuses a message.
+
+use std::sync::Arc;
+
+use pgproto::wal::WalError;
+use pgproto::{Generation, Lsn, NodeId, Term};
+
+use crate::consensus::health::Fault;
+use crate::consensus::history::HistoryError;
+
+/// Why a message was refused. Nothing was changed; the connection it came from should end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AcceptorError {
+    /// The greeting names another timeline.
+    #[error("greeting is for another timeline than {0}")]
+    WrongTimeline(pgproto::TenantTimelineId),
+    /// The WAL of one timeline comes from one major version.
+    #[error("PostgreSQL major version {theirs} does not match this timeline's {ours}")]
+    VersionMismatch {
+        /// Major version of the timeline.
+        ours: u32,
+        /// Major version of the greeting.
+        theirs: u32,
+    },
+    /// Versions outside 14 to 18 are not understood.
+    #[error("PostgreSQL version {0} is not supported: use 14 to 18")]
+    UnsupportedVersion(u32),
+    /// Segment size differs.
+    #[error("WAL segment size {theirs} does not match this timeline's {ours}")]
+    SegmentSizeMismatch {
+        /// Bytes per segment here.
+        ours: u64,
+        /// Bytes per segment in the greeting.
+        theirs: u64,
+    },
+    /// The proposer's newer configuration leaves this node out.
+    #[error("node {node} is not a member of configuration generation {generation}")]
+    NotAMember {
+        /// This node.
+        node: NodeId,
+        /// The configuration offered.
+        generation: Generation,
+    },
+    /// Votes and acknowledgements of different configurations don't mix.
+    #[error("message of generation {theirs} refused, generation here is {ours}")]
+    GenerationMismatch {
+        /// Generation here.
+        ours: Generation,
+        /// Generation of the message.
+        theirs: Generation,
+    },
+    /// A history that is not one, or contradicts the one here.
+    #[error("term history refused: {0}")]
+    BadHistory(#[from] HistoryError),
+    /// The history must end with the leader's own term.
+    #[error("term history ends with term {last}, not with the elected term {term}")]
+    HistoryTermMismatch {
+        /// Term of the message.
+        term: Term,
+        /// Last term of its history.
+        last: Term,
+    },
+    /// The leader computed its start from an older view of this log; a reconnect recomputes it.
+    #[error("leader wants to stream from {theirs} but the logs part at {ours}; reconnect")]
+    StartMismatch {
+        /// The highest common point as computed here.
+        ours: Lsn,
+        /// The leader's start.
+        theirs: Lsn,
+    },
+    /// Following the leader would destroy acknowledged commits. Some node's log is damaged or lost.
+    #[error("refusing to truncate to {start}: WAL up to {commit} is committed; this needs an operator")]
+    TruncatesCommitted {
+        /// Where the leader wants to start.
+        start: Lsn,
+        /// Commit LSN here.
+        commit: Lsn,
+    },
+    /// The log here ends before the point where the leader's begins.
+    #[error("leader's log begins at {start}, behind the end of the log here at {end}")]
+    StartBeyondEnd {
+        /// Where the leader wants to start.
+        start: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// An append must follow an accepted `Elected` of exactly its term.
+    #[error("append of term {0} before that leader was accepted here")]
+    NotElected(Term),
+    /// Bytes would be written twice.
+    #[error("append at {begin} would overwrite WAL that ends at {end}")]
+    Overlap {
+        /// First byte of the append.
+        begin: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// Bytes would be missing.
+    #[error("append at {begin} leaves a gap behind WAL that ends at {end}")]
+    Gap {
+        /// First byte of the append.
+        begin: Lsn,
+        /// End of the log here.
+        end: Lsn,
+    },
+    /// Acknowledged WAL is damaged here, so this node can't tell how far its log goes.
+    #[error("this node does not vote and accepts no leader until it is repaired: {0}")]
+    Faulty(Fault),
+    /// An invariant is broken here.
+    #[error(
+        "this timeline is quarantined, its bytes are kept, and it takes part in nothing until an operator looked: {0}"
+    )]
+    Quarantined(Arc<str>),
+    /// Terms must not run out: no message may bring their end near.
+    #[error("term {asked} refused: more than {MAX_TERM_STEP} above the term here, {ours}")]
+    TermTooFar {
+        /// Highest term promised here.
+        ours: Term,
+        /// Term of the message.
+        asked: Term,
+    },
+    /// The bytes are not WAL that can follow what is here.
+    #[error("invalid WAL: {0}")]
+    BadWal(#[from] WalError),
+}
+
+impl AcceptorError {
+    /// Whether this means damage somewhere rather than an ordinary race or a wrong message. Such an error quarantines
+    /// the timeline: two facts exclude each other, and which of them is wrong can't be told here.
+    pub fn is_alarming(&self) -> bool {
+        matches!(self, Self::TruncatesCommitted { .. } | Self::BadHistory(HistoryError::Conflict { .. }))
+    }
+}
+
+/// How far above its own term an acceptor follows at once. Elections raise terms by one, so this is for ever; yet a
+/// single wrong message can't use up all terms there are.
+pub const MAX_TERM_STEP: u64 = 1 << 32;
