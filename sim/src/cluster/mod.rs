@@ -1,0 +1,1 @@
+//! Whole timelines in simulated time, over simulated disks and a simulated network.

@@ -1,0 +1,8 @@
+//! The cluster put to the proof by machines.
+//!
+//! [`model`] runs the real acceptors and proposers inside a model checker: every order of messages, losses, crashes and
+//! membership changes within a bound. [`cluster`] runs whole timelines with simulated disks, network and time: fewer
+//! orders, but all of the code.
+
+pub mod cluster;
+pub mod model;

@@ -1,0 +1,1 @@
+//! The real acceptor and proposer inside a model checker.
