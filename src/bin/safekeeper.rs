@@ -8,7 +8,7 @@ use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::lanes::Lanes;
 use safekeeper::server::{self, ServerConfig};
-use safekeeper::storage::{ControlFile, DataDir, RealDisk};
+use safekeeper::storage::{self, DataDir, RealDisk};
 use safekeeper::timeline::registry::Registry;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
@@ -23,8 +23,7 @@ fn main() -> ExitCode {
 }
 
 fn dump_control_file(file: &Path) -> anyhow::Result<()> {
-    let control = ControlFile::read(&RealDisk::new(false), file)?;
-    println!("{:#}", control.to_json());
+    println!("{:#}", storage::describe_control_file(&RealDisk::new(false), file)?);
     Ok(())
 }
 

@@ -23,7 +23,8 @@ use prometheus::{
 
 pub use safekeeper::{
     Application, IoCounters, QueryKind, RunningQuery, StorageOperation, acceptor_message, control_file_persisted,
-    disk_io_error, io, pageserver_feedback, query, reader, receiver, storage_operation, wal_flushed, wal_written,
+    disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader, receiver, storage_operation, wal_flushed,
+    wal_written,
 };
 pub use timelines::{TimelineSample, TimelineSource};
 

@@ -21,6 +21,8 @@ struct Metrics {
     persist_control_file_seconds: Histogram,
     wal_storage_operation_seconds: HistogramVec,
     wal_disk_io_errors: IntCounter,
+    forks_set_aside: IntCounter,
+    fork_bytes_set_aside: IntCounter,
     proposer_acceptor_messages: IntCounterVec,
     received_ps_feedbacks: IntCounter,
     pg_queries_received: IntCounterVec,
@@ -149,6 +151,14 @@ impl Metrics {
                 "safekeeper_wal_disk_io_errors_total",
                 "Failed reads, writes and syncs of WAL and control files.",
             ),
+            forks_set_aside: counter(
+                "safekeeper_forks_set_aside_total",
+                "Times that WAL which a leader cut off was set aside.",
+            ),
+            fork_bytes_set_aside: counter(
+                "safekeeper_fork_bytes_set_aside_total",
+                "Bytes of WAL which leaders cut off and which were set aside.",
+            ),
             proposer_acceptor_messages: counter_vec(
                 "safekeeper_proposer_acceptor_messages_total",
                 "Messages from proposers, by how processing them ended.",
@@ -183,7 +193,7 @@ impl Metrics {
     }
 }
 
-pub(super) fn collectors() -> [Box<dyn Collector>; 13] {
+pub(super) fn collectors() -> [Box<dyn Collector>; 15] {
     // A series that exists from the start makes rate() right for its first event.
     for outcome in ["success", "error"] {
         METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
@@ -195,6 +205,8 @@ pub(super) fn collectors() -> [Box<dyn Collector>; 13] {
         Box::new(METRICS.persist_control_file_seconds.clone()),
         Box::new(METRICS.wal_storage_operation_seconds.clone()),
         Box::new(METRICS.wal_disk_io_errors.clone()),
+        Box::new(METRICS.forks_set_aside.clone()),
+        Box::new(METRICS.fork_bytes_set_aside.clone()),
         Box::new(METRICS.proposer_acceptor_messages.clone()),
         Box::new(METRICS.received_ps_feedbacks.clone()),
         Box::new(METRICS.pg_queries_received.clone()),
@@ -236,6 +248,12 @@ pub fn storage_operation(operation: StorageOperation, took: Duration) {
 /// Reading, writing or syncing WAL or a control file failed.
 pub fn disk_io_error() {
     METRICS.wal_disk_io_errors.inc();
+}
+
+/// WAL that a leader cut off was set aside.
+pub fn fork_set_aside(bytes: u64) {
+    METRICS.forks_set_aside.inc();
+    METRICS.fork_bytes_set_aside.inc_by(bytes);
 }
 
 /// A message for the acceptor was processed; `ok` unless it ends the session.

@@ -298,6 +298,11 @@ impl ControlFile {
     }
 }
 
+/// Whether this begins like a control file of any version.
+pub(super) fn is_control_file(content: &[u8]) -> bool {
+    content.starts_with(&MAGIC.to_le_bytes())
+}
+
 /// The field is there in all versions and filled by none.
 const UNUSED_PROPOSER_UUID: &str = "00000000000000000000000000000000";
 

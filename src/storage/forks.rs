@@ -2,20 +2,42 @@
 //! silently.
 //!
 //! Such WAL wasn't committed as far as this node knew, and nothing in the safekeeper ever reads it again; it is there for
-//! the operator who finds out that something was lost. Files are kept within [`MAX_FORKS`] and [`MAX_BYTES`] per
-//! timeline; the oldest go first.
+//! the operator who finds out that something was lost. A file has a page of 4096 bytes that says what it is, and the
+//! bytes behind it, as they were in the segments.
+//!
+//! What it promises:
+//!
+//! * When [`set_aside`] has returned, the fork is durable and can be checked by itself; interrupted at any moment, it leaves
+//!   a whole one or none. Repeated after an interruption, it makes no second one.
+//! * A timeline has at most [`MAX_FORKS`] of them with [`MAX_BYTES`] together, and during a copy one more. The oldest go
+//!   first, never the newest; each with a line in the log.
 
-use std::path::PathBuf;
+use std::io::IoSlice;
+use std::path::{Path, PathBuf};
 
-use pgproto::{Lsn, SegmentSize, TenantTimelineId, Term};
+use bytes::{Buf, BufMut};
+use pgproto::{Lsn, SegmentSize, TenantId, TenantTimelineId, Term, TimelineId};
 
-use super::disk::DiskError;
+use super::chain::{BLOCK_LEN, block_end};
+use super::disk::{DiskError, DiskFile, During};
 use super::segments::TimelineFiles;
+use crate::metrics;
 
 /// Most forks kept per timeline: far more than a sane cluster makes in its life, few enough to look through.
 pub const MAX_FORKS: usize = 64;
-/// Most bytes of WAL set aside per timeline.
+/// Most bytes of WAL set aside per timeline: minutes of a busy primary's, where a cut takes off what was under way.
 pub const MAX_BYTES: u64 = 1 << 30;
+
+const NAME_PREFIX: &str = "safekeeper.control.fork.";
+const PARTIAL_NAME: &str = "safekeeper.control.fork.partial";
+const MAGIC: u64 = u64::from_le_bytes(*b"SKFORKED");
+const VERSION: u32 = 1;
+const PAGE: usize = 4096;
+/// Everything before the reason.
+const FIXED_LEN: usize = 108;
+/// Longest reason in bytes; the rest of a longer one is left out.
+const MAX_REASON: usize = 1024;
+const CRC_LEN: usize = 4;
 
 /// What is known of a fork.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,13 +66,15 @@ pub struct ForkHeader {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fork {
     /// Counts up; the oldest has the lowest.
-    pub number: u32,
+    pub number: u64,
     /// Where it is.
     pub path: PathBuf,
     /// What it is.
     pub header: ForkHeader,
     /// End of what was kept: lower than `header.to` when the limit didn't allow all of it.
     pub kept_to: Lsn,
+    /// CRC-32C of the WAL in it.
+    wal_crc: u32,
 }
 
 /// Why WAL was not set aside. `E` is the error of reading WAL.
@@ -61,25 +85,257 @@ pub enum SetAsideError<E: std::error::Error + 'static> {
     Disk(#[from] DiskError),
     /// The WAL could not be read.
     #[error("could not read the WAL to set aside: {0}")]
-    Read(E),
+    Read(#[source] E),
 }
 
-/// Copies `header.from..header.to` into a fork. Durable on return. `None` when there is nothing to keep, because the range is empty.
+/// Why a fork cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ForkError {
+    /// The disk failed.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The page at its start is not what was written.
+    #[error("the first page of the fork is damaged")]
+    Header,
+    /// Written by a version of the software that this one doesn't know.
+    #[error("fork has format version {0}; this safekeeper reads version {VERSION}")]
+    Version(u32),
+    /// The bytes behind the first page are not those that were written.
+    #[error("the WAL in the fork is damaged")]
+    Wal,
+}
+
+/// What a timeline may keep.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    forks: usize,
+    bytes: u64,
+}
+
+/// Copies `header.from..header.to` into a fork; `read` fills a buffer, which never crosses the end of a checksum block, with
+/// our WAL at a position. Durable on return. `None` when there is nothing to set aside.
+///
+/// # Errors
+/// A full disk, among others of the disk. Nothing is left behind then.
 pub fn set_aside<E: std::error::Error + 'static>(
     files: &TimelineFiles,
     header: ForkHeader,
     read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
 ) -> Result<Option<Fork>, SetAsideError<E>> {
-    let _ = (files, header, read);
-    unimplemented!()
+    set_aside_within(Limits { forks: MAX_FORKS, bytes: MAX_BYTES }, files, header, read)
 }
 
-/// All forks of the timeline, the oldest first. Those that cannot be read are left out, with a log line.
+fn set_aside_within<E: std::error::Error + 'static>(
+    limits: Limits,
+    files: &TimelineFiles,
+    mut header: ForkHeader,
+    read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
+) -> Result<Option<Fork>, SetAsideError<E>> {
+    if header.to <= header.from {
+        return Ok(None);
+    }
+    let found = find(files)?;
+    if let Some(fork) = found.last().and_then(|last| already_there(files, last, &header)) {
+        return Ok(Some(fork));
+    }
+    header.reason.truncate(header.reason.floor_char_boundary(MAX_REASON));
+    let number = found.last().map_or(1, |last| last.number.saturating_add(1));
+    let kept_to = Lsn(header.from.0 + header.to.saturating_sub(header.from).min(limits.bytes));
+    let path = files.dir().join(format!("{NAME_PREFIX}{number:016x}"));
+    let mut fork = Fork { number, path, header, kept_to, wal_crc: 0 };
+    let partial = files.dir().join(PARTIAL_NAME);
+    if let Err(error) = write(files, &partial, &mut fork, read) {
+        // A full disk should not stay full because of this.
+        if let Err(error) = remove_leftovers(files) {
+            tracing::warn!("{error}");
+        }
+        return Err(error);
+    }
+    files.disk().rename(&partial, &fork.path).during("rename into place", &fork.path)?;
+    files.sync_dir()?;
+    announce(&fork);
+    keep_within(limits, files)?;
+    Ok(Some(fork))
+}
+
+/// All forks of the timeline that can be read, the oldest first. Others are left out, with a line in the log.
 pub fn list(files: &TimelineFiles) -> Result<Vec<Fork>, DiskError> {
-    unimplemented!("{files:?}")
+    let readable = |found: FoundFile| {
+        let fork = open(files, &found);
+        fork.inspect_err(|error| tracing::warn!("\"{}\": {error}", found.path.display())).ok().map(|(fork, _)| fork)
+    };
+    Ok(find(files)?.into_iter().filter_map(readable).collect())
+}
+
+/// Reads the WAL of a fork, in pieces that `sink` gets in order, and checks it: when it returns an error, what `sink` got is
+/// not to be trusted.
+pub fn read_back(files: &TimelineFiles, fork: &Fork, mut sink: impl FnMut(&[u8])) -> Result<(), ForkError> {
+    let found = FoundFile { number: fork.number, path: fork.path.clone() };
+    let (on_disk, file) = open(files, &found)?;
+    if on_disk != *fork {
+        return Err(ForkError::Header);
+    }
+    let mut bytes = vec![0; BLOCK_LEN];
+    let (mut offset, mut crc) = (PAGE as u64, 0);
+    loop {
+        match file.read_at(&mut bytes, offset).during("read", &fork.path)? {
+            0 => break,
+            count => {
+                let bytes = bytes.split_at(count).0;
+                crc = crc32c::crc32c_append(crc, bytes);
+                sink(bytes);
+                offset += count as u64;
+            }
+        }
+    }
+    let length = fork.kept_to.saturating_sub(fork.header.from);
+    if offset - PAGE as u64 == length && crc == fork.wal_crc { Ok(()) } else { Err(ForkError::Wal) }
 }
 
 /// Removes what an interrupted copy left behind.
 pub fn remove_leftovers(files: &TimelineFiles) -> Result<(), DiskError> {
-    unimplemented!("{files:?}")
+    let path = files.dir().join(PARTIAL_NAME);
+    match files.disk().remove_file(&path).during("remove", &path) {
+        Err(error) if !error.is_not_found() => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The newest fork, when it is what is to be set aside now: the cut was interrupted after it was made.
+fn already_there(files: &TimelineFiles, newest: &FoundFile, header: &ForkHeader) -> Option<Fork> {
+    let key = |header: &ForkHeader| (header.ttid, header.from, header.to, header.term, header.new_term);
+    let (fork, _) = open(files, newest).ok()?;
+    let same = key(&fork.header) == key(header) && read_back(files, &fork, |_| ()).is_ok();
+    same.then_some(fork)
+}
+
+/// Writes the fork under its temporary name: first the WAL, then, its checksum being known, the page that describes it.
+fn write<E: std::error::Error + 'static>(
+    files: &TimelineFiles,
+    partial: &Path,
+    fork: &mut Fork,
+    mut read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
+) -> Result<(), SetAsideError<E>> {
+    let file = files.disk().create(partial, true).during("create", partial)?;
+    let mut bytes = vec![0; BLOCK_LEN];
+    let (mut at, mut offset) = (fork.header.from, PAGE as u64);
+    while at < fork.kept_to {
+        let length = block_end(at).min(fork.kept_to).saturating_sub(at);
+        let bytes = bytes.split_at_mut(usize::try_from(length).unwrap_or(BLOCK_LEN)).0;
+        read(at, bytes).map_err(SetAsideError::Read)?;
+        fork.wal_crc = crc32c::crc32c_append(fork.wal_crc, bytes);
+        file.write_at(&mut [IoSlice::new(bytes)], offset).during("write", partial)?;
+        at = Lsn(at.0 + length);
+        offset += length;
+    }
+    file.write_at(&mut [IoSlice::new(&fork.encode())], 0).during("write", partial)?;
+    Ok(file.sync_all().during("sync", partial)?)
+}
+
+fn announce(fork: &Fork) {
+    let Fork { path, header, kept_to, .. } = fork;
+    let bytes = kept_to.saturating_sub(header.from);
+    metrics::fork_set_aside(bytes);
+    tracing::warn!(
+        ttid = %header.ttid, from = %header.from, to = %header.to, term = %header.term, new_term = %header.new_term,
+        "WAL that a leader cut off is set aside in \"{}\": {}", path.display(), header.reason
+    );
+    if *kept_to < header.to {
+        tracing::warn!(ttid = %header.ttid, "only its first {bytes} bytes, up to {kept_to}, were kept");
+    }
+}
+
+/// Removes the oldest forks until the rest is within the limits. The newest always is.
+fn keep_within(limits: Limits, files: &TimelineFiles) -> Result<(), DiskError> {
+    let (mut forks, mut bytes) = (0, 0_u64);
+    let mut removed = false;
+    for found in find(files)?.iter().rev() {
+        let file = files.disk().open_read(&found.path).during("open", &found.path)?;
+        let length = file.len().during("read the length of", &found.path)?;
+        forks += 1;
+        bytes = bytes.saturating_add(length.saturating_sub(PAGE as u64));
+        if forks > limits.forks || bytes > limits.bytes {
+            tracing::warn!("removing \"{}\" to stay within the limits for forks", found.path.display());
+            files.disk().remove_file(&found.path).during("remove", &found.path)?;
+            removed = true;
+        }
+    }
+    if removed { files.sync_dir() } else { Ok(()) }
+}
+
+struct FoundFile {
+    number: u64,
+    path: PathBuf,
+}
+
+/// The files that have a fork's name, the oldest first.
+fn find(files: &TimelineFiles) -> Result<Vec<FoundFile>, DiskError> {
+    let dir = files.dir();
+    let entries = files.disk().read_dir(&dir).during("list", &dir)?;
+    let parse = |name: &str| {
+        let digits = name.strip_prefix(NAME_PREFIX).filter(|digits| digits.len() == 16)?;
+        let number = u64::from_str_radix(digits, 16).ok()?;
+        // The last number has no successor, and none of ours has it.
+        (number < u64::MAX && *digits == *format!("{number:016x}")).then(|| FoundFile { number, path: dir.join(name) })
+    };
+    let mut found: Vec<FoundFile> = entries.iter().filter_map(|entry| parse(&entry.name)).collect();
+    found.sort_unstable_by_key(|file| file.number);
+    Ok(found)
+}
+
+fn open(files: &TimelineFiles, found: &FoundFile) -> Result<(Fork, std::sync::Arc<dyn DiskFile>), ForkError> {
+    let file = files.disk().open_read(&found.path).during("open", &found.path)?;
+    let mut page = [0; PAGE];
+    file.read_at(&mut page, 0).during("read", &found.path)?;
+    Ok((Fork::decode(&page, found)?, file))
+}
+
+impl Fork {
+    /// The first page.
+    fn encode(&self) -> Vec<u8> {
+        let header = &self.header;
+        let mut out = Vec::with_capacity(PAGE);
+        out.put_u64_le(MAGIC);
+        out.put_u32_le(VERSION);
+        out.put_u32_le(header.segment_size.as_u32());
+        out.put_u32_le(header.pg_version);
+        out.put_slice(&header.ttid.tenant_id.0);
+        out.put_slice(&header.ttid.timeline_id.0);
+        for number in [header.from.0, header.to.0, self.kept_to.0, header.term.0, header.new_term.0, header.when] {
+            out.put_u64_le(number);
+        }
+        out.put_u32_le(self.wal_crc);
+        out.put_u32_le(u32::try_from(header.reason.len()).unwrap_or(u32::MAX));
+        debug_assert_eq!(out.len(), FIXED_LEN);
+        out.put_slice(header.reason.as_bytes());
+        out.resize(PAGE - CRC_LEN, 0);
+        out.put_u32_le(crc32c::crc32c(&out));
+        out
+    }
+
+    fn decode(page: &[u8; PAGE], found: &FoundFile) -> Result<Self, ForkError> {
+        let (checked, mut stored) = page.split_at(PAGE - CRC_LEN);
+        let (mut fixed, reason) = checked.split_at(FIXED_LEN);
+        if fixed.get_u64_le() != MAGIC || crc32c::crc32c(checked) != stored.get_u32_le() {
+            return Err(ForkError::Header);
+        }
+        match fixed.get_u32_le() {
+            VERSION => {}
+            other => return Err(ForkError::Version(other)),
+        }
+        let segment_size = SegmentSize::new(fixed.get_u32_le()).map_err(|_| ForkError::Header)?;
+        let pg_version = fixed.get_u32_le();
+        let (mut tenant_id, mut timeline_id) = ([0; 16], [0; 16]);
+        fixed.copy_to_slice(&mut tenant_id);
+        fixed.copy_to_slice(&mut timeline_id);
+        let ttid = TenantTimelineId::new(TenantId(tenant_id), TimelineId(timeline_id));
+        let (from, to, kept_to) = (Lsn(fixed.get_u64_le()), Lsn(fixed.get_u64_le()), Lsn(fixed.get_u64_le()));
+        let (term, new_term, when) = (Term(fixed.get_u64_le()), Term(fixed.get_u64_le()), fixed.get_u64_le());
+        let wal_crc = fixed.get_u32_le();
+        let length = usize::try_from(fixed.get_u32_le()).unwrap_or(usize::MAX);
+        let reason = reason.get(..length).and_then(|reason| std::str::from_utf8(reason).ok());
+        let reason = reason.ok_or(ForkError::Header)?.to_owned();
+        let header = ForkHeader { ttid, segment_size, pg_version, from, to, term, new_term, when, reason };
+        Ok(Self { number: found.number, path: found.path.clone(), header, kept_to, wal_crc })
+    }
 }

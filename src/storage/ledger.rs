@@ -192,21 +192,19 @@ impl Ledger {
     /// Allocates places for the entries of all blocks that begin below `upto`. Nothing is to be done when they have
     /// theirs already. Fails when the disk is full, and may be called again then.
     pub fn reserve(&self, upto: Lsn) -> Result<(), LedgerError> {
-        let Some(last) = upto.0.checked_sub(1).map(Lsn) else { return Ok(()) };
-        let enough = |state: &State| {
-            let place = state.header.place(last)?;
-            Some(place.saturating_add(ENTRY_LEN as u64).next_multiple_of(PAGE))
+        let missing = |state: &State| {
+            let place = state.header.place(Lsn(upto.0.checked_sub(1)?))?;
+            let wanted = place.saturating_add(ENTRY_LEN as u64).next_multiple_of(PAGE);
+            wanted.checked_sub(state.len).filter(|&missing| missing > 0)
         };
-        let Some(wanted) = enough(&self.state.read()) else { return Ok(()) };
-        if wanted <= self.state.read().len {
+        if missing(&self.state.read()).is_none() {
             return Ok(());
         }
         let path = self.path();
         let mut state = self.state.write();
-        while state.len < wanted {
-            let zeros = prefix(ZEROS, wanted - state.len);
-            let at = state.len;
-            state.file.write_at(&mut [IoSlice::new(zeros)], at).during("extend", &path)?;
+        while let Some(missing) = missing(&state) {
+            let zeros = prefix(ZEROS, missing);
+            state.file.write_at(&mut [IoSlice::new(zeros)], state.len).during("extend", &path)?;
             state.len += zeros.len() as u64;
         }
         Ok(())

@@ -47,9 +47,9 @@ pub(crate) mod control_copies;
 mod control_file;
 mod data_dir;
 mod disk;
-pub mod journal;
 #[allow(dead_code, reason = "not yet built in")]
 pub(crate) mod forks;
+pub mod journal;
 #[allow(dead_code, reason = "not yet built in")]
 pub(crate) mod ledger;
 mod reader;
@@ -75,6 +75,7 @@ pub mod test_wal;
 #[cfg(test)]
 mod tests;
 
+pub use control_copies::{CopyError, describe_control_file};
 pub use control_file::{
     CONTROL_FILE_NAME, ControlFile, ControlFileError, CreationTime, EvictionState, PartialSegment, UploadStatus,
 };
