@@ -10,6 +10,7 @@ use std::io::{self, IoSlice};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::fs::OFlags;
 
@@ -56,6 +57,10 @@ pub trait Disk: fmt::Debug + Send + Sync {
     /// Whether operations must come in the same order in every run, so that nothing may be done in the background.
     fn is_deterministic(&self) -> bool {
         false
+    }
+    /// How long the next durable write takes in *simulated* time, for the caller to wait. Real disks take their own time.
+    fn delay(&self) -> Duration {
+        Duration::ZERO
     }
 }
 
