@@ -72,6 +72,20 @@ impl TermHistory {
         self.0.iter().rev().find(|entry| entry.lsn <= flush_lsn).map_or(Term(0), |entry| entry.term)
     }
 
+    /// Checks that no term begins in two places: one term is one leader (spec: semantics 5.3, 26).
+    pub fn check_agrees(&self, theirs: &TermHistory) -> Result<(), HistoryError> {
+        let mut other = theirs.0.iter().peekable();
+        for entry in &self.0 {
+            while other.next_if(|theirs| theirs.term < entry.term).is_some() {}
+            if let Some(same) = other.next_if(|theirs| theirs.term == entry.term)
+                && same.lsn != entry.lsn
+            {
+                return Err(HistoryError::Conflict { term: entry.term, ours: same.lsn, theirs: entry.lsn });
+            }
+        }
+        Ok(())
+    }
+
     /// This history with a leader's own term behind it.
     pub fn extended(&self, entry: TermLsn) -> Result<TermHistory, HistoryError> {
         let mut entries = self.0.clone();
@@ -155,6 +169,15 @@ mod tests {
         assert_eq!(common(&[(1, 10), (3, 20)], &[(1, 10)], 35), Some((1, 20).into()));
         assert_eq!(common(&[(1, 10), (3, 20)], &[(1, 10), (2, 15)], 35), Some((1, 15).into()));
         assert_eq!(common(&[(1, 10), (3, 20)], &[(1, 10)], 12), Some((1, 12).into()));
+    }
+
+    #[test]
+    fn one_term_begins_in_one_place_wherever_it_stands_in_a_history() {
+        let agree = |a: &[(u64, u64)], b: &[(u64, u64)]| history(a).check_agrees(&history(b));
+        assert_eq!(agree(&[(1, 10), (4, 40)], &[(1, 10), (2, 20), (3, 30), (4, 40)]), Ok(()));
+        assert_eq!(agree(&[(5, 10)], &[]), Ok(()));
+        let conflict = HistoryError::Conflict { term: Term(4), ours: Lsn(41), theirs: Lsn(40) };
+        assert_eq!(agree(&[(1, 10), (4, 40), (5, 50)], &[(2, 10), (4, 41)]), Err(conflict));
     }
 
     #[test]

@@ -6,6 +6,7 @@
 pub mod acceptor;
 pub mod health;
 pub mod history;
+pub mod membership;
 pub mod proposer;
 pub mod state;
 

@@ -7,6 +7,7 @@ use pgproto::{Generation, Lsn, NodeId, Term};
 
 use crate::consensus::health::Fault;
 use crate::consensus::history::HistoryError;
+use crate::consensus::membership::Malformed;
 
 /// Why a message was refused. Nothing was changed; the connection it came from should end.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -41,6 +42,12 @@ pub enum AcceptorError {
         /// The configuration offered.
         generation: Generation,
     },
+    /// A configuration that none can be.
+    #[error(transparent)]
+    BadConfiguration(#[from] Malformed),
+    /// One generation stands for one configuration, wherever it is stored.
+    #[error("configuration generation {0} has other members here than the proposer says")]
+    TwoConfigurations(Generation),
     /// Votes and acknowledgements of different configurations don't mix.
     #[error("message of generation {theirs} refused, generation here is {ours}")]
     GenerationMismatch {
@@ -76,6 +83,18 @@ pub enum AcceptorError {
         /// Commit LSN here.
         commit: Lsn,
     },
+    /// Two first elections failed, and the log was begun anew in another place. Nothing of the log here is known to be
+    /// committed, and nothing of it can be.
+    #[error(
+        "the log here begins at {ours} and has nothing in common with the leader's, which begins at {theirs}; nothing of \
+         the log here was ever committed: remove this node's copy through a membership change, and add the node again"
+    )]
+    OtherBeginning {
+        /// Start of the log here.
+        ours: Lsn,
+        /// Start of the leader's.
+        theirs: Lsn,
+    },
     /// The log here ends before the point where the leader's begins.
     #[error("leader's log begins at {start}, behind the end of the log here at {end}")]
     StartBeyondEnd {
@@ -87,6 +106,9 @@ pub enum AcceptorError {
     /// An append must follow an accepted `Elected` of exactly its term.
     #[error("append of term {0} before that leader was accepted here")]
     NotElected(Term),
+    /// No record begins or ends at this position.
+    #[error("{0} is no position where a WAL record can begin or end")]
+    NotARecordBoundary(Lsn),
     /// Bytes would be written twice.
     #[error("append at {begin} would overwrite WAL that ends at {end}")]
     Overlap {

@@ -11,6 +11,7 @@
 //! Invariants (spec: semantics 5.3) are kept in three ways. What a peer or the disk could break is checked: a message is
 //! refused, a loaded state gives [`Health::Fault`] or [`Health::Quarantined`]. What only a bug could break is asserted.
 
+mod checks;
 mod error;
 
 use bytes::Bytes;
@@ -18,13 +19,13 @@ use pgproto::feedback::HotStandbyFeedback;
 use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
-    ProposerMessage, TermLsn, VoteRequest, VoteResponse,
+    ProposerMessage, VoteRequest, VoteResponse,
 };
-use pgproto::{Generation, Lsn, NodeId, Term};
+use pgproto::{Lsn, NodeId, Term};
 
 pub use self::error::{AcceptorError, MAX_TERM_STEP};
 use super::health::{Fault, Health};
-use super::history::{TermHistory, highest_common_point};
+use super::history::TermHistory;
 use super::state::ControlState;
 
 /// One thing to do, in the order given.
@@ -96,6 +97,8 @@ pub struct Acceptor {
     term_start_lsn: Lsn,
     /// Highest commit LSN heard from the accepted leader; not more than `lazy.commit_lsn` is true here.
     leader_commit_lsn: Lsn,
+    /// Highest peer horizon heard from the accepted leader, limited here as its commit LSN is.
+    leader_horizon_lsn: Lsn,
     /// WAL was written that no flush has covered.
     dirty: bool,
     health: Health,
@@ -115,29 +118,12 @@ impl Acceptor {
             leader_accepted: false,
             term_start_lsn: Lsn::INVALID,
             leader_commit_lsn: Lsn::INVALID,
+            leader_horizon_lsn: Lsn::INVALID,
             dirty: false,
             health: Health::Sound,
         };
         acceptor.check_loaded();
         acceptor
-    }
-
-    /// Checks what was loaded against the invariants of semantics 5.3.
-    fn check_loaded(&mut self) {
-        let (commit, end) = (self.lazy.commit_lsn, self.flush_lsn());
-        if commit > end {
-            let reason = format!("WAL up to {commit} is committed, but whole records end at {end}");
-            self.health.add_fault(Fault { from: end, acked_end: commit, reason: reason.into() });
-        }
-        let (term, joined) = (self.durable.term, self.durable.term_history.last_term());
-        if joined > term {
-            self.quarantine(format!("its log has WAL of term {joined}, but it promised no term above {term}"));
-        }
-        // Peers of other safekeepers told each other these, so they may be ahead. Too low they are true as well.
-        let lazy = &mut self.lazy;
-        for lsn in [&mut lazy.backup_lsn, &mut lazy.peer_horizon_lsn, &mut lazy.remote_consistent_lsn] {
-            *lsn = (*lsn).min(commit);
-        }
     }
 
     /// Whether this acceptor can vouch for its log.
@@ -155,23 +141,7 @@ impl Acceptor {
     fn quarantine(&mut self, reason: String) {
         self.health.quarantine(reason);
         self.leader_accepted = false;
-        self.leader_commit_lsn = Lsn::INVALID;
-    }
-
-    /// Whether this acceptor may say how far its log goes.
-    fn check_may_vouch(&self) -> Result<(), AcceptorError> {
-        match &self.health {
-            Health::Sound => Ok(()),
-            Health::Fault(fault) => Err(AcceptorError::Faulty(fault.clone())),
-            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
-        }
-    }
-
-    fn check_not_quarantined(&self) -> Result<(), AcceptorError> {
-        match &self.health {
-            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
-            Health::Sound | Health::Fault(_) => Ok(()),
-        }
+        self.forget_leader();
     }
 
     /// The node this acceptor speaks for.
@@ -231,37 +201,19 @@ impl Acceptor {
         result
     }
 
-    /// What holds after every step, unless what was loaded broke it (spec: semantics 5.3, 22 and 23).
-    fn assert_invariants(&self) {
-        if !self.health.is_sound() {
-            return;
-        }
-        let LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn } = self.lazy;
-        assert!(commit_lsn <= self.flush_lsn(), "only what is here can be called committed here");
-        assert!(peer_horizon_lsn <= commit_lsn, "the peer horizon is committed");
-        assert!(
-            backup_lsn <= commit_lsn && remote_consistent_lsn <= commit_lsn,
-            "only committed WAL leaves the quorum"
-        );
-        assert!(self.durable.term >= self.durable.term_history.last_term(), "WAL comes only from terms joined");
-    }
-
     fn greeting(&mut self, greeting: ProposerGreeting) -> Result<Vec<Action>, AcceptorError> {
         self.check_identity(&greeting)?;
+        self.check_configuration(&greeting.configuration)?;
         let mut next = self.durable.clone();
-        if greeting.system_id.is_known() && greeting.system_id != next.server.system_id {
-            next.server.system_id = greeting.system_id;
-            if greeting.pg_version != 0 {
-                next.server.pg_version = greeting.pg_version;
-            }
+        let (server, theirs) = (&mut next.server, greeting.system_id);
+        let other_system = theirs.is_known() && theirs != server.system_id;
+        if other_system {
+            server.system_id = theirs;
+        }
+        if greeting.pg_version != 0 && (other_system || server.pg_version == 0) {
+            server.pg_version = greeting.pg_version;
         }
         if greeting.configuration.generation > next.configuration.generation {
-            if !greeting.configuration.contains(self.node_id) {
-                return Err(AcceptorError::NotAMember {
-                    node: self.node_id,
-                    generation: greeting.configuration.generation,
-                });
-            }
             next.configuration = greeting.configuration;
         }
         let mut actions = Vec::new();
@@ -272,26 +224,6 @@ impl Acceptor {
             term: self.durable.term,
         })));
         Ok(actions)
-    }
-
-    fn check_identity(&self, greeting: &ProposerGreeting) -> Result<(), AcceptorError> {
-        let own = &self.durable;
-        if greeting.ttid != own.ttid {
-            return Err(AcceptorError::WrongTimeline(own.ttid));
-        }
-        let major = |version: u32| version / 10_000;
-        if greeting.pg_version != 0 && !(14..=18).contains(&major(greeting.pg_version)) {
-            return Err(AcceptorError::UnsupportedVersion(greeting.pg_version));
-        }
-        let (ours, theirs) = (major(own.server.pg_version), major(greeting.pg_version));
-        if ours != 0 && theirs != 0 && ours != theirs {
-            return Err(AcceptorError::VersionMismatch { ours, theirs });
-        }
-        if greeting.wal_seg_size != own.server.wal_seg_size.as_u32() {
-            let (ours, theirs) = (own.server.wal_seg_size.bytes(), u64::from(greeting.wal_seg_size));
-            return Err(AcceptorError::SegmentSizeMismatch { ours, theirs });
-        }
-        Ok(())
     }
 
     fn vote(&mut self, request: VoteRequest) -> Result<Vec<Action>, AcceptorError> {
@@ -328,6 +260,7 @@ impl Acceptor {
         if history.last_term() != elected.term {
             return Err(AcceptorError::HistoryTermMismatch { term: elected.term, last: history.last_term() });
         }
+        Self::check_boundary(history.last().map_or(Lsn::INVALID, |entry| entry.lsn))?;
         let start = self.check_start(&history, elected.start_streaming_at)?;
         let mut actions = self.flush();
         if self.durable.term < elected.term {
@@ -340,29 +273,6 @@ impl Acceptor {
         actions.push(Action::Truncate { end: start });
         self.adopt(history, start, &mut actions);
         Ok(actions)
-    }
-
-    /// The position at which the leader and this log part, if that is where the leader wants to start.
-    fn check_start(&self, history: &TermHistory, wanted: Lsn) -> Result<Lsn, AcceptorError> {
-        // The log ends where it will end once all of it is flushed, which happens before it is cut.
-        let written = self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
-        let end = written.max(self.durable.timeline_start_lsn);
-        let own = self.durable.term_history.visible_at(end);
-        let common = highest_common_point(history, &own, end)?;
-        let first = history.first().map_or(Lsn::INVALID, |entry| entry.lsn);
-        let ours = common.map_or(first, |point: TermLsn| point.lsn);
-        if ours != wanted || !wanted.is_valid() {
-            return Err(AcceptorError::StartMismatch { ours, theirs: wanted });
-        }
-        // What the flush that comes first will make committed counts already.
-        let commit = self.lazy.commit_lsn.max(self.leader_commit_lsn.min(end));
-        if wanted < commit {
-            return Err(AcceptorError::TruncatesCommitted { start: wanted, commit });
-        }
-        if written.is_valid() && wanted > end {
-            return Err(AcceptorError::StartBeyondEnd { start: wanted, end });
-        }
-        Ok(wanted)
     }
 
     /// Makes the leader's history this node's own, its log now ending at `start`.
@@ -390,7 +300,7 @@ impl Acceptor {
         self.scanner = Some(RecordScanner::new(start, server.wal_seg_size, server.pg_version));
         self.flush_lsn = start;
         self.leader_accepted = true;
-        self.leader_commit_lsn = Lsn::INVALID;
+        self.forget_leader();
         self.dirty = false;
     }
 
@@ -407,14 +317,12 @@ impl Acceptor {
         {
             return Err(AcceptorError::NotElected(append.term));
         }
+        Self::check_boundary(append.commit_lsn)?;
         let mut actions = Vec::new();
-        if !append.wal.is_empty() {
-            self.write(append.begin_lsn, append.wal, &mut actions)?;
-        }
+        self.write(append.begin_lsn, append.wal, &mut actions)?;
         self.leader_commit_lsn = self.leader_commit_lsn.max(append.commit_lsn);
+        self.leader_horizon_lsn = self.leader_horizon_lsn.max(append.truncate_lsn);
         self.advance_commit(&mut actions);
-        let horizon = append.truncate_lsn.min(self.lazy.commit_lsn);
-        self.lazy.peer_horizon_lsn = self.lazy.peer_horizon_lsn.max(horizon);
         Ok(actions)
     }
 
@@ -425,6 +333,9 @@ impl Acceptor {
             std::cmp::Ordering::Less => return Err(AcceptorError::Overlap { begin, end }),
             std::cmp::Ordering::Greater => return Err(AcceptorError::Gap { begin, end }),
             std::cmp::Ordering::Equal => {}
+        }
+        if wal.is_empty() {
+            return Ok(());
         }
         // Scan before writing, on a copy, so that a bad record is neither written nor remembered.
         let mut scanned = scanner.clone();
@@ -451,11 +362,15 @@ impl Acceptor {
     /// Moves the commit LSN to what the leader told, as far as it is durable here. The leader's word holds for all of
     /// this log, because accepting the leader made the log a prefix of the leader's.
     fn advance_commit(&mut self, actions: &mut Vec<Action>) {
-        let commit = self.leader_commit_lsn.min(self.flush_lsn());
-        if commit <= self.lazy.commit_lsn {
+        let commit = self.leader_commit_lsn.min(self.flush_lsn()).max(self.lazy.commit_lsn);
+        let advanced = commit > self.lazy.commit_lsn;
+        self.lazy.commit_lsn = commit;
+        // Peers may have more than is committed here; what they don't need is known only as far as that.
+        let horizon = self.leader_horizon_lsn.min(commit);
+        self.lazy.peer_horizon_lsn = self.lazy.peer_horizon_lsn.max(horizon);
+        if !advanced {
             return;
         }
-        self.lazy.commit_lsn = commit;
         let saved = self.durable.commit_lsn;
         // A recovering leader waits for the saved value to reach its term start (D7). The other rule bounds how much a
         // restart has to scan.
@@ -486,12 +401,9 @@ impl Acceptor {
 
     /// Adopts `configuration` if its generation is higher; returns whether it was.
     pub fn switch_configuration(&mut self, configuration: Configuration) -> Result<Vec<Action>, AcceptorError> {
+        self.check_configuration(&configuration)?;
         let mut actions = Vec::new();
         if configuration.generation > self.durable.configuration.generation {
-            if !configuration.contains(self.node_id) {
-                let generation = configuration.generation;
-                return Err(AcceptorError::NotAMember { node: self.node_id, generation });
-            }
             let next = ControlState { configuration, ..self.durable.clone() };
             self.persist(next, &mut actions);
         }
@@ -529,23 +441,15 @@ impl Acceptor {
         }
     }
 
-    fn check_generation(&self, theirs: Generation) -> Result<(), AcceptorError> {
-        let ours = self.durable.configuration.generation;
-        if ours == theirs { Ok(()) } else { Err(AcceptorError::GenerationMismatch { ours, theirs }) }
-    }
-
-    fn check_term_step(&self, asked: Term) -> Result<(), AcceptorError> {
-        let ours = self.durable.term;
-        if asked.0 > ours.0.saturating_add(MAX_TERM_STEP) {
-            return Err(AcceptorError::TermTooFar { ours, asked });
-        }
-        Ok(())
+    /// What a leader said holds for the log as that leader knew it, no longer.
+    fn forget_leader(&mut self) {
+        self.leader_commit_lsn = Lsn::INVALID;
+        self.leader_horizon_lsn = Lsn::INVALID;
     }
 
     fn raise_term(&mut self, term: Term, actions: &mut Vec<Action>) {
         assert!(term > self.durable.term, "a term never goes back");
-        // The old leader's word on what is committed ends with its term.
-        self.leader_commit_lsn = Lsn::INVALID;
+        self.forget_leader();
         let next = ControlState { term, ..self.durable.clone() };
         self.persist(next, actions);
     }

@@ -420,3 +420,88 @@ fn no_message_uses_up_the_terms_there_are() {
     a.bump_term(Some(Term(1 + MAX_TERM_STEP))).unwrap();
     assert_eq!(a.term(), Term(1 + MAX_TERM_STEP));
 }
+
+#[test]
+fn a_log_begun_in_another_place_is_refused_without_alarm_while_nothing_is_committed() {
+    let mut a = follower();
+    a.handle(append(1, START.0, START.0 + 8192, 0)).unwrap();
+    a.handle(vote(2)).unwrap();
+    // The others are new; the primary's slot was made again, so the leader of term 2 begins later, or earlier.
+    for begin in [START.0 + SEGMENT, START.0 - SEGMENT] {
+        let refused = a.handle(elected(2, Lsn(begin), &[(2, begin)]));
+        assert_eq!(refused, Err(AcceptorError::OtherBeginning { ours: START, theirs: Lsn(begin) }));
+    }
+    assert_eq!(a.health(), &Health::Sound);
+    let again = brief(a.handle(elected(2, START, &[(2, START.0)])).unwrap());
+    assert_eq!(again, ["truncate to 800000", "persist term 2 [2@800000] commit 800000"], "from the same place");
+}
+
+#[test]
+fn a_leader_without_any_of_our_terms_contradicts_what_is_committed_here() {
+    let mut a = follower();
+    a.handle(append(1, START.0, START.0 + 8192, START.0 + 8192)).unwrap();
+    a.flush();
+    let commit = a.lazy_lsns().commit_lsn;
+    let refused = a.handle(elected(2, Lsn(START.0 + SEGMENT), &[(2, START.0 + SEGMENT)]));
+    assert_eq!(refused, Err(AcceptorError::TruncatesCommitted { start: START, commit }));
+    assert_eq!(a.health().name(), "quarantined");
+}
+
+#[test]
+fn one_term_has_one_start_even_where_its_wal_has_not_arrived() {
+    let mut a = follower();
+    a.handle(elected(3, START, &[(1, START.0), (3, START.0 + 0x100)])).unwrap();
+    let refused = a.handle(elected(4, START, &[(1, START.0), (3, START.0 + 0x200), (4, START.0 + 0x300)]));
+    assert!(matches!(refused, Err(AcceptorError::BadHistory(_))), "{refused:?}");
+    assert_eq!(a.health().name(), "quarantined");
+}
+
+#[test]
+fn the_peer_horizon_follows_the_leader_as_far_as_wal_is_committed_here() {
+    let mut a = follower();
+    let (begin, end) = (START.0, START.0 + 8192);
+    let with_horizon = |message, lsn| match message {
+        ProposerMessage::Append(append) => ProposerMessage::Append(AppendRequest { truncate_lsn: Lsn(lsn), ..append }),
+        other => other,
+    };
+    a.handle(with_horizon(append(1, begin, end, end), end)).unwrap();
+    assert_eq!(a.lazy_lsns().peer_horizon_lsn, START, "nothing is durable here yet");
+    a.flush();
+    assert_eq!(a.lazy_lsns().peer_horizon_lsn, a.flush_lsn(), "without another message");
+    a.handle(with_horizon(append(1, end, end, 0), 0)).unwrap();
+    assert_eq!(a.lazy_lsns().peer_horizon_lsn, a.flush_lsn(), "it never goes back");
+}
+
+#[test]
+fn positions_where_no_record_can_begin_are_refused() {
+    let mut a = follower();
+    let odd = Lsn(START.0 + 4);
+    assert_eq!(a.handle(append(1, START.0, START.0, odd.0)), Err(AcceptorError::NotARecordBoundary(odd)));
+    let refused = a.handle(elected(2, START, &[(1, START.0), (2, odd.0)]));
+    assert_eq!(refused, Err(AcceptorError::NotARecordBoundary(odd)));
+    assert_eq!(a.health(), &Health::Sound);
+}
+
+#[test]
+fn a_heartbeat_from_another_position_than_the_end_is_refused() {
+    let mut a = follower();
+    let (begin, end) = (Lsn(START.0 + 8), START);
+    assert_eq!(a.handle(append(1, begin.0, begin.0, 0)), Err(AcceptorError::Gap { begin, end }));
+}
+
+#[test]
+fn one_generation_is_one_configuration() {
+    let member = |id| Member { id: NodeId(id), host: "sk".to_owned(), pg_port: 1 };
+    let with = |ids: &[u64]| Configuration {
+        generation: Generation(1),
+        members: ids.iter().copied().map(member).collect(),
+        new_members: None,
+    };
+    let greet = |configuration| ProposerMessage::Greeting(ProposerGreeting { configuration, ..greeting() });
+    let mut a = new_acceptor();
+    assert!(matches!(a.handle(greet(with(&[1, 1]))), Err(AcceptorError::BadConfiguration(_))));
+    a.handle(greet(with(&[1, 2, 3]))).unwrap();
+    assert!(a.handle(greet(with(&[3, 2, 1]))).is_ok());
+    assert_eq!(a.handle(greet(with(&[1, 2, 4]))), Err(AcceptorError::TwoConfigurations(Generation(1))));
+    assert_eq!(a.switch_configuration(with(&[1, 2])), Err(AcceptorError::TwoConfigurations(Generation(1))));
+}

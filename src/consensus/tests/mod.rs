@@ -1,4 +1,5 @@
 //! Consensus as transcripts: what is said, and what must follow.
 
 mod acceptor;
+mod membership;
 mod proposer;

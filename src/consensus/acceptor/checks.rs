@@ -1,0 +1,156 @@
+//! What an acceptor checks before it does anything: everything that comes from a peer or from the disk.
+
+use pgproto::wal::RecordScanner;
+use pgproto::walproposer::{Configuration, ProposerGreeting, TermLsn};
+use pgproto::{Generation, Lsn, Term};
+
+use super::{Acceptor, AcceptorError, LazyLsns, MAX_TERM_STEP};
+use crate::consensus::health::{Fault, Health};
+use crate::consensus::history::{TermHistory, highest_common_point};
+use crate::consensus::membership;
+
+impl Acceptor {
+    /// Checks what was loaded against the invariants of semantics 5.3.
+    pub(super) fn check_loaded(&mut self) {
+        let (commit, end) = (self.lazy.commit_lsn, self.flush_lsn());
+        if commit > end {
+            let reason = format!("WAL up to {commit} is committed, but whole records end at {end}");
+            self.health.add_fault(Fault { from: end, acked_end: commit, reason: reason.into() });
+        }
+        let (term, joined) = (self.durable.term, self.durable.term_history.last_term());
+        if joined > term {
+            self.quarantine(format!("its log has WAL of term {joined}, but it promised no term above {term}"));
+        }
+        // Peers of other safekeepers told each other these, so they may be ahead. Too low they are true as well.
+        let lazy = &mut self.lazy;
+        for lsn in [&mut lazy.backup_lsn, &mut lazy.peer_horizon_lsn, &mut lazy.remote_consistent_lsn] {
+            *lsn = (*lsn).min(commit);
+        }
+    }
+
+    /// What holds after every step, unless what was loaded broke it (spec: semantics 5.3, 22 and 23).
+    pub(super) fn assert_invariants(&self) {
+        if !self.health.is_sound() {
+            return;
+        }
+        let LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn } = self.lazy;
+        assert!(commit_lsn <= self.flush_lsn(), "only what is here can be called committed here");
+        assert!(peer_horizon_lsn <= commit_lsn, "the peer horizon is committed");
+        assert!(
+            backup_lsn <= commit_lsn && remote_consistent_lsn <= commit_lsn,
+            "only committed WAL leaves the quorum"
+        );
+        assert!(self.durable.term >= self.durable.term_history.last_term(), "WAL comes only from terms joined");
+    }
+
+    /// Whether this acceptor may say how far its log goes.
+    pub(super) fn check_may_vouch(&self) -> Result<(), AcceptorError> {
+        match &self.health {
+            Health::Sound => Ok(()),
+            Health::Fault(fault) => Err(AcceptorError::Faulty(fault.clone())),
+            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
+        }
+    }
+
+    pub(super) fn check_not_quarantined(&self) -> Result<(), AcceptorError> {
+        match &self.health {
+            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
+            Health::Sound | Health::Fault(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn check_identity(&self, greeting: &ProposerGreeting) -> Result<(), AcceptorError> {
+        let own = &self.durable;
+        if greeting.ttid != own.ttid {
+            return Err(AcceptorError::WrongTimeline(own.ttid));
+        }
+        let major = |version: u32| version / 10_000;
+        if greeting.pg_version != 0 && !(14..=18).contains(&major(greeting.pg_version)) {
+            return Err(AcceptorError::UnsupportedVersion(greeting.pg_version));
+        }
+        let (ours, theirs) = (major(own.server.pg_version), major(greeting.pg_version));
+        if ours != 0 && theirs != 0 && ours != theirs {
+            return Err(AcceptorError::VersionMismatch { ours, theirs });
+        }
+        // Segments are cut in this size and WAL is scanned by it, so it is never unknown.
+        if greeting.wal_seg_size != own.server.wal_seg_size.as_u32() {
+            let (ours, theirs) = (own.server.wal_seg_size.bytes(), u64::from(greeting.wal_seg_size));
+            return Err(AcceptorError::SegmentSizeMismatch { ours, theirs });
+        }
+        Ok(())
+    }
+
+    /// What a higher configuration must be like to be adopted, and an equal one to be the same.
+    pub(super) fn check_configuration(&self, theirs: &Configuration) -> Result<(), AcceptorError> {
+        let (ours, generation) = (&self.durable.configuration, theirs.generation);
+        if generation > ours.generation {
+            membership::check(theirs)?;
+            if !theirs.contains(self.node_id) {
+                return Err(AcceptorError::NotAMember { node: self.node_id, generation });
+            }
+        }
+        if generation == ours.generation && generation != Generation(0) && !membership::same_members(ours, theirs) {
+            return Err(AcceptorError::TwoConfigurations(generation));
+        }
+        Ok(())
+    }
+
+    /// Records, and so terms and what is committed, begin at multiples of 8.
+    pub(super) fn check_boundary(lsn: Lsn) -> Result<(), AcceptorError> {
+        if lsn.align_up() == lsn { Ok(()) } else { Err(AcceptorError::NotARecordBoundary(lsn)) }
+    }
+
+    pub(super) fn check_generation(&self, theirs: Generation) -> Result<(), AcceptorError> {
+        let ours = self.durable.configuration.generation;
+        if ours == theirs { Ok(()) } else { Err(AcceptorError::GenerationMismatch { ours, theirs }) }
+    }
+
+    pub(super) fn check_term_step(&self, asked: Term) -> Result<(), AcceptorError> {
+        let ours = self.durable.term;
+        if asked.0 > ours.0.saturating_add(MAX_TERM_STEP) {
+            return Err(AcceptorError::TermTooFar { ours, asked });
+        }
+        Ok(())
+    }
+
+    /// The position at which the leader and this log part, if that is where the leader wants to start.
+    pub(super) fn check_start(&self, history: &TermHistory, wanted: Lsn) -> Result<Lsn, AcceptorError> {
+        // The log ends where it will end once all of it is flushed, which happens before it is cut.
+        let written = self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
+        let end = written.max(self.durable.timeline_start_lsn);
+        // Also of terms whose WAL has not arrived here, both histories tell the same.
+        history.check_agrees(&self.durable.term_history)?;
+        let own = self.durable.term_history.visible_at(end);
+        let common = highest_common_point(history, &own, end)?;
+        let first = history.first().map_or(Lsn::INVALID, |entry| entry.lsn);
+        let ours = common.map_or(first, |point: TermLsn| point.lsn);
+        if ours != wanted || !wanted.is_valid() {
+            return Err(AcceptorError::StartMismatch { ours, theirs: wanted });
+        }
+        // What the flush that comes first will make committed counts already.
+        let commit = self.lazy.commit_lsn.max(self.leader_commit_lsn.min(end));
+        if common.is_none() && own.first().is_some() {
+            self.check_unrelated(first, commit)?;
+        }
+        if wanted < commit {
+            return Err(AcceptorError::TruncatesCommitted { start: wanted, commit });
+        }
+        if written.is_valid() && wanted > end {
+            return Err(AcceptorError::StartBeyondEnd { start: wanted, end });
+        }
+        Ok(wanted)
+    }
+
+    /// A leader whose log has no term in common with the one here (rule 12). If a quorum ever committed any of it, one of
+    /// the leader's voters would have had its first term.
+    fn check_unrelated(&self, theirs: Lsn, commit: Lsn) -> Result<(), AcceptorError> {
+        let ours = self.durable.timeline_start_lsn;
+        if commit > ours {
+            return Err(AcceptorError::TruncatesCommitted { start: ours, commit });
+        }
+        if theirs != ours {
+            return Err(AcceptorError::OtherBeginning { ours, theirs });
+        }
+        Ok(())
+    }
+}
