@@ -13,7 +13,7 @@ use crate::{DecodeError, Lsn};
 pub const PAGESERVER_FEEDBACK_TAG: u8 = b'z';
 
 /// Aggregate of hot-standby feedback as an acceptor reports it. All zeros: no standby asks for anything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct HotStandbyFeedback {
     /// Newest time of a contributing report: microseconds since 2000-01-01, 0 = none.
     pub timestamp: i64,
@@ -37,7 +37,7 @@ impl HotStandbyFeedback {
 }
 
 /// Report of a Neon page server (spec: wire protocol 4.3).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct PageserverFeedback {
     /// Logical size in bytes; non-zero only from shard 0.
     pub current_timeline_size: u64,

@@ -114,7 +114,7 @@ impl<'de> Deserialize<'de> for Lsn {
 }
 
 /// Size of a WAL segment file: a power of two from 1 MiB to 1 GiB.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SegmentSize(u32);
 
 /// The number is not a WAL segment size PostgreSQL knows.

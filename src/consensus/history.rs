@@ -6,7 +6,7 @@ use pgproto::walproposer::TermLsn;
 use pgproto::{Lsn, Term};
 
 /// The terms of a log and where each begins.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct TermHistory(Vec<TermLsn>);
 
 /// What is wrong with a term history.

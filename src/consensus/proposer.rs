@@ -11,6 +11,7 @@
 //! Acceptors are known by their index in the list of addresses given at the start, and by node id once they greeted.
 
 use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
 use pgproto::walproposer::{
@@ -138,7 +139,7 @@ impl AppendSpec {
 }
 
 /// What a proposer must know before it starts.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Hash)]
 pub struct ProposerConfig {
     /// Which log.
     pub ttid: TenantTimelineId,
@@ -150,7 +151,7 @@ pub struct ProposerConfig {
     pub initial_start: Lsn,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     /// Waiting for greetings of a quorum.
     Collecting,
@@ -161,7 +162,7 @@ enum Phase {
 }
 
 /// Where the talk with an acceptor stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum PeerState {
     /// No connection.
     Offline,
@@ -204,6 +205,14 @@ impl Peer {
             next_send: Lsn::INVALID,
             told_commit: Lsn::INVALID,
         }
+    }
+}
+
+/// Peers in the same state hash alike, whichever nodes they are; see [`Proposer::anonymous`].
+impl Hash for Peer {
+    fn hash<H: Hasher>(&self, hasher: &mut H) {
+        let Self { state, node_id, term, vote, flush_lsn, acknowledged, next_send, told_commit } = self;
+        (state, node_id.is_some(), term, vote, flush_lsn, acknowledged, next_send, told_commit).hash(hasher);
     }
 }
 
@@ -270,6 +279,13 @@ impl Proposer {
     /// Next byte to send to a peer that follows.
     pub fn peer_next_send(&self, peer: PeerIndex) -> Option<Lsn> {
         self.peers.get(peer.0).filter(|p| p.state == PeerState::Following).map(|p| p.next_send)
+    }
+
+    /// What the proposer knows as such, and of each peer, to be hashed: a model checker takes states that differ only in
+    /// the names of acceptors for one.
+    pub fn anonymous(&self) -> (impl Hash + '_, &[impl Hash]) {
+        let Self { config, peers, phase, commit_lsn, truncate_lsn, wal_end } = self;
+        ((config, phase, commit_lsn, truncate_lsn, wal_end), peers)
     }
 
     /// An acceptor that can hand out WAL up to `lsn`: connected, and its log was cut to ours (rule 13).

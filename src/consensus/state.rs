@@ -6,7 +6,7 @@ use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
 use super::history::TermHistory;
 
 /// Facts about the PostgreSQL server whose WAL this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ServerInfo {
     /// `PG_VERSION_NUM`, such as 150018; 0 = unknown.
     pub pg_version: u32,
@@ -20,7 +20,7 @@ pub struct ServerInfo {
 ///
 /// `term`, `term_history` and `configuration` are promises: they are durable before a reply reveals them. The LSNs are
 /// saved lazily and may fall back to an older value after a crash.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ControlState {
     /// Which log.
     pub ttid: TenantTimelineId,

@@ -108,7 +108,7 @@ impl From<(u64, u64)> for TermLsn {
 }
 
 /// First message of a proposer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProposerGreeting {
     /// Which log.
     pub ttid: TenantTimelineId,
@@ -123,7 +123,7 @@ pub struct ProposerGreeting {
 }
 
 /// A proposer campaigns.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VoteRequest {
     /// Configuration the campaign runs in.
     pub generation: Generation,
@@ -132,7 +132,7 @@ pub struct VoteRequest {
 }
 
 /// A proposer won; tells where it will stream from.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProposerElected {
     /// Configuration of the leader.
     pub generation: Generation,
@@ -145,7 +145,7 @@ pub struct ProposerElected {
 }
 
 /// WAL, or a heartbeat when `wal` is empty.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AppendRequest {
     /// Configuration of the leader.
     pub generation: Generation,
@@ -177,7 +177,7 @@ impl AppendRequest {
 }
 
 /// Proposer to acceptor.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ProposerMessage {
     /// `g`
     Greeting(ProposerGreeting),
@@ -190,7 +190,7 @@ pub enum ProposerMessage {
 }
 
 /// First message of an acceptor.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AcceptorGreeting {
     /// Who answers; 0 is invalid.
     pub node_id: NodeId,
@@ -201,7 +201,7 @@ pub struct AcceptorGreeting {
 }
 
 /// Answer to a vote request.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VoteResponse {
     /// Own generation (0 in protocol 2).
     pub generation: Generation,
@@ -218,7 +218,7 @@ pub struct VoteResponse {
 }
 
 /// What is durable here. `flush_lsn` 0 together with a higher term is a refusal.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AppendResponse {
     /// Own generation (0 in protocol 2).
     pub generation: Generation,
@@ -235,7 +235,7 @@ pub struct AppendResponse {
 }
 
 /// Acceptor to proposer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum AcceptorMessage {
     /// `g`
     Greeting(AcceptorGreeting),
