@@ -461,3 +461,6 @@ fn decode(content: &[u8]) -> Result<Whole, CopyError> {
     let checkpoint = Checkpoint { chain, record_end, batch, dirty_to };
     Ok(Whole { writes, copy: ControlCopy { sequence, checkpoint, control: ControlFile::decode(control)? } })
 }
+
+#[cfg(test)]
+mod tests;

@@ -339,3 +339,6 @@ impl Fork {
         Ok(Self { number: found.number, path: found.path.clone(), header, kept_to, wal_crc })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -373,14 +373,15 @@ impl Ledger {
         Ok(LostRun { from, seed, to, next_seed })
     }
 
-    /// Gives back the places of blocks below `keep_from`, when they are worth the work: the file is written anew then.
+    /// Gives back the places of blocks below `keep_from`, when these are worth the work and as many as are kept, which the
+    /// file is written anew for.
     /// Durable on return; says whether anything was done. When the disk is too full for it, all is as before.
     pub fn trim(&self, keep_from: Lsn) -> Result<bool, LedgerError> {
         let Some(seed) = self.seed_of(keep_from) else { return Ok(false) };
         let mut state = self.state.write();
         let base = state.header.block_of(keep_from);
         match state.header.place(base) {
-            Some(place) if place.saturating_sub(PAGE) >= TRIM_BYTES && place < state.len => {}
+            Some(place) if place < state.len && place - PAGE >= TRIM_BYTES.max(state.len - place) => {}
             _ => return Ok(false),
         }
         let header = Header { ttid: state.header.ttid, base, seed };
@@ -506,3 +507,6 @@ fn prefix_mut(bytes: &mut [u8], len: u64) -> &mut [u8] {
     let len = usize::try_from(len).unwrap_or(usize::MAX).min(bytes.len());
     bytes.split_at_mut(len).0
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,6 +49,16 @@ impl TimelineFiles {
         Self { disk, root, ttid, truncations: Arc::default() }
     }
 
+    /// A timeline with an empty directory on a simulated disk.
+    #[cfg(test)]
+    pub(super) fn simulated() -> (super::simdisk::SimDisk, Self) {
+        let root = Path::new("/data");
+        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
+        let dir = root.join(ttid.tenant_id.to_string()).join(ttid.timeline_id.to_string());
+        let disk = super::simdisk::SimDisk::with_dir(&dir);
+        (disk.clone(), Self::new(Arc::new(disk), root.into(), ttid))
+    }
+
     /// Which timeline.
     pub fn ttid(&self) -> TenantTimelineId {
         self.ttid

@@ -1,0 +1,253 @@
+//! What is set aside comes back as it was, once, within limits, whatever interrupts it.
+
+use std::convert::Infallible;
+use std::io::ErrorKind;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::storage::simdisk::{SimDisk, Survivors};
+
+/// In the middle of a block.
+const FROM: Lsn = Lsn(0x12_3458);
+
+fn header(length: u64, new_term: u64) -> ForkHeader {
+    ForkHeader {
+        ttid: TimelineFiles::simulated().1.ttid(),
+        segment_size: SegmentSize::MIN,
+        pg_version: 170_000,
+        from: FROM,
+        to: Lsn(FROM.0 + length),
+        term: Term(4),
+        new_term: Term(new_term),
+        when: 1_700_000_000,
+        reason: "leader of term 5 at node 3: ünïcödé".to_owned(),
+    }
+}
+
+/// The byte of our log at a position.
+fn byte(at: u64) -> u8 {
+    (at % 251) as u8 ^ (at >> 16) as u8
+}
+
+fn wal(from: Lsn, to: Lsn) -> Vec<u8> {
+    (from.0..to.0).map(byte).collect()
+}
+
+fn read(at: Lsn, buf: &mut [u8]) -> Result<(), Infallible> {
+    let end = at.0 + buf.len() as u64;
+    assert!(Lsn(end) <= block_end(at), "never over the end of a block");
+    buf.copy_from_slice(&wal(at, Lsn(end)));
+    Ok(())
+}
+
+fn set_aside_all(files: &TimelineFiles, header: ForkHeader) -> Fork {
+    set_aside(files, header, read).unwrap().unwrap()
+}
+
+fn content(files: &TimelineFiles, fork: &Fork) -> Result<Vec<u8>, ForkError> {
+    let mut content = Vec::new();
+    read_back(files, fork, |bytes| content.extend_from_slice(bytes))?;
+    Ok(content)
+}
+
+fn raw(files: &TimelineFiles, path: &Path) -> Vec<u8> {
+    crate::storage::disk::read_file(files.disk(), path, usize::MAX).unwrap()
+}
+
+fn put(files: &TimelineFiles, path: &Path, content: &[u8]) {
+    let file = files.disk().create(path, true).unwrap();
+    file.write_at(&mut [IoSlice::new(content)], 0).unwrap();
+}
+
+fn names(files: &TimelineFiles) -> Vec<String> {
+    files.disk().read_dir(&files.dir()).unwrap().into_iter().map(|entry| entry.name).collect()
+}
+
+#[test]
+fn what_is_set_aside_comes_back() {
+    let (disk, files) = TimelineFiles::simulated();
+    let long = ForkHeader { reason: "ü".repeat(2000), ..header(200_000, 6) };
+    let forks = [set_aside_all(&files, header(10, 5)), set_aside_all(&files, long.clone())];
+    disk.crash(Survivors::Nothing);
+    assert_eq!(list(&files).unwrap(), forks);
+    for fork in &forks {
+        assert!(content(&files, fork).unwrap() == wal(FROM, fork.header.to));
+        assert!(raw(&files, &fork.path)[4096..] == wal(FROM, fork.header.to), "the bytes as they were, behind a page");
+    }
+    assert_eq!(forks[0].header, header(10, 5));
+    assert_eq!(forks[1].header, ForkHeader { reason: "ü".repeat(512), ..long });
+    assert_eq!(names(&files), ["safekeeper.control.fork.0000000000000001", "safekeeper.control.fork.0000000000000002"]);
+}
+
+#[test]
+fn an_empty_range_makes_no_fork() {
+    let (disk, files) = TimelineFiles::simulated();
+    assert_eq!(set_aside(&files, header(0, 5), read).unwrap(), None);
+    let backwards = ForkHeader { to: Lsn(1), ..header(0, 5) };
+    assert_eq!(set_aside(&files, backwards, read).unwrap(), None);
+    assert_eq!(disk.operations(), 0);
+}
+
+#[test]
+fn the_same_cut_again_makes_no_second_fork() {
+    let (_, files) = TimelineFiles::simulated();
+    let fork = set_aside_all(&files, header(1000, 5));
+    let later = ForkHeader { when: 1_800_000_000, reason: "again".to_owned(), ..header(1000, 5) };
+    assert_eq!(set_aside_all(&files, later.clone()), fork);
+    // Unless what is there is of no use, or it is another cut.
+    let mut damaged = raw(&files, &fork.path);
+    damaged[5000] ^= 1;
+    put(&files, &fork.path, &damaged);
+    assert_eq!(set_aside_all(&files, later).number, 2);
+    assert_eq!(set_aside_all(&files, header(1000, 6)).number, 3);
+    assert_eq!(set_aside_all(&files, header(1001, 6)).number, 4);
+}
+
+#[test]
+fn the_oldest_forks_go_first() {
+    let (_, files) = TimelineFiles::simulated();
+    let limits = Limits { forks: 3, bytes: 1000 };
+    let numbers =
+        || list(&files).unwrap().iter().map(|fork| (fork.number, fork.header.to.0 - FROM.0)).collect::<Vec<_>>();
+    let add = |length, term| set_aside_within(limits, &files, header(length, term), read).unwrap().unwrap();
+    for term in 1..=5 {
+        add(100, term);
+    }
+    assert_eq!(numbers(), [(3, 100), (4, 100), (5, 100)]);
+    add(850, 6);
+    assert_eq!(numbers(), [(5, 100), (6, 850)]);
+    add(1000, 7);
+    assert_eq!(numbers(), [(7, 1000)]);
+    let first_part = add(5000, 8);
+    assert_eq!((first_part.kept_to, first_part.header.to), (Lsn(FROM.0 + 1000), Lsn(FROM.0 + 5000)));
+    assert!(content(&files, &first_part).unwrap() == wal(FROM, first_part.kept_to));
+    assert_eq!(numbers(), [(8, 5000)]);
+}
+
+#[test]
+fn forks_that_cannot_be_read_count_and_go_too() {
+    let (_, files) = TimelineFiles::simulated();
+    let limits = Limits { forks: 2, bytes: 1 << 20 };
+    for name in ["0000000000000001", "00000000000000ff", "0000000000000100.gz", "ffffffffffffffff", "FF", "partial"] {
+        put(&files, &files.dir().join(format!("{NAME_PREFIX}{name}")), b"no fork");
+    }
+    assert_eq!(list(&files).unwrap(), []);
+    assert_eq!(set_aside_within(limits, &files, header(10, 5), read).unwrap().unwrap().number, 0x100);
+    let mut left = names(&files);
+    left.sort();
+    let stems = ["00000000000000ff", "0000000000000100", "0000000000000100.gz", "FF", "ffffffffffffffff"];
+    assert_eq!(left, stems.map(|stem| format!("{NAME_PREFIX}{stem}")), "what isn't ours is left alone");
+}
+
+#[test]
+fn a_failure_leaves_nothing_behind() {
+    let (disk, files) = TimelineFiles::simulated();
+    let operations = {
+        set_aside_all(&files, header(70_000, 5));
+        disk.operations()
+    };
+    // All but the rename and the sync of the directory, after which nobody knows.
+    for at in 0..operations - 2 {
+        let (disk, files) = TimelineFiles::simulated();
+        disk.fail_at(at, ErrorKind::StorageFull);
+        let error = set_aside(&files, header(70_000, 5), read).unwrap_err();
+        assert!(matches!(error, SetAsideError::Disk(error) if error.is_disk_full()));
+        assert_eq!(names(&files), [""; 0]);
+    }
+    let (_, files) = TimelineFiles::simulated();
+    let unreadable = |at: Lsn, _: &mut [u8]| if at == FROM { Ok(()) } else { Err(std::fmt::Error) };
+    assert!(matches!(set_aside(&files, header(70_000, 5), unreadable), Err(SetAsideError::Read(_))));
+    assert_eq!(names(&files), [""; 0]);
+}
+
+#[test]
+fn a_crash_at_any_operation_leaves_a_whole_fork_or_none() {
+    let life = |files: &TimelineFiles, acked: &mut Vec<u64>| -> Result<(), SetAsideError<Infallible>> {
+        let limits = Limits { forks: 2, bytes: 1 << 20 };
+        for term in 1..=4 {
+            set_aside_within(limits, files, header(70_000 + term, term), read)?;
+            acked.push(term);
+        }
+        Ok(())
+    };
+    let (disk, files) = TimelineFiles::simulated();
+    life(&files, &mut Vec::new()).unwrap();
+    for at in 0..disk.operations() {
+        for survivors in [Survivors::Nothing, Survivors::Everything, Survivors::Some(at), Survivors::Some(at + 500)] {
+            let (disk, files): (SimDisk, _) = TimelineFiles::simulated();
+            disk.stop_at(at);
+            let mut acked = Vec::new();
+            life(&files, &mut acked).unwrap_err();
+            disk.crash(survivors);
+            remove_leftovers(&files).unwrap();
+            remove_leftovers(&files).unwrap();
+            let forks = list(&files).unwrap();
+            assert_eq!(forks.len(), names(&files).len(), "every file is a fork that can be read");
+            for fork in &forks {
+                assert!(content(&files, fork).unwrap() == wal(FROM, fork.header.to));
+            }
+            let newest = forks.last().map_or(0, |fork| fork.header.new_term.0);
+            assert!(newest >= acked.last().copied().unwrap_or(0), "operation {at}, {survivors:?}");
+            set_aside_all(&files, header(1, 9));
+        }
+    }
+}
+
+#[test]
+fn a_fork_of_another_version_is_called_that() {
+    let (_, files) = TimelineFiles::simulated();
+    let fork = set_aside_all(&files, header(100, 5));
+    let mut newer = raw(&files, &fork.path);
+    newer[8] = 2;
+    let crc = crc32c::crc32c(&newer[..PAGE - 4]).to_le_bytes();
+    newer[PAGE - 4..PAGE].copy_from_slice(&crc);
+    put(&files, &fork.path, &newer);
+    assert!(matches!(read_back(&files, &fork, |_| ()), Err(ForkError::Version(2))));
+}
+
+#[test]
+fn bytes_too_many_or_too_few_are_damage() {
+    let (_, files) = TimelineFiles::simulated();
+    let fork = set_aside_all(&files, header(100, 5));
+    let good = raw(&files, &fork.path);
+    for bad in [&good[..good.len() - 1], &[&good[..], &[0]].concat(), &good[..4096]] {
+        put(&files, &fork.path, bad);
+        assert!(matches!(content(&files, &fork), Err(ForkError::Wal)));
+    }
+    put(&files, &fork.path, &good[..4000]);
+    assert!(matches!(content(&files, &fork), Err(ForkError::Header)));
+}
+
+proptest! {
+    #[test]
+    fn a_flipped_bit_anywhere_is_found(bit in any::<prop::sample::Index>()) {
+        let (_, files) = TimelineFiles::simulated();
+        let fork = set_aside_all(&files, header(3000, 5));
+        let mut damaged = raw(&files, &fork.path);
+        let bit = bit.index(damaged.len() * 8);
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        put(&files, &fork.path, &damaged);
+        let found = list(&files).unwrap().iter().any(|fork| content(&files, fork).is_ok());
+        prop_assert!(!found && content(&files, &fork).is_err());
+    }
+
+    #[test]
+    fn any_content_can_be_read(page in prop::collection::vec(any::<u8>(), 0..5000), sealed: bool) {
+        let (_, files) = TimelineFiles::simulated();
+        let path = files.dir().join(format!("{NAME_PREFIX}0000000000000007"));
+        let mut page = page;
+        if sealed {
+            page.resize(PAGE, 1);
+            page[..12].copy_from_slice(&[&MAGIC.to_le_bytes()[..], &VERSION.to_le_bytes()].concat());
+            page[12..16].copy_from_slice(&(1_u32 << 20).to_le_bytes());
+            let crc = crc32c::crc32c(&page[..PAGE - 4]).to_le_bytes();
+            page[PAGE - 4..].copy_from_slice(&crc);
+        }
+        put(&files, &path, &page);
+        for fork in list(&files).unwrap() {
+            let _ = content(&files, &fork);
+        }
+        set_aside_all(&files, header(10, 1));
+    }
+}
