@@ -237,8 +237,9 @@ impl Peer {
 /// Peers in the same state hash alike, whichever nodes they are; see [`Proposer::anonymous`].
 impl Hash for Peer {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
-        let Self { state, node_id, term, vote, flush_lsn, acknowledged, next_send, told_commit } = self;
-        (state, node_id.is_some(), term, vote, flush_lsn, acknowledged, next_send, told_commit).hash(hasher);
+        let Self { state, node_id, term, vote, flush_lsn, commit_lsn, acknowledged, next_send, told_commit } = self;
+        (state, node_id.is_some(), term, vote, flush_lsn).hash(hasher);
+        (commit_lsn, acknowledged, next_send, told_commit).hash(hasher);
     }
 }
 
