@@ -25,8 +25,10 @@ use std::sync::Arc;
 
 use pgproto::Lsn;
 
+use super::acceptor::AcceptorError;
+
 /// Acknowledged WAL that is damaged: unknown, which is not the same as absent.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Fault {
     /// First position that can't be vouched for.
     pub from: Lsn,
@@ -47,7 +49,7 @@ impl fmt::Display for Fault {
 }
 
 /// Whether an acceptor can vouch for its log. See the module's page.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Health {
     /// As far as is known, everything ever acknowledged is there.
     #[default]
@@ -64,7 +66,24 @@ impl Health {
         matches!(self, Self::Sound)
     }
 
-    /// A short name for status and metrics.
+    /// Fails unless this acceptor may say how far its log goes.
+    pub fn check_vouches(&self) -> Result<(), AcceptorError> {
+        match self {
+            Self::Sound => Ok(()),
+            Self::Fault(fault) => Err(AcceptorError::Faulty(fault.clone())),
+            Self::Quarantined(reason) => Err(AcceptorError::Quarantined(Arc::clone(reason))),
+        }
+    }
+
+    /// Fails when nothing here is certain.
+    pub fn check_not_quarantined(&self) -> Result<(), AcceptorError> {
+        match self {
+            Self::Quarantined(reason) => Err(AcceptorError::Quarantined(Arc::clone(reason))),
+            Self::Sound | Self::Fault(_) => Ok(()),
+        }
+    }
+
+    /// A short name for status.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Sound => "sound",

@@ -5,6 +5,12 @@
 //! an LSN committed only when a majority of every member set has it durably, in this leader's term, at or beyond the start
 //! of that term.
 //!
+//! A leader whose configuration is outdated steps down as a campaigner does; its successor begins with the newer one
+//! (rule 20 would allow it to go on). Changes of the membership are rare and an election is a matter of milliseconds, while
+//! votes and acknowledgements of two generations in one leader are easily mixed up.
+//!
+//! Without a primary a proposer only brings the safekeepers to one LSN: [`Proposer::synced`].
+//!
 //! The proposer has no durable state and never sees a byte of WAL: it deals in positions, and its caller attaches the
 //! bytes. Once it must give up ([`Effect::StepDown`]), build a new one; that campaigns with a higher term.
 //!
@@ -15,12 +21,13 @@ use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
 use pgproto::walproposer::{
-    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
-    ProposerMessage, TermLsn, VoteRequest, VoteResponse,
+    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, Member, ProposerElected,
+    ProposerGreeting, ProposerMessage, TermLsn, VoteRequest, VoteResponse,
 };
 use pgproto::{Generation, Lsn, NodeId, TenantTimelineId, Term};
 
 use super::history::{TermHistory, highest_common_point};
+use super::membership::{self, majority, same_members};
 use super::state::ServerInfo;
 
 /// Index of an acceptor in the proposer's list.
@@ -43,6 +50,8 @@ pub enum Effect {
     Follows(PeerIndex),
     /// A quorum has everything below this, for good.
     Committed(Lsn),
+    /// No voter has a log, and this proposer was told not to begin one: there is nothing to do.
+    NoLog,
     /// Close the connection to this acceptor; it may be tried again.
     Disconnect(PeerIndex, PeerError),
     /// This proposer is over.
@@ -64,6 +73,20 @@ pub enum PeerError {
     /// It must hear of the newer configuration first.
     #[error("it has configuration generation {0}, older than the one in force")]
     OldGeneration(Generation),
+    /// Its vote and what it acknowledges mean nothing for this log.
+    #[error("node {node} is not a member of configuration generation {generation}")]
+    NotAMember {
+        /// Who answered.
+        node: NodeId,
+        /// The configuration in force.
+        generation: Generation,
+    },
+    /// One generation stands for one configuration, wherever it is stored.
+    #[error("its configuration generation {0} has other members than ours")]
+    TwoConfigurations(Generation),
+    /// It offers a configuration that none can be.
+    #[error("it offers a useless configuration: {0}")]
+    BadConfiguration(super::membership::Malformed),
     /// Its log can't be compared with the leader's.
     #[error("its term history contradicts the leader's: {0}")]
     BadHistory(super::history::HistoryError),
@@ -147,7 +170,7 @@ pub struct ProposerConfig {
     pub server: ServerInfo,
     /// Configuration to begin with; generation 0 means that the listed acceptors are the members.
     pub configuration: Configuration,
-    /// Where the log begins if no voter has any WAL.
+    /// Where the log begins if no voter has any WAL; 0: then don't begin one ([`Effect::NoLog`]).
     pub initial_start: Lsn,
 }
 
@@ -187,6 +210,8 @@ struct Peer {
     vote: Option<VoteResponse>,
     /// Durable in our term, as it acknowledged; kept when it goes offline, because acceptors don't lose what they acked.
     flush_lsn: Lsn,
+    /// The commit LSN that it has on disk, as it told on this connection.
+    commit_lsn: Lsn,
     /// It acknowledged something on this connection, so it has accepted us as its leader.
     acknowledged: bool,
     next_send: Lsn,
@@ -201,6 +226,7 @@ impl Peer {
             term: Term(0),
             vote: None,
             flush_lsn: Lsn::INVALID,
+            commit_lsn: Lsn::INVALID,
             acknowledged: false,
             next_send: Lsn::INVALID,
             told_commit: Lsn::INVALID,
@@ -211,8 +237,9 @@ impl Peer {
 /// Peers in the same state hash alike, whichever nodes they are; see [`Proposer::anonymous`].
 impl Hash for Peer {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
-        let Self { state, node_id, term, vote, flush_lsn, acknowledged, next_send, told_commit } = self;
-        (state, node_id.is_some(), term, vote, flush_lsn, acknowledged, next_send, told_commit).hash(hasher);
+        let Self { state, node_id, term, vote, flush_lsn, commit_lsn, acknowledged, next_send, told_commit } = self;
+        (state, node_id.is_some(), term, vote, flush_lsn).hash(hasher);
+        (commit_lsn, acknowledged, next_send, told_commit).hash(hasher);
     }
 }
 
@@ -274,6 +301,25 @@ impl Proposer {
     /// Durable at a peer in our term, as last acknowledged.
     pub fn peer_flush_lsn(&self, peer: PeerIndex) -> Lsn {
         self.peers.get(peer.0).map_or(Lsn::INVALID, |p| p.flush_lsn)
+    }
+
+    /// Commit LSN that a peer has on disk, as last told on this connection.
+    pub fn peer_commit_lsn(&self, peer: PeerIndex) -> Lsn {
+        self.peers.get(peer.0).map_or(Lsn::INVALID, |p| p.commit_lsn)
+    }
+
+    /// Oldest position that some acceptor may still need from others: all that are known have everything below.
+    pub fn truncate_lsn(&self) -> Lsn {
+        self.truncate_lsn
+    }
+
+    /// The start of this term, when that is committed and every acceptor that is connected has it on disk that it is: a
+    /// server that starts from there finds all WAL in every one of them (spec: semantics 7.3). Only for a proposer that
+    /// proposes nothing of its own; one that is still being connected must count as connected.
+    pub fn synced(&self) -> Option<Lsn> {
+        let start = self.term_start()?;
+        let there = |p: &Peer| p.state == PeerState::Offline || p.commit_lsn >= start;
+        (self.commit_lsn >= start && self.peers.iter().all(there)).then_some(start)
     }
 
     /// Next byte to send to a peer that follows.
@@ -351,11 +397,10 @@ impl Proposer {
         if greeting.configuration.generation > self.config.configuration.generation {
             return self.adopt_configuration(index, greeting.configuration);
         }
-        let generation = self.config.configuration.generation;
-        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
-        if greeting.configuration.generation < generation {
-            return vec![Effect::Disconnect(index, PeerError::OldGeneration(greeting.configuration.generation))];
+        if let Err(error) = self.check_member(node, &greeting.configuration) {
+            return vec![Effect::Disconnect(index, error)];
         }
+        let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
         if peer.node_id != Some(node) {
             // Another node answers at this address: what the old one acknowledged says nothing about this one.
             peer.flush_lsn = Lsn::INVALID;
@@ -370,6 +415,22 @@ impl Proposer {
             }
             Phase::Campaigning { term } | Phase::Leading { term, .. } => vec![self.ask_for_vote(index, term)],
         }
+    }
+
+    /// Rule 15: only members count, and only those that mean the same by the configuration's number.
+    fn check_member(&self, node: NodeId, theirs: &Configuration) -> Result<(), PeerError> {
+        let ours = &self.config.configuration;
+        let generation = ours.generation;
+        if theirs.generation < generation {
+            return Err(PeerError::OldGeneration(theirs.generation));
+        }
+        if generation == Generation(0) {
+            return Ok(());
+        }
+        if !same_members(ours, theirs) {
+            return Err(PeerError::TwoConfigurations(generation));
+        }
+        if ours.contains(node) { Ok(()) } else { Err(PeerError::NotAMember { node, generation }) }
     }
 
     /// Makes sure that one node counts once: false if it is connected under another address; if it was, long ago, that
@@ -393,8 +454,8 @@ impl Proposer {
         if self.phase != Phase::Collecting {
             return vec![Effect::StepDown(StepDown::NewGeneration(generation))];
         }
-        if configuration.members.is_empty() {
-            return vec![Effect::Disconnect(index, PeerError::Unexpected("configuration without members"))];
+        if let Err(malformed) = membership::check(&configuration) {
+            return vec![Effect::Disconnect(index, PeerError::BadConfiguration(malformed))];
         }
         self.config.configuration = configuration;
         let online = |(_, p): &(usize, &Peer)| p.state != PeerState::Offline;
@@ -424,7 +485,10 @@ impl Proposer {
 
     fn voted(&mut self, index: PeerIndex, vote: VoteResponse) -> Vec<Effect> {
         let (ours, node) = (self.term(), self.node_id(index).unwrap_or_default());
-        if vote.generation != self.config.configuration.generation {
+        if vote.generation > self.config.configuration.generation {
+            return vec![Effect::StepDown(StepDown::NewGeneration(vote.generation))];
+        }
+        if vote.generation < self.config.configuration.generation {
             return vec![Effect::Disconnect(index, PeerError::OldGeneration(vote.generation))];
         }
         if vote.term > ours {
@@ -453,7 +517,12 @@ impl Proposer {
         let (donor_history, donor_end) =
             best.map_or((Vec::new(), Lsn::INVALID), |vote| (vote.term_history.clone(), vote.flush_lsn));
         let start = if donor_end.is_valid() { donor_end } else { self.config.initial_start };
-        let horizon = votes().map(|v| v.truncate_lsn).max().unwrap_or_default();
+        if !start.is_valid() {
+            return vec![Effect::NoLog];
+        }
+        let told = votes().map(|v| v.truncate_lsn).max().unwrap_or_default();
+        // Nobody needs anything before the first WAL there is.
+        let horizon = if donor_end.is_valid() { told } else { start };
         let history =
             match TermHistory::new(donor_history).and_then(|donor| donor.extended(TermLsn { term, lsn: start })) {
                 Ok(history) => history,
@@ -557,8 +626,11 @@ impl Proposer {
             return vec![Effect::Disconnect(index, PeerError::ImpossibleFlush { reported, known })];
         }
         peer.flush_lsn = reported;
+        peer.commit_lsn = response.commit_lsn;
         peer.acknowledged = true;
-        self.advance_commit()
+        let effects = self.advance_commit();
+        self.advance_horizon();
+        effects
     }
 
     /// Rule 10: a majority of every member set, in our term, at or beyond its start.
@@ -570,9 +642,28 @@ impl Proposer {
             return Vec::new();
         }
         self.commit_lsn = commit;
-        let slowest = self.peers.iter().map(|p| p.flush_lsn).min().unwrap_or_default();
-        self.truncate_lsn = self.truncate_lsn.max(slowest.min(commit));
         vec![Effect::Committed(commit)]
+    }
+
+    /// Moves the peer horizon to what the slowest acceptor has, as far as that is committed. Every acknowledgement may do
+    /// so, also of a laggard that catches up while nothing new is committed. Whoever was never heard of holds it back.
+    fn advance_horizon(&mut self) {
+        if self.truncate_lsn >= self.commit_lsn {
+            return;
+        }
+        let of_members = self.member_sets().into_iter().flatten().map(|p| p.map_or(Lsn::INVALID, |p| p.flush_lsn));
+        let slowest = of_members.chain(self.peers.iter().map(|p| p.flush_lsn)).min().unwrap_or_default();
+        self.truncate_lsn = self.truncate_lsn.max(slowest.min(self.commit_lsn));
+    }
+
+    /// Whether a majority of every member set was sent all WAL up to `lsn`.
+    pub fn quorum_was_sent(&self, lsn: Lsn) -> bool {
+        self.quorum(|p| p.state == PeerState::Following && p.next_send >= lsn)
+    }
+
+    /// Whether a majority of every member set follows.
+    pub fn quorum_follows(&self) -> bool {
+        self.quorum(|p| p.state == PeerState::Following)
     }
 
     fn quorum(&self, holds: impl Fn(&Peer) -> bool) -> bool {
@@ -590,17 +681,9 @@ impl Proposer {
             return vec![self.peers.iter().map(Some).collect()];
         }
         let by_id: BTreeMap<_, _> = self.peers.iter().filter_map(|p| Some((p.node_id?, p))).collect();
-        let sets = [Some(&configuration.members), configuration.new_members.as_ref()];
-        let members = |set: &Vec<_>| -> Vec<_> {
-            set.iter().map(|m: &pgproto::walproposer::Member| by_id.get(&m.id).copied()).collect()
-        };
-        sets.into_iter().flatten().map(members).collect()
+        let members = |set: &[Member]| set.iter().map(|member| by_id.get(&member.id).copied()).collect();
+        membership::sets(configuration).map(members).collect()
     }
-}
-
-/// Size of a majority of `members`.
-fn majority(members: usize) -> usize {
-    members / 2 + 1
 }
 
 /// The LSN that a majority of `set` has reached.

@@ -14,6 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::consensus::health::Fault;
 use crate::consensus::proposer::PeerState;
 use crate::lanes::Lanes;
 use crate::propose::status::{PeerReport, Status};
@@ -157,6 +158,7 @@ async fn create_list_status() {
         "peers": [],
         "walsenders": [],
         "walreceivers": [],
+        "health": {"state": "sound"},
     });
     assert_eq!(server.get(&timeline_path()).await.json(), expected);
 
@@ -212,6 +214,31 @@ async fn the_term_is_raised_and_never_lowered() {
         assert_eq!(answer.json(), json!({"previous_term": previous, "current_term": current}), "{body}");
     }
     assert_eq!(server.get(&timeline_path()).await.json()["acceptor_state"]["term"], 9);
+}
+
+#[tokio::test]
+async fn a_fault_is_shown() {
+    let server = safekeeper_server().await;
+    server.post("/v1/tenant/timeline", &create_request().to_string()).await;
+    let timeline = server.registry.as_ref().unwrap().list().remove(0);
+    let fault = Fault { from: Lsn(0x14E_0000), acked_end: Lsn(0x14E_E150), reason: "a checksum".into() };
+    timeline.report_fault(fault).await.unwrap();
+    let health = &server.get(&timeline_path()).await.json()["health"];
+    let expected =
+        json!({"state": "fault", "from_lsn": "0/14E0000", "acked_end_lsn": "0/14EE150", "reason": "a checksum"});
+    assert_eq!(health, &expected);
+    let scrape = server.get("/metrics").await.body;
+    assert!(scrape.contains("\nsafekeeper_unhealthy_timelines{state=\"fault\"} 1\n"), "{scrape}");
+}
+
+#[tokio::test]
+async fn no_term_is_taken_from_which_there_is_no_way_on() {
+    let server = safekeeper_server().await;
+    server.post("/v1/tenant/timeline", &create_request().to_string()).await;
+    let path = format!("{}/term_bump", timeline_path());
+    let answer = server.post(&path, &json!({"term": u64::MAX}).to_string()).await;
+    assert_eq!(answer.status, 400, "{}", answer.body);
+    assert_eq!(server.post(&path, "{}").await.json(), json!({"previous_term": 0, "current_term": 1}));
 }
 
 #[tokio::test]

@@ -8,6 +8,7 @@ use pgproto::walproposer::{Configuration, TermLsn};
 use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 use serde::Serialize;
 
+use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
 use crate::timeline::Timeline;
 use crate::timeline::push::PushStatus;
@@ -32,9 +33,42 @@ pub(super) struct TimelineStatus {
     peers: [(); 0],
     walsenders: Vec<WalSender>,
     walreceivers: Vec<WalReceiver>,
+    /// Whether this node can vouch for its log. Not in Neon's.
+    health: HealthReport,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct HealthReport {
+    /// `sound`, `fault` or `quarantined`.
+    state: &'static str,
+    /// Why it isn't sound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<String>,
+    /// Fault: where the damage begins.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    from_lsn: Option<Lsn>,
+    /// Fault: end of what was acknowledged, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    acked_end_lsn: Option<Lsn>,
+}
+
+impl From<&Health> for HealthReport {
+    fn from(health: &Health) -> Self {
+        let mut report = Self { state: health.name(), reason: None, from_lsn: None, acked_end_lsn: None };
+        match health {
+            Health::Sound => {}
+            Health::Fault(fault) => {
+                report.reason = Some(fault.reason.to_string());
+                report.from_lsn = Some(fault.from);
+                report.acked_end_lsn = fault.acked_end.is_valid().then_some(fault.acked_end);
+            }
+            Health::Quarantined(reason) => report.reason = Some(reason.to_string()),
+        }
+        report
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -143,6 +177,7 @@ impl TimelineStatus {
             peers: [],
             walsenders: timeline.readers().list().into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
             walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
+            health: (&*timeline.health()).into(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
     }

@@ -26,7 +26,7 @@ pub use safekeeper::{
     disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader, receiver, storage_operation, wal_flushed,
     wal_written,
 };
-pub use timelines::{TimelineSample, TimelineSource};
+pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
 
 /// Buckets of all time histograms, in seconds. Neon's, and finer ones below a millisecond, where a good disk is.
 const SECONDS: &[f64] =

@@ -14,6 +14,10 @@ impl TimelineSource for Fixed {
     fn timelines(&self) -> Vec<TimelineSample> {
         self.0.clone()
     }
+
+    fn not_loaded(&self) -> u64 {
+        4
+    }
 }
 
 struct FixedProposer(ProposerSample);
@@ -29,6 +33,7 @@ fn sample(number: usize, active: bool) -> TimelineSample {
     id[8..].copy_from_slice(&(number as u64).to_be_bytes());
     TimelineSample {
         ttid: TenantTimelineId::new(TenantId(id), TimelineId([2; 16])),
+        health: TimelineHealth::Sound,
         active,
         term: Term(3),
         flush_lsn: Lsn(200),
@@ -100,6 +105,19 @@ fn many_idle_timelines_have_no_series_of_their_own() {
     assert_eq!(text.matches("\nsafekeeper_flush_lsn{").count(), 2);
     assert!(text.contains("\nsafekeeper_timelines 2000\n"), "{text}");
     assert!(text.contains("\nsafekeeper_active_timelines 2\n"));
+}
+
+#[test]
+fn a_timeline_that_is_not_well_is_shown_among_many_and_counted() {
+    let mut samples: Vec<_> = (0..2000).map(|i| sample(i, false)).collect();
+    samples[5].health = TimelineHealth::Quarantined;
+    let text = busy_safekeeper(samples).render().unwrap();
+    let shown: Vec<_> = text.lines().filter(|line| line.starts_with("safekeeper_timeline_health{")).collect();
+    assert!(matches!(shown[..], [line] if line.ends_with(" 2")), "{shown:?}");
+    for (state, count) in [("fault", 0), ("quarantined", 1), ("stopped", 0), ("not_loaded", 4)] {
+        let line = format!("safekeeper_unhealthy_timelines{{state=\"{state}\"}} {count}");
+        assert!(text.lines().any(|have| have == line), "{line} is missing");
+    }
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::Instant;
 use pgproto::{Lsn, TenantTimelineId, Term};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
-use prometheus::{Gauge, Opts};
+use prometheus::{Gauge, GaugeVec, Opts};
 
 use super::{Reading, flag, known_lsn, must, number_value};
 
@@ -14,12 +14,37 @@ use super::{Reading, flag, known_lsn, must, number_value};
 pub trait TimelineSource: Send + Sync {
     /// All loaded timelines as they are now. Called at each scrape; must not block.
     fn timelines(&self) -> Vec<TimelineSample>;
+
+    /// How many timelines are there on disk but could not be loaded.
+    fn not_loaded(&self) -> u64;
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
     fn timelines(&self) -> Vec<TimelineSample> {
         (**self).timelines()
     }
+
+    fn not_loaded(&self) -> u64 {
+        (**self).not_loaded()
+    }
+}
+
+/// Whether a timeline can do its work. The numbers are the values of its gauge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimelineHealth {
+    /// It can.
+    Sound = 0,
+    /// Acknowledged WAL is damaged: it doesn't vote.
+    Fault = 1,
+    /// An invariant is broken: it takes part in nothing.
+    Quarantined = 2,
+    /// A storage failure stopped it until the restart.
+    Stopped = 3,
+}
+
+impl TimelineHealth {
+    const UNHEALTHY: [(Self, &'static str); 3] =
+        [(Self::Fault, "fault"), (Self::Quarantined, "quarantined"), (Self::Stopped, "stopped")];
 }
 
 /// One timeline at the moment of a scrape. An LSN of 0 is "not known" and exports nothing.
@@ -27,6 +52,8 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 pub struct TimelineSample {
     /// Which.
     pub ttid: TenantTimelineId,
+    /// Whether it can do its work.
+    pub health: TimelineHealth,
     /// Whether a proposer or a reader is connected.
     pub active: bool,
     /// Highest term promised.
@@ -47,12 +74,12 @@ pub struct TimelineSample {
     pub written_wal_bytes: u64,
 }
 
-/// Above this many timelines only the active ones have series of their own; Prometheus pays for every series.
+/// Above this many timelines only the active and the unhealthy ones have series of their own; Prometheus pays for every series.
 const MAX_INACTIVE: usize = 1000;
 
 const LABELS: [&str; 2] = ["tenant_id", "timeline_id"];
 
-const READINGS: [Reading<TimelineSample>; 9] = [
+const READINGS: [Reading<TimelineSample>; 10] = [
     Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known_lsn(t.flush_lsn)),
     Reading::gauge("safekeeper_commit_lsn", "End of the WAL that is known committed by the quorum.", |t| {
         known_lsn(t.commit_lsn)
@@ -69,6 +96,11 @@ const READINGS: [Reading<TimelineSample>; 9] = [
     Reading::gauge("safekeeper_acceptor_term", "Highest term promised to a proposer.", |t| {
         Some(number_value(t.term.0))
     }),
+    Reading::gauge(
+        "safekeeper_timeline_health",
+        "Whether the timeline can do its work: 0 sound, 1 fault, 2 quarantined, 3 stopped.",
+        |t| Some(f64::from(t.health as u8)),
+    ),
     Reading::gauge("safekeeper_timeline_active", "Whether a proposer or a reader is connected: 1 or 0.", |t| {
         Some(flag(t.active))
     }),
@@ -84,6 +116,7 @@ pub(super) struct TimelineCollector<S> {
     descs: Vec<Desc>,
     timelines: Gauge,
     active_timelines: Gauge,
+    unhealthy_timelines: GaugeVec,
     collect_seconds: Gauge,
 }
 
@@ -92,13 +125,28 @@ impl<S: TimelineSource> TimelineCollector<S> {
         let gauge = |name: &str, help: &str| must(Gauge::with_opts(Opts::new(name, help)));
         let timelines = gauge("safekeeper_timelines", "Timelines loaded on this node.");
         let active_timelines = gauge("safekeeper_active_timelines", "Timelines with a proposer or a reader connected.");
+        let help = "Timelines that can't do their work, by why.";
+        let unhealthy_timelines = must(GaugeVec::new(Opts::new("safekeeper_unhealthy_timelines", help), &["state"]));
         let collect_seconds =
             gauge("safekeeper_collect_timeline_metrics_seconds", "Time this scrape took to read the timelines.");
         let mut descs: Vec<Desc> = READINGS.iter().map(|reading| reading.desc(&LABELS)).collect();
         for gauge in [&timelines, &active_timelines, &collect_seconds] {
             descs.extend(gauge.desc().into_iter().cloned());
         }
-        TimelineCollector { source, descs, timelines, active_timelines, collect_seconds }
+        descs.extend(unhealthy_timelines.desc().into_iter().cloned());
+        TimelineCollector { source, descs, timelines, active_timelines, unhealthy_timelines, collect_seconds }
+    }
+
+    fn count(&self, samples: &[TimelineSample]) {
+        let count =
+            |holds: &dyn Fn(&&TimelineSample) -> bool| number_value(samples.iter().filter(holds).count() as u64);
+        self.timelines.set(number_value(samples.len() as u64));
+        self.active_timelines.set(count(&|t| t.active));
+        let unhealthy = |state| self.unhealthy_timelines.with_label_values(&[state]);
+        for (health, state) in TimelineHealth::UNHEALTHY {
+            unhealthy(state).set(count(&|t| t.health == health));
+        }
+        unhealthy("not_loaded").set(number_value(self.source.not_loaded()));
     }
 }
 
@@ -110,10 +158,9 @@ impl<S: TimelineSource> Collector for TimelineCollector<S> {
     fn collect(&self) -> Vec<MetricFamily> {
         let started = Instant::now();
         let mut samples = self.source.timelines();
-        self.timelines.set(number_value(samples.len() as u64));
-        self.active_timelines.set(number_value(samples.iter().filter(|t| t.active).count() as u64));
+        self.count(&samples);
         if samples.len() > MAX_INACTIVE {
-            samples.retain(|t| t.active);
+            samples.retain(|t| t.active || t.health != TimelineHealth::Sound);
         }
         let names: Vec<(String, String)> =
             samples.iter().map(|t| (t.ttid.tenant_id.to_string(), t.ttid.timeline_id.to_string())).collect();
@@ -126,6 +173,7 @@ impl<S: TimelineSource> Collector for TimelineCollector<S> {
         for gauge in [&self.timelines, &self.active_timelines, &self.collect_seconds] {
             families.extend(gauge.collect());
         }
+        families.extend(self.unhealthy_timelines.collect());
         families
     }
 }

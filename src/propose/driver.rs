@@ -48,6 +48,8 @@ pub(super) enum Ended {
     SteppedDown(StepDown),
     /// No majority reached the term start in time.
     Stalled,
+    /// The safekeepers have no log, and none is to be begun.
+    NoLog,
     /// The primary can't be followed; an operator is needed.
     Fatal(UpstreamError),
     /// Asked to stop.
@@ -222,6 +224,7 @@ impl Driver {
                     tracing::info!(safekeeper = %self.address(index), from = ?self.proposer.peer_next_send(index), "follows");
                     self.heartbeat(index);
                 }
+                Effect::NoLog => return Err(Ended::NoLog),
                 Effect::Committed(lsn) => {
                     self.buffer.make_room(lsn);
                     metrics::committed(lsn);
@@ -383,12 +386,8 @@ impl Driver {
         }
         let stalled = self.elected_at.is_some_and(|at| now.duration_since(at) > TERM_START_LIMIT)
             && !self.proposer.commit_lsn().is_valid()
-            && self.majority(|index| self.proposer.peer_state(index) == PeerState::Following);
+            && self.proposer.quorum_follows();
         if stalled { Err(Ended::Stalled) } else { Ok(()) }
-    }
-
-    fn majority(&self, holds: impl Fn(PeerIndex) -> bool) -> bool {
-        (0..self.peers.len()).filter(|&index| holds(PeerIndex(index))).count() > self.peers.len() / 2
     }
 
     /// Connects to the primary beside the driver, unless that is under way or too early.
@@ -444,9 +443,7 @@ impl Driver {
     /// larger than the buffer: once a majority was sent all there is, only more WAL can bring the next commit. How much that
     /// can be is bounded by what the majority takes without acknowledging it.
     fn reads_on(&self) -> bool {
-        let end = self.buffer.end();
-        !self.buffer.is_full()
-            || self.majority(|index| self.proposer.peer_next_send(index).is_some_and(|next| next >= end))
+        !self.buffer.is_full() || self.proposer.quorum_was_sent(self.buffer.end())
     }
 
     async fn on_upstream(&mut self, event: Result<UpstreamEvent, UpstreamError>) -> Result<(), Ended> {

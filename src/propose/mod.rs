@@ -110,6 +110,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             Ended::SteppedDown(reason) => tracing::warn!(%reason, "stepping down"),
+            Ended::NoLog => tracing::warn!("the safekeepers have no log, and it isn't known where to begin one"),
             Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
         }
         if began.elapsed() > STEP_DOWN_PAUSE.1 {

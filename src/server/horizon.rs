@@ -37,7 +37,7 @@ impl Horizon {
             Horizon::Committed(commit_lsn) => Ok(*commit_lsn.borrow_and_update()),
             Horizon::InTerm { term, progress } => {
                 let now = *progress.borrow_and_update();
-                check_term(*term, now.term)?;
+                check_term(*term, &now)?;
                 Ok(now.flush_lsn)
             }
         }
@@ -48,7 +48,7 @@ impl Horizon {
     pub(super) fn confirm(&self) -> Result<(), Interrupt> {
         match self {
             Horizon::Committed(_) => Ok(()),
-            Horizon::InTerm { term, progress } => check_term(*term, progress.borrow().term),
+            Horizon::InTerm { term, progress } => check_term(*term, &progress.borrow()),
         }
     }
 
@@ -76,11 +76,15 @@ impl Horizon {
     }
 }
 
-fn check_term(wanted: Term, now: Term) -> Result<(), Interrupt> {
-    if wanted == now {
+fn check_term(wanted: Term, now: &Progress) -> Result<(), Interrupt> {
+    if now.quarantined {
+        let text = "this timeline is quarantined: only committed WAL is to be had";
+        return Err(Interrupt::fatal(SqlState::DATA_CORRUPTED, text));
+    }
+    if wanted == now.term {
         return Ok(());
     }
-    let text = format!("failed to acquire term {wanted}, current term is {now}");
+    let text = format!("failed to acquire term {wanted}, current term is {}", now.term);
     Err(Interrupt::fatal(SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE, text))
 }
 
@@ -118,6 +122,15 @@ mod tests {
         publish.send_replace(Progress { term: Term(6), ..now });
         assert_eq!(code(horizon.confirm()), SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
         assert_eq!(code(horizon.end()), SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE);
+    }
+
+    #[test]
+    fn a_quarantined_timeline_shows_no_uncommitted_wal() {
+        let now = Progress { term: Term(5), last_log_term: Term(5), flush_lsn: Lsn(100), ..Progress::default() };
+        let (publish, progress) = watch::channel(now);
+        let mut horizon = Horizon::InTerm { term: Term(5), progress };
+        publish.send_replace(Progress { quarantined: true, ..now });
+        assert_eq!(code(horizon.end()), SqlState::DATA_CORRUPTED);
     }
 
     #[test]

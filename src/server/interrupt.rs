@@ -100,6 +100,11 @@ impl From<CreateTimelineError> for Interrupt {
     }
 }
 
+/// What depends on the log being whole is not to be had while it isn't.
+pub(super) fn unsound(error: AcceptorError) -> Interrupt {
+    Interrupt::refused(SqlState::DATA_CORRUPTED, error.to_string())
+}
+
 fn refusal_code(refusal: &AcceptorError) -> SqlState {
     match refusal {
         AcceptorError::BadWal(_) | AcceptorError::Faulty(_) | AcceptorError::Quarantined(_) => SqlState::DATA_CORRUPTED,

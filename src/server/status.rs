@@ -1,10 +1,13 @@
 //! `TIMELINE_STATUS`, Neon's: flush and commit LSN of the connection's timeline.
+//!
+//! Computes start without an election when a majority answers with one and the same position, so a node that can't vouch
+//! for its log answers with an error.
 
 use pgproto::Lsn;
 use pgproto::backend::{Column, encode};
 
 use super::handshake::NoTimeline;
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, unsound};
 use super::session::Session;
 use crate::timeline::registry::LookupError;
 
@@ -15,6 +18,9 @@ pub(super) fn run(session: &mut Session) -> Result<(), Interrupt> {
         Err(NoTimeline::Lookup(LookupError::NotFound(_))) => None,
         Err(error) => return Err(error.refusal()),
     };
+    if let Ok(timeline) = session.timeline() {
+        timeline.health().check_vouches().map_err(unsound)?;
+    }
     let out = session.writer.out();
     encode::row_description(out, &[Column::text("flush_lsn"), Column::text("commit_lsn")]);
     if let Some(progress) = progress {

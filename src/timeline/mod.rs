@@ -45,7 +45,7 @@ use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
-use crate::metrics::TimelineSample;
+use crate::metrics::{TimelineHealth, TimelineSample};
 use crate::storage::{ReadError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
@@ -74,6 +74,8 @@ pub struct Progress {
     pub peer_horizon_lsn: Lsn,
     /// See [`ControlState::remote_consistent_lsn`].
     pub remote_consistent_lsn: Lsn,
+    /// Nothing above is certain, see [`Health::Quarantined`].
+    pub quarantined: bool,
 }
 
 impl Progress {
@@ -89,6 +91,7 @@ impl Progress {
             backup_lsn: lazy.backup_lsn,
             peer_horizon_lsn: lazy.peer_horizon_lsn,
             remote_consistent_lsn: lazy.remote_consistent_lsn,
+            quarantined: acceptor.health().check_not_quarantined().is_err(),
         }
     }
 }
@@ -215,8 +218,15 @@ impl Timeline {
     fn sample(&self) -> TimelineSample {
         let progress = self.progress();
         let receivers = self.push_sessions.count() as u64;
+        let health = match (self.failure(), &*self.health()) {
+            (_, Health::Quarantined(_)) => TimelineHealth::Quarantined,
+            (Some(_), _) => TimelineHealth::Stopped,
+            (None, Health::Fault(_)) => TimelineHealth::Fault,
+            (None, Health::Sound) => TimelineHealth::Sound,
+        };
         TimelineSample {
             ttid: self.ttid,
+            health,
             active: receivers > 0 || self.readers.count() > 0,
             term: progress.term,
             flush_lsn: progress.flush_lsn,

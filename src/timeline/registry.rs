@@ -11,7 +11,7 @@ use pgproto::wal::page::magic_of;
 use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
-use crate::consensus::acceptor::Acceptor;
+use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
 use crate::metrics::{TimelineSample, TimelineSource};
@@ -212,7 +212,12 @@ impl Registry {
 /// The acceptor over what was found on disk.
 fn acceptor(node_id: NodeId, recovered: Recovered) -> Acceptor {
     let Recovered { control, scanner, fault } = recovered;
+    let (ttid, saved) = (control.ttid, LazyLsns::from(&control));
     let mut acceptor = Acceptor::new(node_id, control, scanner);
+    let taken = acceptor.lazy_lsns();
+    if taken != saved {
+        tracing::warn!(%ttid, ?saved, ?taken, "saved positions beyond the commit LSN were lowered to it");
+    }
     if let Some(fault) = fault {
         acceptor.report_fault(fault);
     }
@@ -222,6 +227,10 @@ fn acceptor(node_id: NodeId, recovered: Recovered) -> Acceptor {
 impl TimelineSource for Registry {
     fn timelines(&self) -> Vec<TimelineSample> {
         self.list().iter().map(|timeline| timeline.sample()).collect()
+    }
+
+    fn not_loaded(&self) -> u64 {
+        self.timelines.lock().values().filter(|slot| matches!(slot, Slot::Broken(_))).count() as u64
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use pgproto::walproposer::{AcceptorMessage, AppendRequest, Configuration, ProposerMessage};
-use pgproto::{Lsn, Term};
+use pgproto::{Lsn, SystemId, Term};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
@@ -166,7 +166,9 @@ impl Task {
         match command {
             Command::Append { session, append } => return self.append(session, append).await,
             Command::Request { message, reply } => {
+                let known = self.writer.acceptor.durable_state().server.system_id;
                 let result = self.writer.acceptor.handle(message);
+                self.warn_of_other_system(known);
                 self.answer(result, reply, |_, message| message).await
             }
             Command::BumpTerm { to, reply } => {
@@ -186,6 +188,17 @@ impl Task {
                 let actions = self.writer.acceptor.checkpoint();
                 self.answer(Ok(actions), reply, |_, _| ()).await
             }
+        }
+    }
+
+    /// A proposer's greeting may bring another system identifier (spec: semantics 3.1). A compute of Neon may do that, a
+    /// stock primary never does: then two clusters write one log.
+    fn warn_of_other_system(&self, known: SystemId) {
+        let now = self.writer.acceptor.durable_state().server.system_id;
+        if known.is_known() && now != known {
+            let what = "a proposer of ANOTHER DATABASE CLUSTER took this timeline over: unless it was restored or cloned \
+                        on purpose, stop that proposer";
+            tracing::warn!(ttid = %self.timeline.ttid, before = %known, %now, "{what}");
         }
     }
 
@@ -231,7 +244,7 @@ impl Task {
 
     fn refused(&self, error: AcceptorError) -> TimelineError {
         // The refusal may have quarantined the timeline.
-        self.timeline.publish_health(&self.writer.acceptor);
+        self.timeline.publish(&self.writer.acceptor);
         TimelineError::Refused(error)
     }
 
@@ -313,7 +326,7 @@ impl Writer {
 
 #[cfg(test)]
 mod tests {
-    use pgproto::{NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, TimelineId};
+    use pgproto::{NodeId, SegmentSize, TenantId, TenantTimelineId, TimelineId};
 
     use super::*;
     use crate::consensus::state::{ControlState, ServerInfo};

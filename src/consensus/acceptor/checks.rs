@@ -5,7 +5,7 @@ use pgproto::walproposer::{Configuration, ProposerGreeting, TermLsn};
 use pgproto::{Generation, Lsn, Term};
 
 use super::{Acceptor, AcceptorError, LazyLsns, MAX_TERM_STEP};
-use crate::consensus::health::{Fault, Health};
+use crate::consensus::health::Fault;
 use crate::consensus::history::{TermHistory, highest_common_point};
 use crate::consensus::membership;
 
@@ -41,22 +41,6 @@ impl Acceptor {
             "only committed WAL leaves the quorum"
         );
         assert!(self.durable.term >= self.durable.term_history.last_term(), "WAL comes only from terms joined");
-    }
-
-    /// Whether this acceptor may say how far its log goes.
-    pub(super) fn check_may_vouch(&self) -> Result<(), AcceptorError> {
-        match &self.health {
-            Health::Sound => Ok(()),
-            Health::Fault(fault) => Err(AcceptorError::Faulty(fault.clone())),
-            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
-        }
-    }
-
-    pub(super) fn check_not_quarantined(&self) -> Result<(), AcceptorError> {
-        match &self.health {
-            Health::Quarantined(reason) => Err(AcceptorError::Quarantined(reason.clone())),
-            Health::Sound | Health::Fault(_) => Ok(()),
-        }
     }
 
     pub(super) fn check_identity(&self, greeting: &ProposerGreeting) -> Result<(), AcceptorError> {

@@ -120,11 +120,13 @@ impl Hash for Acceptor {
             leader_accepted,
             term_start_lsn,
             leader_commit_lsn,
+            leader_horizon_lsn,
             dirty,
+            health,
         } = self;
         let written = scanner.as_ref().map(|scanner| (scanner.position(), scanner.last_record_end()));
         (durable, lazy, written, flush_lsn).hash(hasher);
-        (leader_accepted, term_start_lsn, leader_commit_lsn, dirty).hash(hasher);
+        (leader_accepted, term_start_lsn, leader_commit_lsn, leader_horizon_lsn, dirty, health).hash(hasher);
     }
 }
 
@@ -252,7 +254,7 @@ impl Acceptor {
 
     fn vote(&mut self, request: VoteRequest) -> Result<Vec<Action>, AcceptorError> {
         self.check_generation(request.generation)?;
-        self.check_may_vouch()?;
+        self.health.check_vouches()?;
         self.check_term_step(request.term)?;
         // The vote tells the end of the log for good: nothing of an older leader may become durable after it (D3).
         let mut actions = self.flush();
@@ -278,7 +280,7 @@ impl Acceptor {
             // A stale leader; the answer to its first append will tell it.
             return Ok(Vec::new());
         }
-        self.check_may_vouch()?;
+        self.health.check_vouches()?;
         self.check_term_step(elected.term)?;
         let history = TermHistory::new(elected.term_history)?;
         if history.last_term() != elected.term {
@@ -333,7 +335,7 @@ impl Acceptor {
         if append.term < self.durable.term {
             return Ok(vec![Action::Reply(AcceptorMessage::AppendResponse(self.refusal()))]);
         }
-        self.check_not_quarantined()?;
+        self.health.check_not_quarantined()?;
         // Equal terms are not enough: a vote sets the term too, without this leader having cut the log here (rule 9).
         if append.term > self.durable.term
             || !self.leader_accepted
@@ -443,7 +445,7 @@ impl Acceptor {
         if term != self.durable.term {
             return Ok(self.refusal());
         }
-        self.check_not_quarantined()?;
+        self.health.check_not_quarantined()?;
         Ok(AppendResponse {
             flush_lsn: self.flush_lsn(),
             // The saved one, so that whoever hears it knows that it survives a restart.

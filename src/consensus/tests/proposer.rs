@@ -34,8 +34,12 @@ fn greeting_with(node: u64, term: u64, configuration: Configuration) -> Acceptor
 }
 
 fn vote(term: u64, given: bool, flush: u64, history: &[(u64, u64)]) -> AcceptorMessage {
+    vote_in(0, term, given, flush, history)
+}
+
+fn vote_in(generation: u32, term: u64, given: bool, flush: u64, history: &[(u64, u64)]) -> AcceptorMessage {
     AcceptorMessage::VoteResponse(VoteResponse {
-        generation: Generation(0),
+        generation: Generation(generation),
         term: Term(term),
         vote_given: given,
         flush_lsn: Lsn(flush),
@@ -45,11 +49,16 @@ fn vote(term: u64, given: bool, flush: u64, history: &[(u64, u64)]) -> AcceptorM
 }
 
 fn ack(term: u64, flush: u64) -> AcceptorMessage {
+    ack_in(0, term, flush, 0)
+}
+
+/// An acknowledgement with the commit LSN that the acceptor has on disk.
+fn ack_in(generation: u32, term: u64, flush: u64, commit: u64) -> AcceptorMessage {
     AcceptorMessage::AppendResponse(AppendResponse {
-        generation: Generation(0),
+        generation: Generation(generation),
         term: Term(term),
         flush_lsn: Lsn(flush),
-        commit_lsn: Lsn(0),
+        commit_lsn: Lsn(commit),
         hs_feedback: HotStandbyFeedback::default(),
         pageserver_feedback: None,
     })
@@ -68,6 +77,7 @@ fn brief(effects: Vec<Effect>) -> Vec<String> {
         Effect::Elected { term, start } => format!("won {term} at {:x}", start.0),
         Effect::Follows(p) => format!("{} follows", p.0),
         Effect::Committed(lsn) => format!("committed {:x}", lsn.0),
+        Effect::NoLog => "no log".to_owned(),
         Effect::Disconnect(p, error) => format!("{} disconnect: {error}", p.0),
         Effect::StepDown(reason) => format!("step down: {reason}"),
     };
@@ -284,4 +294,158 @@ fn a_log_at_the_end_of_all_positions_is_no_reason_to_panic() {
         let _ = (node, p.handle(peer, vote(term, true, u64::MAX, &[(1, 0x10_0000)])));
     }
     p.handle(A, ack(term, u64::MAX));
+}
+
+#[test]
+fn the_peer_horizon_advances_when_a_laggard_catches_up_though_nothing_new_is_committed() {
+    let mut p = leader();
+    p.handle(A, ack(6, 0x10_0300));
+    p.handle(B, ack(6, 0x10_0300));
+    assert_eq!((p.commit_lsn(), p.truncate_lsn()), (Lsn(0x10_0300), Lsn(0)), "C was never heard of");
+    p.connected(C);
+    p.handle(C, greeting(3, 2));
+    p.handle(C, vote(6, true, 0x10_0000, &[(1, 0x10_0000)]));
+    while p.next_append(C, 4096).is_some() {}
+    assert!(p.handle(C, ack(6, 0x10_0200)).is_empty());
+    assert_eq!(p.truncate_lsn(), Lsn(0x10_0200));
+    p.handle(C, ack(6, 0x10_0300));
+    assert_eq!(p.heartbeat(A).map(|spec| spec.truncate_lsn), Some(Lsn(0x10_0300)));
+}
+
+/// Two of three have been at 0x100300 since term 4 and the third lags; nobody proposes anything.
+fn syncing() -> Proposer {
+    let mut p = proposer_with(Configuration::default(), 3);
+    for (peer, node) in [(A, 1), (B, 2)] {
+        p.connected(peer);
+        p.handle(peer, greeting(node, 4));
+    }
+    p.handle(A, vote(5, true, 0x10_0300, &[(4, 0x10_0000)]));
+    let won = brief(p.handle(B, vote(5, true, 0x10_0100, &[(4, 0x10_0000)])));
+    assert_eq!(won[0], "won 5 at 100300");
+    p
+}
+
+#[test]
+fn without_a_primary_a_quorum_is_brought_to_one_lsn() {
+    let mut p = syncing();
+    p.handle(A, ack_in(0, 5, 0x10_0300, 0));
+    assert_eq!(p.next_append(B, 4096).map(|s| (s.begin, s.end)), Some((Lsn(0x10_0100), Lsn(0x10_0300))));
+    assert_eq!(p.donor_for(Lsn(0x10_0300)), Some(A), "that is where B's WAL comes from");
+    assert_eq!(brief(p.handle(B, ack_in(0, 5, 0x10_0300, 0))), ["committed 100300"]);
+    assert_eq!(p.synced(), None, "no node has the commit on disk yet");
+    p.handle(A, ack_in(0, 5, 0x10_0300, 0x10_0300));
+    assert_eq!(p.synced(), None, "B is connected and lacks it");
+    p.handle(B, ack_in(0, 5, 0x10_0300, 0x10_0300));
+    assert_eq!(p.synced(), Some(Lsn(0x10_0300)));
+    p.connected(C);
+    assert_eq!(p.synced(), None, "C came back and must follow");
+    p.disconnected(C);
+    assert_eq!(p.synced(), Some(Lsn(0x10_0300)));
+}
+
+#[test]
+fn what_a_node_had_on_disk_before_it_was_away_is_not_taken_for_granted() {
+    let mut p = syncing();
+    p.next_append(B, 4096);
+    for peer in [A, B, A, B] {
+        p.handle(peer, ack_in(0, 5, 0x10_0300, p.commit_lsn().0));
+    }
+    assert!(p.synced().is_some());
+    p.disconnected(B);
+    p.connected(B);
+    assert_eq!(p.synced(), None);
+}
+
+#[test]
+fn there_is_nothing_to_sync_where_nobody_has_wal() {
+    let server = ServerInfo { pg_version: 0, system_id: SystemId(0), wal_seg_size: SegmentSize::new(1 << 20).unwrap() };
+    let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
+    let config = ProposerConfig { ttid, server, configuration: Configuration::default(), initial_start: Lsn(0) };
+    let mut p = Proposer::new(config, 3);
+    for (peer, node) in [(A, 1), (B, 2)] {
+        p.connected(peer);
+        p.handle(peer, greeting(node, 0));
+    }
+    assert!(p.handle(A, vote(1, true, 0, &[])).is_empty());
+    assert_eq!(brief(p.handle(B, vote(1, true, 0, &[]))), ["no log"]);
+}
+
+/// A leader of term 1 in the joint configuration 2: {1, 2, 3} and {3, 4, 5}, elected by all.
+fn joint_leader() -> Proposer {
+    let joint = configuration(2, &[1, 2, 3], Some(&[3, 4, 5]));
+    let mut p = proposer_with(joint.clone(), 5);
+    for node in 1..=5 {
+        p.connected(PeerIndex(node - 1));
+        p.handle(PeerIndex(node - 1), greeting_with(node as u64, 0, joint.clone()));
+    }
+    for node in 1..=5 {
+        p.handle(PeerIndex(node - 1), vote_in(2, 1, true, 0, &[]));
+    }
+    assert_eq!(p.term_start(), Some(Lsn(0x10_0000)));
+    p.wal_available(Lsn(0x10_0800));
+    for peer in 0..5 {
+        while p.next_append(PeerIndex(peer), 4096).is_some() {}
+    }
+    p
+}
+
+#[test]
+fn a_joint_configuration_elects_only_with_votes_of_both_sets() {
+    let joint = configuration(2, &[1, 2, 3], Some(&[3, 4, 5]));
+    let mut p = proposer_with(joint.clone(), 5);
+    for node in 1..=5 {
+        p.connected(PeerIndex(node - 1));
+        p.handle(PeerIndex(node - 1), greeting_with(node as u64, 0, joint.clone()));
+    }
+    for node in 1..=3 {
+        assert!(p.handle(PeerIndex(node - 1), vote_in(2, 1, true, 0, &[])).is_empty(), "vote of {node}");
+    }
+    assert_eq!(brief(p.handle(PeerIndex(3), vote_in(2, 1, true, 0, &[])))[0], "won 1 at 100000");
+}
+
+#[test]
+fn a_joint_configuration_commits_the_lower_of_what_both_sets_have() {
+    let mut p = joint_leader();
+    for (node, flush) in [(1, 0x10_0800), (2, 0x10_0800), (3, 0x10_0400)] {
+        assert!(p.handle(PeerIndex(node - 1), ack_in(2, 1, flush, 0)).is_empty(), "the new set has no majority");
+    }
+    assert_eq!(brief(p.handle(PeerIndex(4), ack_in(2, 1, 0x10_0600, 0))), ["committed 100400"]);
+    assert_eq!(brief(p.handle(PeerIndex(2), ack_in(2, 1, 0x10_0800, 0))), ["committed 100600"]);
+    assert_eq!(p.truncate_lsn(), Lsn(0x10_0000), "node 4 has acknowledged nothing");
+}
+
+#[test]
+fn a_newer_configuration_ends_campaign_and_leader() {
+    let newer = ["step down: configuration generation 3 is in force"];
+    let mut p = joint_leader();
+    assert_eq!(brief(p.handle(A, ack_in(3, 1, 0x10_0000, 0))), newer);
+    p.disconnected(A);
+    p.connected(A);
+    assert_eq!(brief(p.handle(A, greeting_with(1, 1, configuration(3, &[3, 4, 5], None)))), newer);
+    let mut p = proposer();
+    for (peer, node) in [(A, 1), (B, 2)] {
+        p.connected(peer);
+        p.handle(peer, greeting(node, 0));
+    }
+    assert_eq!(brief(p.handle(A, vote_in(3, 1, true, 0, &[]))), newer);
+}
+
+#[test]
+fn only_members_count_and_only_one_configuration_per_generation() {
+    let mut p = proposer_with(configuration(2, &[1, 2, 3], None), 3);
+    for peer in [A, B, C] {
+        p.connected(peer);
+    }
+    assert_eq!(
+        brief(p.handle(A, greeting_with(7, 0, configuration(2, &[1, 2, 3], None)))),
+        ["0 disconnect: node 7 is not a member of configuration generation 2"]
+    );
+    assert_eq!(
+        brief(p.handle(B, greeting_with(2, 0, configuration(2, &[1, 2, 7], None)))),
+        ["1 disconnect: its configuration generation 2 has other members than ours"]
+    );
+    assert_eq!(
+        brief(p.handle(C, greeting_with(3, 0, configuration(3, &[3, 3], None)))),
+        ["2 disconnect: it offers a useless configuration: configuration generation 3 names node 3 twice in one set"]
+    );
 }

@@ -3,6 +3,7 @@
 mod bad_input;
 mod commands;
 mod harness;
+mod health;
 mod push;
 mod readers;
 mod replay;
