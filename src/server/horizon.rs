@@ -9,7 +9,7 @@ use super::interrupt::Interrupt;
 use crate::timeline::{Progress, Timeline};
 
 /// The end of the WAL a reader may have.
-pub(super) enum Horizon {
+pub enum Horizon {
     /// Committed WAL, for everybody.
     Committed(watch::Receiver<Lsn>),
     /// All durable WAL, as long as the acceptor stays in this term: for its leader and for peers. Such WAL may be
@@ -24,7 +24,7 @@ pub(super) enum Horizon {
 
 impl Horizon {
     /// What a reader that named `term`, or none, may see of `timeline`.
-    pub(super) fn new(timeline: &Timeline, term: Option<Term>) -> Self {
+    pub fn new(timeline: &Timeline, term: Option<Term>) -> Self {
         match term {
             None => Horizon::Committed(timeline.watch_commit_lsn()),
             Some(term) => Horizon::InTerm { term, progress: timeline.watch_progress() },
@@ -32,7 +32,7 @@ impl Horizon {
     }
 
     /// The end now; [`Self::changed`] waits for a newer one. Fails when the term is over.
-    pub(super) fn end(&mut self) -> Result<Lsn, Interrupt> {
+    pub fn end(&mut self) -> Result<Lsn, Interrupt> {
         match self {
             Horizon::Committed(commit_lsn) => Ok(*commit_lsn.borrow_and_update()),
             Horizon::InTerm { term, progress } => {
@@ -45,7 +45,7 @@ impl Horizon {
 
     /// Bytes that were just read are right only if the term is still the same: a new leader may have cut them off
     /// meanwhile. Terms are published before WAL is cut.
-    pub(super) fn confirm(&self) -> Result<(), Interrupt> {
+    pub fn confirm(&self) -> Result<(), Interrupt> {
         match self {
             Horizon::Committed(_) => Ok(()),
             Horizon::InTerm { term, progress } => check_term(*term, &progress.borrow()),
@@ -54,7 +54,7 @@ impl Horizon {
 
     /// To be asked when everything was sent: waiting for more makes sense only while the last record is of the named term,
     /// otherwise its leader hasn't arrived here (spec: wire protocol 6.1).
-    pub(super) fn check_caught_up(&self) -> Result<(), Interrupt> {
+    pub fn check_caught_up(&self) -> Result<(), Interrupt> {
         match self {
             Horizon::InTerm { term, progress } if progress.borrow().last_log_term != *term => {
                 let last = progress.borrow().last_log_term;
@@ -66,7 +66,7 @@ impl Horizon {
     }
 
     /// Waits until the end may have moved. Cancel safe.
-    pub(super) async fn changed(&mut self) -> Result<(), Interrupt> {
+    pub async fn changed(&mut self) -> Result<(), Interrupt> {
         let changed = match self {
             Horizon::Committed(commit_lsn) => commit_lsn.changed().await,
             Horizon::InTerm { progress, .. } => progress.changed().await,
@@ -92,7 +92,7 @@ fn check_term(wanted: Term, now: &Progress) -> Result<(), Interrupt> {
 ///
 /// A standby that gets a record cut at another place, and a pause behind it, takes the rest of the page for damaged
 /// (spec: postgres clients 4.2).
-pub(super) fn cut(at: Lsn, end: Lsn) -> Lsn {
+pub fn cut(at: Lsn, end: Lsn) -> Lsn {
     match at.checked_add(MAX_SEND_SIZE as u64) {
         Some(limit) if limit < end => limit.page_start(),
         _ => end,

@@ -14,7 +14,7 @@ use crate::timeline::registry::CreateTimelineError;
 
 /// Why something stopped, and with it what to do next.
 #[derive(Debug)]
-pub(super) enum Interrupt {
+pub enum Interrupt {
     /// Tell the client; the session goes on with the next command.
     Refused(ErrorFields),
     /// Tell the client, then close.

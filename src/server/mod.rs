@@ -55,6 +55,10 @@ mod tests;
 
 use std::time::Duration;
 
+#[cfg(feature = "simulation")]
+pub use horizon::{Horizon, cut};
+#[cfg(feature = "simulation")]
+pub use interrupt::Interrupt;
 pub use listener::serve;
 
 /// Sessions at a time. A walproposer needs one, a standby one or two.

@@ -40,6 +40,8 @@ pub fn elected(mut state: ControlState, term: u64, start: Lsn) -> ControlState {
 pub struct WalWriter {
     start: Lsn,
     position: Lsn,
+    /// Start of the record before the first one.
+    previous: Lsn,
     /// Starts of the records.
     records: Vec<Lsn>,
     wal: BytesMut,
@@ -48,7 +50,9 @@ pub struct WalWriter {
 impl WalWriter {
     /// Begins at `start`, a record boundary or the start of a page.
     pub fn new(start: Lsn) -> Self {
-        Self { start, position: start, records: Vec::new(), wal: BytesMut::new() }
+        // The first record claims to follow one that nobody here has seen.
+        let previous = Lsn(8);
+        Self { start, position: start, previous, records: Vec::new(), wal: BytesMut::new() }
     }
 
     /// Continues `log`, cut at `end`, which is the end of one of its records.
@@ -61,6 +65,22 @@ impl WalWriter {
         scanner.feed(&copy.wal).unwrap();
         assert_eq!(scanner.last_record_end(), end);
         copy
+    }
+
+    /// Begins at `start`, the end of a record that itself began at `previous`.
+    pub fn behind(start: Lsn, previous: Lsn) -> Self {
+        Self { previous, ..Self::new(start) }
+    }
+
+    /// Start of the last record that begins before `end`.
+    pub fn last_record_before(&self, end: Lsn) -> Option<Lsn> {
+        let count = self.records.partition_point(|record| *record < end);
+        self.records[..count].last().copied()
+    }
+
+    /// Position of the first byte.
+    pub fn start(&self) -> Lsn {
+        self.start
     }
 
     /// Position behind the last byte.
@@ -85,8 +105,13 @@ impl WalWriter {
 
     /// The bytes from `from` on.
     pub fn since(&self, from: Lsn) -> Bytes {
-        let skip = usize::try_from(from.checked_sub(self.start).unwrap()).unwrap();
-        Bytes::copy_from_slice(&self.wal[skip..])
+        Bytes::copy_from_slice(self.between(from, self.position))
+    }
+
+    /// The bytes from `from` to `to`.
+    pub fn between(&self, from: Lsn, to: Lsn) -> &[u8] {
+        let offset = |lsn: Lsn| usize::try_from(lsn.checked_sub(self.start).unwrap()).unwrap();
+        &self.wal[offset(from)..offset(to)]
     }
 
     fn put_record(&mut self, info: u8, body: &[u8]) {
@@ -98,8 +123,7 @@ impl WalWriter {
         let mut record = BytesMut::new();
         record.put_u32_le(u32::try_from(24 + body.len()).unwrap());
         record.put_u32_le(0);
-        // The first one claims to follow a record that nobody here has seen.
-        record.put_u64_le(self.records.last().map_or(8, |previous| previous.0));
+        record.put_u64_le(self.records.last().unwrap_or(&self.previous).0);
         record.put_slice(&[info, 0, 0, 0]);
         let crc = crc32c::crc32c_append(crc32c::crc32c(body), &record);
         record.put_u32_le(crc);
