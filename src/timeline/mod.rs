@@ -45,8 +45,13 @@ use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
+<<<<<<< HEAD
 use crate::metrics::{TimelineHealth, TimelineSample};
 use crate::storage::{ReadError, TimelineFiles, TimelineStore, WalReader};
+=======
+use crate::metrics::TimelineSample;
+use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+>>>>>>> dec8c0a (WIP storage)
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -108,6 +113,14 @@ pub enum TimelineError {
         /// Which timeline.
         ttid: TenantTimelineId,
         /// The first failure.
+        reason: Arc<str>,
+    },
+    /// There is no room to do it now; nothing was lost, and it may be tried again.
+    #[error("timeline {ttid}: {reason}")]
+    NoSpace {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// What is full.
         reason: Arc<str>,
     },
     /// The process is going down.
@@ -355,6 +368,12 @@ impl Timeline {
             progress.term = acceptor.term();
             changed
         });
+    }
+
+    /// What to tell whoever asked for something that storage refused without harm.
+    fn no_space(&self, error: &StorageError) -> TimelineError {
+        tracing::warn!(ttid = %self.ttid, "refused: {error}");
+        TimelineError::NoSpace { ttid: self.ttid, reason: error.to_string().into() }
     }
 
     /// Stops all writing for good. Only the first reason counts.
