@@ -58,6 +58,8 @@ mod segment_writer;
 mod segments;
 mod timeline_store;
 
+#[cfg(test)]
+mod fault_tests;
 #[cfg(any(test, feature = "simulation"))]
 #[allow(
     clippy::unwrap_used,
