@@ -15,3 +15,8 @@ pub fn since_2000() -> i64 {
     };
     i64::try_from(micros - POSTGRES_EPOCH * 1_000_000).unwrap_or(0)
 }
+
+/// Seconds since 1970-01-01 00:00:00 UTC, for people.
+pub fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}

@@ -87,7 +87,7 @@ impl From<TimelineError> for ApiError {
     fn from(error: TimelineError) -> Self {
         match error {
             TimelineError::Refused(AcceptorError::TermTooFar { .. }) => ApiError::BadRequest(error.to_string()),
-            TimelineError::ShuttingDown(_) => ApiError::Unavailable(error.to_string()),
+            TimelineError::ShuttingDown(_) | TimelineError::NoSpace { .. } => ApiError::Unavailable(error.to_string()),
             TimelineError::Refused(_) | TimelineError::Failed { .. } => ApiError::Internal(error.to_string()),
         }
     }

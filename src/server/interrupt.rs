@@ -68,7 +68,7 @@ impl From<ReadError> for Interrupt {
             ReadError::NotStarted => SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE,
             ReadError::InvalidRange { .. } => SqlState::INVALID_PARAMETER_VALUE,
             ReadError::BeforeStart { .. } | ReadError::SegmentMissing { .. } => SqlState::UNDEFINED_FILE,
-            ReadError::ShortSegment { .. } => SqlState::DATA_CORRUPTED,
+            ReadError::ShortSegment { .. } | ReadError::Damaged { .. } => SqlState::DATA_CORRUPTED,
             ReadError::Disk(_) => SqlState::IO_ERROR,
         };
         Self::refused(code, error.to_string())
@@ -81,6 +81,7 @@ impl From<TimelineError> for Interrupt {
         let code = match &error {
             TimelineError::Refused(refusal) => refusal_code(refusal),
             TimelineError::Failed { .. } => SqlState::IO_ERROR,
+            TimelineError::NoSpace { .. } => SqlState::DISK_FULL,
             TimelineError::ShuttingDown(_) => SqlState::ADMIN_SHUTDOWN,
         };
         Self::fatal(code, error.to_string())

@@ -9,6 +9,7 @@
 //! A start position beyond the end is waited for, as Neon does: a multi-host client would never leave a node that answers
 //! with an error here. Position 0 is never served.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use pgproto::backend::{ErrorFields, SqlState, encode};
@@ -139,7 +140,7 @@ impl Habits {
 
 /// One reader's stream.
 struct Stream<'a> {
-    timeline: &'a Timeline,
+    timeline: &'a Arc<Timeline>,
     client: &'a Client,
     habits: Habits,
     horizon: Horizon,
@@ -191,7 +192,8 @@ impl Stream<'_> {
         if self.at >= end {
             return self.horizon.check_caught_up();
         }
-        let wal = self.wal.read(self.at, cut(self.at, end)).await.map_err(|error| match error {
+        let end_of_piece = cut(self.at, end);
+        let wal = self.timeline.read_wal(&mut self.wal, self.at, end_of_piece).await.map_err(|error| match error {
             ReadError::SegmentMissing { segment } => removed(&segment),
             other => other.into(),
         })?;

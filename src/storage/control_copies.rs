@@ -24,6 +24,7 @@ use pgproto::Lsn;
 use super::chain::Chain;
 use super::control_file::{self, CONTROL_FILE_NAME, ControlFile, ControlFileError};
 use super::disk::{Disk, DiskError, DiskFile, During, replace_file};
+use crate::consensus::health::Fault;
 
 /// Name of the second copy in a timeline's directory.
 pub const CONTROL_COPY_NAME: &str = "safekeeper.control.copy";
@@ -36,6 +37,9 @@ const VERSION: u32 = 1;
 const HEADER_LEN: usize = 84;
 const CRC_LEN: usize = 4;
 const HAS_CHAIN: u32 = 1;
+const HAS_FAULT: u32 = 2;
+/// Longest reason kept of a fault, in bytes.
+const MAX_REASON: usize = 512;
 /// Files grow in such steps.
 const PAGE: usize = 4096;
 /// Far more than the largest real file; keeps a mix-up from eating memory.
@@ -63,6 +67,8 @@ pub struct ControlCopy {
     pub checkpoint: Checkpoint,
     /// The control state.
     pub control: ControlFile,
+    /// Damage found by an earlier start in what isn't there any more, the journal. It stays until it is repaired.
+    pub fault: Option<Fault>,
 }
 
 /// What was found on disk.
@@ -267,6 +273,7 @@ pub fn describe_control_file(disk: &dyn Disk, path: &Path) -> Result<serde_json:
             "dirty_to": checkpoint.dirty_to,
         });
         fields.insert("checkpoint".to_owned(), checkpoint);
+        fields.insert("fault".to_owned(), copy.fault.map(|fault| fault.to_string()).into());
     }
     Ok(json)
 }
@@ -338,7 +345,7 @@ impl Whole {
 /// Turns a single file in Neon's format into two copies. There is a file to start from at every moment: Neon's until the
 /// second copy is durable, that one while the first is replaced.
 fn import(disk: &dyn Disk, dir: &Path, control: ControlFile, second: Found) -> Result<Loaded, LoadError> {
-    let copy = ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control };
+    let copy = ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control, fault: None };
     match second {
         Found::Bad(CopyError::Disk(error)) if error.is_not_found() => {}
         // An earlier start was interrupted in between.
@@ -401,7 +408,8 @@ fn check_length(content: &[u8]) -> Result<(), WriteError> {
 /// The bytes of a copy, with zeros behind them up to a multiple of [`PAGE`].
 fn encode(copy: &ControlCopy, writes: u64) -> Vec<u8> {
     let control = copy.control.encode();
-    let length = HEADER_LEN + control.len() + CRC_LEN;
+    let fault = copy.fault.as_ref().map(encode_fault).unwrap_or_default();
+    let length = HEADER_LEN + fault.len() + control.len() + CRC_LEN;
     let mut out = Vec::with_capacity(length.next_multiple_of(PAGE));
     out.put_u64_le(MAGIC);
     out.put_u32_le(VERSION);
@@ -418,8 +426,10 @@ fn encode(copy: &ControlCopy, writes: u64) -> Vec<u8> {
     out.put_u64_le(chain.block_start().0);
     out.put_u32_le(chain.seed());
     out.put_u32_le(chain.value());
-    out.put_u32_le(if checkpoint.chain.is_some() { HAS_CHAIN } else { 0 });
+    let has = |present: bool, flag: u32| if present { flag } else { 0 };
+    out.put_u32_le(has(checkpoint.chain.is_some(), HAS_CHAIN) | has(copy.fault.is_some(), HAS_FAULT));
     debug_assert_eq!(out.len(), HEADER_LEN);
+    out.put_slice(&fault);
     out.put_slice(&control);
     out.put_u32_le(crc32c::crc32c(&out));
     out.resize(length.next_multiple_of(PAGE), 0);
@@ -437,7 +447,7 @@ fn decode(content: &[u8]) -> Result<Whole, CopyError> {
     let version = header.get_u32_le();
     let length = usize::try_from(header.get_u32_le()).unwrap_or(usize::MAX);
     let checked = length.checked_sub(CRC_LEN).and_then(|length| content.get(..length)).ok_or_else(too_short)?;
-    let control = checked.get(HEADER_LEN..).ok_or_else(too_short)?;
+    let mut rest = checked.get(HEADER_LEN..).ok_or_else(too_short)?;
     let stored = content.get(checked.len()..length).and_then(|crc| crc.try_into().ok()).ok_or_else(too_short)?;
     let (stored, computed) = (u32::from_le_bytes(stored), crc32c::crc32c(checked));
     if computed != stored {
@@ -453,13 +463,41 @@ fn decode(content: &[u8]) -> Result<Whole, CopyError> {
     let dirty_to = Lsn(header.get_u64_le());
     let (end, block_start) = (Lsn(header.get_u64_le()), Lsn(header.get_u64_le()));
     let (seed, value) = (header.get_u32_le(), header.get_u32_le());
-    let chain = match header.get_u32_le() {
+    let flags = header.get_u32_le();
+    if flags & !(HAS_CHAIN | HAS_FAULT) != 0 {
+        return Err(CopyError::Checkpoint);
+    }
+    let chain = match flags & HAS_CHAIN {
         0 => None,
-        HAS_CHAIN => Some(Chain::from_parts(end, block_start, seed, value).ok_or(CopyError::Checkpoint)?),
-        _ => return Err(CopyError::Checkpoint),
+        _ => Some(Chain::from_parts(end, block_start, seed, value).ok_or(CopyError::Checkpoint)?),
+    };
+    let fault = match flags & HAS_FAULT {
+        0 => None,
+        _ => Some(decode_fault(&mut rest).ok_or(CopyError::Checkpoint)?),
     };
     let checkpoint = Checkpoint { chain, record_end, batch, dirty_to };
-    Ok(Whole { writes, copy: ControlCopy { sequence, checkpoint, control: ControlFile::decode(control)? } })
+    Ok(Whole { writes, copy: ControlCopy { sequence, checkpoint, control: ControlFile::decode(rest)?, fault } })
+}
+
+fn encode_fault(fault: &Fault) -> Vec<u8> {
+    let end = fault.reason.floor_char_boundary(MAX_REASON);
+    let reason = fault.reason.get(..end).unwrap_or_default().as_bytes();
+    let mut out = Vec::with_capacity(20 + reason.len());
+    out.put_u64_le(fault.from.0);
+    out.put_u64_le(fault.acked_end.0);
+    out.put_u32_le(u32::try_from(reason.len()).unwrap_or_default());
+    out.put_slice(reason);
+    out
+}
+
+/// Takes a fault from the front of `rest`.
+fn decode_fault(rest: &mut &[u8]) -> Option<Fault> {
+    let from = Lsn(rest.try_get_u64_le().ok()?);
+    let acked_end = Lsn(rest.try_get_u64_le().ok()?);
+    let length = usize::try_from(rest.try_get_u32_le().ok()?).ok()?;
+    let (reason, behind) = rest.split_at_checked(length)?;
+    *rest = behind;
+    Some(Fault { from, acked_end, reason: std::str::from_utf8(reason).ok()?.into() })
 }
 
 #[cfg(test)]

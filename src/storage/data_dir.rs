@@ -1,6 +1,7 @@
 //! The data directory of a node: one process at a time, one node id for ever, everything in it durable before it is
 //! believed.
 
+use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,11 +10,15 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use pgproto::{NodeId, TenantTimelineId};
 
 use super::disk::{Disk, DiskError, DiskFile, During, RealDisk, read_file, replace_file};
+use super::control_copies::ControlCopies;
+use super::journal::{Journal, JournalError, JournalLimits, Replay};
+use super::replay::bring_up_to_date;
 use super::segments::TimelineFiles;
 
 const LOCK_FILE_NAME: &str = "safekeeper.pid";
 const ID_FILE_NAME: &str = "safekeeper.id";
 const TEMP_DIR_NAME: &str = "tmp";
+const JOURNAL_DIR_NAME: &str = "journal";
 /// A decimal number and white space; anything longer is another file.
 const MAX_NUMBER_FILE: usize = 64;
 
@@ -63,9 +68,31 @@ pub enum DataDirError {
         /// What it holds.
         content: String,
     },
+    /// The journal cannot be read or started.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The journal isn't where it was, or is gone.
+    #[error(
+        "there is no journal in \"{journal}\", but timeline {ttid} had one: start with the --journal-dir it was written to; if that is lost, so may be what this node acknowledged last: take the node out, empty its directory and let it join again", journal = journal.display()
+    )]
+    JournalMissing {
+        /// Where it was looked for.
+        journal: PathBuf,
+        /// A timeline that needs it.
+        ttid: TenantTimelineId,
+    },
     /// Any other failure.
     #[error(transparent)]
     Disk(#[from] DiskError),
+}
+
+/// How a data directory is opened.
+#[derive(Clone, Debug, Default)]
+pub struct DataDirOptions {
+    /// Where the journal is; in the data directory when not given.
+    pub journal_dir: Option<PathBuf>,
+    /// Its sizes and times.
+    pub journal: JournalLimits,
 }
 
 /// A data directory, locked for as long as this value lives.
@@ -78,6 +105,9 @@ pub struct DataDir {
     _lock: Arc<dyn DiskFile>,
     /// Number of the next temporary directory.
     next_temp: AtomicU64,
+    journal: Arc<Journal>,
+    /// Timelines that the journal holds something of that could not be brought into their files, and why.
+    not_up_to_date: BTreeMap<TenantTimelineId, Arc<str>>,
 }
 
 impl DataDir {
@@ -92,6 +122,17 @@ impl DataDir {
 
     /// Same, on any disk.
     pub fn open_on(disk: Arc<dyn Disk>, path: &Path, node_id: Option<NodeId>) -> Result<Self, DataDirError> {
+        Self::open_with(disk, path, node_id, DataDirOptions::default())
+    }
+
+    /// Same, with a journal of one's own choice. When it returns, the files of all timelines hold what the journal held of
+    /// them.
+    pub fn open_with(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+        node_id: Option<NodeId>,
+        options: DataDirOptions,
+    ) -> Result<Self, DataDirError> {
         match disk.read_dir(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Err(DataDirError::NotFound(path.to_owned())),
             found => drop(found.during("read directory", path)?),
@@ -100,7 +141,28 @@ impl DataDir {
         let node_id = settle_node_id(&*disk, path, node_id)?;
         clean_temp(&*disk, path).map_err(|error| not_writable(error, path))?;
         disk.sync_fs(path).during("sync the file system of", path)?;
-        Ok(Self { disk, path: path.into(), node_id, _lock: lock, next_temp: AtomicU64::new(0) })
+        let journal_dir = options.journal_dir.unwrap_or_else(|| path.join(JOURNAL_DIR_NAME));
+        let (replay, read_journal) = Journal::open(Arc::clone(&disk), &journal_dir, options.journal)?;
+        let path: Arc<Path> = path.into();
+        let timelines = timelines_in(&*disk, &path)?;
+        let files = |ttid| TimelineFiles::new(Arc::clone(&disk), Arc::clone(&path), ttid);
+        let highest = highest_batch(&timelines, files)?;
+        if let (true, Some((ttid, _))) = (replay.is_new, highest) {
+            return Err(DataDirError::JournalMissing { journal: journal_dir, ttid });
+        }
+        let not_up_to_date = replay_all(replay, &timelines, files);
+        let journal = read_journal.start(!not_up_to_date.is_empty(), highest.map_or(0, |(_, batch)| batch))?;
+        Ok(Self { disk, path, node_id, _lock: lock, next_temp: AtomicU64::new(0), journal, not_up_to_date })
+    }
+
+    /// The node's journal.
+    pub fn journal(&self) -> Arc<Journal> {
+        Arc::clone(&self.journal)
+    }
+
+    /// Why the timeline's own files don't hold what the journal holds of it, if so.
+    pub(super) fn not_up_to_date(&self, ttid: TenantTimelineId) -> Option<Arc<str>> {
+        self.not_up_to_date.get(&ttid).cloned()
     }
 
     /// The node this directory belongs to.
@@ -125,21 +187,7 @@ impl DataDir {
 
     /// All timeline directories, in order. Names that are not ids are not ours and ignored.
     pub fn timelines(&self) -> Result<Vec<TenantTimelineId>, DiskError> {
-        let mut found = Vec::new();
-        for tenant_id in self.ids_in(&self.path)? {
-            for timeline_id in self.ids_in(&self.path.join(format!("{tenant_id}")))? {
-                found.push(TenantTimelineId { tenant_id, timeline_id });
-            }
-        }
-        found.sort_unstable();
-        Ok(found)
-    }
-
-    /// Directories whose name is an id exactly as we write it.
-    fn ids_in<Id: std::str::FromStr + ToString>(&self, dir: &Path) -> Result<Vec<Id>, DiskError> {
-        let entries = self.disk.read_dir(dir).during("list", dir)?;
-        let id = |name: &str| name.parse::<Id>().ok().filter(|id| id.to_string() == name);
-        Ok(entries.iter().filter(|entry| entry.is_dir).filter_map(|entry| id(&entry.name)).collect())
+        timelines_in(self.disk(), &self.path)
     }
 
     /// Creates an empty directory in which a timeline can be built. What is left of it is removed at the next start.
@@ -166,6 +214,59 @@ impl DataDir {
         disk.rename(temp, &target).during("rename into place", &target)?;
         disk.sync_dir(&tenant).during("sync directory", &tenant)
     }
+}
+
+fn timelines_in(disk: &dyn Disk, path: &Path) -> Result<Vec<TenantTimelineId>, DiskError> {
+    let mut found = Vec::new();
+    for tenant_id in ids_in(disk, path)? {
+        for timeline_id in ids_in(disk, &path.join(format!("{tenant_id}")))? {
+            found.push(TenantTimelineId { tenant_id, timeline_id });
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Directories whose name is an id exactly as we write it.
+fn ids_in<Id: std::str::FromStr + ToString>(disk: &dyn Disk, dir: &Path) -> Result<Vec<Id>, DiskError> {
+    let entries = disk.read_dir(dir).during("list", dir)?;
+    let id = |name: &str| name.parse::<Id>().ok().filter(|id| id.to_string() == name);
+    Ok(entries.iter().filter(|entry| entry.is_dir).filter_map(|entry| id(&entry.name)).collect())
+}
+
+/// The highest batch of the journal that a timeline knows to be in its files, and which timeline that is. One whose
+/// control files can't be read is found out when it is opened.
+fn highest_batch(
+    timelines: &[TenantTimelineId],
+    files: impl Fn(TenantTimelineId) -> TimelineFiles,
+) -> Result<Option<(TenantTimelineId, u64)>, DiskError> {
+    let batch = |ttid: &TenantTimelineId| {
+        let files = files(*ttid);
+        let loaded = ControlCopies::load(files.disk(), &files.dir()).ok()?;
+        Some((*ttid, loaded.copy.checkpoint.batch)).filter(|(_, batch)| *batch > 0)
+    };
+    Ok(timelines.iter().filter_map(batch).max_by_key(|(_, batch)| *batch))
+}
+
+/// Brings the files of all timelines up to date with the journal. Returns those for which that failed, with the reason: the
+/// journal must be kept for them.
+fn replay_all(
+    mut replay: Replay,
+    timelines: &[TenantTimelineId],
+    files: impl Fn(TenantTimelineId) -> TimelineFiles,
+) -> BTreeMap<TenantTimelineId, Arc<str>> {
+    let mut failed = BTreeMap::new();
+    for ttid in timelines {
+        let records = replay.timelines.remove(ttid).unwrap_or_default();
+        if let Err(error) = bring_up_to_date(&files(*ttid), records, &replay.damage) {
+            tracing::error!(timeline = %ttid, "{error}");
+            failed.insert(*ttid, error.to_string().into());
+        }
+    }
+    for (ttid, records) in replay.timelines {
+        tracing::warn!(timeline = %ttid, records = records.len(), "the journal holds records of a timeline that isn't here any more");
+    }
+    failed
 }
 
 /// Takes the lock for the life of the process and leaves the pid for whoever comes second. The file is never removed: a

@@ -40,26 +40,26 @@
 //!
 //! Disk calls block. All go through one helper that tells the runtime so.
 
-#[allow(dead_code, reason = "not yet built in")]
-pub(crate) mod chain;
-#[allow(dead_code, reason = "not yet built in")]
-pub(crate) mod control_copies;
+mod behind;
+mod chain;
+mod control_copies;
 mod control_file;
 mod data_dir;
 mod disk;
-#[allow(dead_code, reason = "not yet built in")]
-pub(crate) mod forks;
+mod errors;
+mod forks;
+mod import;
 pub mod journal;
-#[allow(dead_code, reason = "not yet built in")]
-pub(crate) mod ledger;
+mod ledger;
+mod opening;
 mod reader;
-mod recovery;
+mod replay;
+mod segment_writer;
 mod segments;
 mod timeline_store;
-mod wal_store;
 
 #[cfg(test)]
-mod crash_tests;
+mod fault_tests;
 #[cfg(any(test, feature = "simulation"))]
 #[allow(
     clippy::unwrap_used,
@@ -75,15 +75,16 @@ pub mod test_wal;
 #[cfg(test)]
 mod tests;
 
-pub use control_copies::{CopyError, describe_control_file};
+pub use control_copies::{CopyError, LoadError, describe_control_file};
 pub use control_file::{
     CONTROL_FILE_NAME, ControlFile, ControlFileError, CreationTime, EvictionState, PartialSegment, UploadStatus,
 };
-pub use data_dir::{DataDir, DataDirError};
+pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
+pub use errors::{CreateError, OpenError, StorageError};
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use segments::{SegmentFile, TimelineFiles};
-pub use timeline_store::{CreateError, OpenError, Recovered, StorageError, TimelineStore};
+pub use timeline_store::{Recovered, TimelineStore};
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 

@@ -6,8 +6,11 @@ use bytes::{Bytes, BytesMut};
 use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize};
 
 use super::blocking;
+use super::chain::{Chain, block_end, block_start};
 use super::disk::{DiskError, DiskFile, During};
+use super::ledger::{Ledger, LedgerError, RebuildError, Verdict};
 use super::segments::{SegmentFile, TimelineFiles, offset};
+use crate::consensus::history::TermHistory;
 use crate::consensus::state::ControlState;
 use crate::metrics;
 
@@ -16,8 +19,8 @@ pub const MAX_READ_SIZE: usize = pgproto::walproposer::MAX_SEND_SIZE;
 
 /// Reads the WAL of one timeline. Keeps the file of the segment read last open; a clone shares nothing else.
 ///
-/// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. Bytes are
-/// served as stored.
+/// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. What this process
+/// didn't write or check itself is compared with the ledger, block by block, and never served when it differs.
 #[derive(Clone, Debug)]
 pub struct WalReader {
     files: TimelineFiles,
@@ -25,6 +28,9 @@ pub struct WalReader {
     /// First position that can be read.
     start: Lsn,
     open: Option<OpenSegment>,
+    /// Once something had to be checked.
+    ledger: Option<Arc<Ledger>>,
+    history: TermHistory,
 }
 
 #[derive(Clone, Debug)]
@@ -71,6 +77,14 @@ pub enum ReadError {
         /// Position asked for.
         at: Lsn,
     },
+    /// The bytes are not those that were received.
+    #[error("WAL at {at} is damaged: {reason}")]
+    Damaged {
+        /// Start of the damaged block.
+        at: Lsn,
+        /// What is wrong.
+        reason: String,
+    },
     /// The disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -91,7 +105,7 @@ impl WalReader {
         } else {
             state.local_start_lsn
         };
-        Ok(Self { files, segment_size, start, open: None })
+        Ok(Self { files, segment_size, start, open: None, ledger: None, history: state.term_history.clone() })
     }
 
     /// First position that can be read, unless it was removed since.
@@ -119,21 +133,91 @@ impl WalReader {
         if at < self.start {
             return Err(ReadError::BeforeStart { at, start: self.start });
         }
-        let offset = offset(at, self.segment_size);
-        let wanted = wanted.min(self.segment_size.bytes() - offset);
+        let wanted = wanted.min(self.segment_size.bytes() - offset(at, self.segment_size));
         let wanted = usize::try_from(wanted).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
         if wanted == 0 {
             return Ok(Bytes::new());
         }
+        let to = Lsn(at.0.saturating_add(wanted as u64));
+        match self.files.trusted() {
+            Some(trusted) if at >= trusted.end() => self.read_stored(at, wanted),
+            trusted => self.read_checked(at, trusted.map_or(to, |trusted| to.min(trusted.end())), trusted),
+        }
+    }
+
+    fn read_stored(&mut self, at: Lsn, wanted: usize) -> Result<Bytes, ReadError> {
         let number = SegmentNumber::containing(at, self.segment_size);
         let file = self.segment(number)?;
         let mut wal = BytesMut::zeroed(wanted);
         let path = || self.files.segment_path(SegmentFile { number, partial: false }, self.segment_size);
-        let count = file.read_at(&mut wal, offset).during("read", &path())?;
+        let count = file.read_at(&mut wal, offset(at, self.segment_size)).during("read", &path())?;
         if count < wanted {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
         Ok(wal.freeze())
+    }
+
+    /// Reads the blocks that hold the range, compares them with the ledger, and gives out the range. A range that ends
+    /// behind what must be checked is cut there.
+    fn read_checked(&mut self, at: Lsn, to: Lsn, trusted: Option<Chain>) -> Result<Bytes, ReadError> {
+        let damaged = |at, reason: String| ReadError::Damaged { at, reason };
+        let ledger = match &self.ledger {
+            Some(ledger) => Arc::clone(ledger),
+            None => {
+                let ledger = self.files.ledger().map_err(|error| match error {
+                    LedgerError::Disk(error) => ReadError::Disk(error),
+                    other => damaged(at, other.to_string()),
+                })?;
+                let ledger = ledger.ok_or_else(|| damaged(at, "the ledger of block checksums is missing".to_owned()))?;
+                Arc::clone(self.ledger.insert(ledger))
+            }
+        };
+        let first = block_start(at).max(ledger.base());
+        if at < first {
+            return Err(damaged(at, format!("its checksums begin at {first}")));
+        }
+        let past = block_end(Lsn(to.0.saturating_sub(1)));
+        let length = usize::try_from(past.saturating_sub(first)).unwrap_or_default();
+        let mut wal = self.read_stored(first, length)?;
+        let mut block = first;
+        let mut rest = wal.clone();
+        while block < past {
+            let length = usize::try_from(block_end(block).saturating_sub(block)).unwrap_or_default();
+            let bytes = rest.split_to(length.min(rest.len()));
+            match ledger.verify_block(block, &bytes) {
+                Verdict::Good => {}
+                Verdict::EntryLost => self.rebuild(&ledger, block, trusted)?,
+                Verdict::Fault(fault) => return Err(damaged(block, fault.to_string())),
+            }
+            block = block_end(block);
+        }
+        let begin = usize::try_from(at.saturating_sub(first)).unwrap_or_default();
+        let length = usize::try_from(to.saturating_sub(at)).unwrap_or_default();
+        let mut wal = wal.split_off(begin.min(wal.len()));
+        wal.truncate(length);
+        Ok(wal)
+    }
+
+    /// Makes the lost ledger entry of a block again, if the blocks behind it prove its bytes right.
+    fn rebuild(&mut self, ledger: &Ledger, block: Lsn, trusted: Option<Chain>) -> Result<(), ReadError> {
+        let damaged = |reason: String| ReadError::Damaged { at: block, reason };
+        let trusted = trusted.ok_or_else(|| damaged("its entry in the ledger is missing".to_owned()))?;
+        let history = self.history.clone();
+        let rebuilt = ledger.rebuild(
+            block,
+            &trusted,
+            |lsn| history.last_term_at(lsn),
+            |at, buffer| {
+                let wal = self.read_stored(at, buffer.len())?;
+                buffer.copy_from_slice(&wal);
+                Ok::<_, ReadError>(())
+            },
+        );
+        match rebuilt {
+            Ok(_) => Ok(()),
+            Err(RebuildError::Read(error)) => Err(error),
+            Err(error) => Err(damaged(error.to_string())),
+        }
     }
 
     fn segment(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, ReadError> {

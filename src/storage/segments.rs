@@ -7,13 +7,16 @@
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, TenantTimelineId};
 
+use super::chain::Chain;
 use super::disk::{Disk, DiskError, DiskFile, During};
+use super::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, StorageOperation};
 
 const PARTIAL_SUFFIX: &str = ".partial";
@@ -30,8 +33,18 @@ pub struct TimelineFiles {
     disk: Arc<dyn Disk>,
     root: Arc<Path>,
     ttid: TenantTimelineId,
+    shared: Arc<Shared>,
+}
+
+/// What writer, checkpoint and readers of a timeline tell each other.
+#[derive(Debug)]
+struct Shared {
     /// How often WAL was cut off, which makes files that readers hold open untrue.
-    truncations: Arc<AtomicU64>,
+    truncations: AtomicU64,
+    /// At the start of a block: WAL from here on was written or checked by this process; a reader checks what is before.
+    trusted: Mutex<Option<Chain>>,
+    /// The ledger, as long as somebody uses it.
+    ledger: Mutex<Weak<Ledger>>,
 }
 
 /// A segment file found in the timeline's directory.
@@ -46,7 +59,12 @@ pub struct SegmentFile {
 impl TimelineFiles {
     /// The files of `ttid` in the data directory `root`.
     pub(super) fn new(disk: Arc<dyn Disk>, root: Arc<Path>, ttid: TenantTimelineId) -> Self {
-        Self { disk, root, ttid, truncations: Arc::default() }
+        let shared = Shared {
+            truncations: AtomicU64::new(0),
+            trusted: Mutex::new(None),
+            ledger: Mutex::new(Weak::new()),
+        };
+        Self { disk, root, ttid, shared: Arc::new(shared) }
     }
 
     /// A timeline with an empty directory on a simulated disk.
@@ -76,12 +94,41 @@ impl TimelineFiles {
 
     /// Number of truncations so far. A file opened before the number changed may have been replaced since.
     pub(super) fn truncations(&self) -> u64 {
-        self.truncations.load(Ordering::Acquire)
+        self.shared.truncations.load(Ordering::Acquire)
     }
 
     /// Tells readers to open their files again.
     pub(super) fn count_truncation(&self) {
-        self.truncations.fetch_add(1, Ordering::Release);
+        self.shared.truncations.fetch_add(1, Ordering::Release);
+    }
+
+    /// Where the WAL begins that needs no check by whoever reads it; `None` when all of it does.
+    pub(super) fn trusted(&self) -> Option<Chain> {
+        *self.shared.trusted.lock()
+    }
+
+    /// Declares the WAL of the block in which `chain` ends, and all behind it, written or checked by this process.
+    pub(super) fn trust_from(&self, chain: &Chain) {
+        *self.shared.trusted.lock() = Some(Chain::resume(chain.block_start(), chain.seed()));
+    }
+
+    /// The ledger, shared by all who use it at the moment; `None` while there is none.
+    pub(super) fn ledger(&self) -> Result<Option<Arc<Ledger>>, LedgerError> {
+        let mut known = self.shared.ledger.lock();
+        if let Some(ledger) = known.upgrade() {
+            return Ok(Some(ledger));
+        }
+        let opened = Ledger::open(self.clone())?.map(Arc::new);
+        *known = opened.as_ref().map_or_else(Weak::new, Arc::downgrade);
+        Ok(opened)
+    }
+
+    /// Begins a new ledger, for a log that begins at `base`.
+    pub(super) fn create_ledger(&self, base: Lsn) -> Result<Arc<Ledger>, LedgerError> {
+        let mut known = self.shared.ledger.lock();
+        let created = Arc::new(Ledger::create(self.clone(), base)?);
+        *known = Arc::downgrade(&created);
+        Ok(created)
     }
 
     /// Path of a segment under its partial or its complete name.

@@ -62,9 +62,9 @@ impl Fixture {
 
     /// Appends, durably, what the writer has beyond the store's end.
     async fn append_new(&mut self) -> Lsn {
-        let at = self.store().write_lsn();
+        let at = self.store().end();
         let wal = self.wal.since(at);
-        self.store().append(at, &[wal], true).await.unwrap()
+        self.store().append(at, &[wal]).await.unwrap()
     }
 
     /// Ends the process, so to say, and starts it again.
@@ -126,7 +126,7 @@ async fn what_does_not_fit_is_refused_and_harms_nothing() {
     let end_lsn = fx.append_new().await;
     let wal = [Bytes::from_static(b"12345678")];
     for at in [START, Lsn(end_lsn.0 - 8), Lsn(end_lsn.0 + 8), Lsn(0)] {
-        let refused = fx.store().append(at, &wal, true).await.unwrap_err();
+        let refused = fx.store().append(at, &wal).await.unwrap_err();
         assert!(matches!(refused, StorageError::NotAtEnd { end, .. } if end == end_lsn), "{refused}");
         assert!(!refused.is_fatal());
     }
@@ -141,7 +141,7 @@ async fn what_does_not_fit_is_refused_and_harms_nothing() {
     assert!(matches!(refused, StorageError::Committed { .. }), "{refused}");
     assert!(matches!(fx.store().init_first_segment(START).await, Err(StorageError::NotAtEnd { .. })));
 
-    assert_eq!(fx.store().append(end_lsn, &[], true).await.unwrap(), end_lsn, "nothing is nothing");
+    assert_eq!(fx.store().append(end_lsn, &[]).await.unwrap(), end_lsn, "nothing is nothing");
     assert_eq!(fx.store().poisoned(), None);
     fx.wal.record(100, 2);
     fx.append_new().await;
@@ -150,39 +150,53 @@ async fn what_does_not_fit_is_refused_and_harms_nothing() {
 #[tokio::test]
 async fn positions_end_before_the_number_does() {
     let mut fx = Fixture::started_at(Lsn(u64::MAX - 0x1F_FFFF)).await;
-    let at = fx.store().write_lsn();
-    let refused = fx.store().append(at, &[Bytes::from(vec![0; 2 * SEGMENT_BYTES])], true).await.unwrap_err();
+    let at = fx.store().end();
+    let refused = fx.store().append(at, &[Bytes::from(vec![0; 2 * SEGMENT_BYTES])]).await.unwrap_err();
     assert!(matches!(refused, StorageError::Overflow { .. }), "{refused}");
 }
 
 #[tokio::test]
-async fn a_torn_tail_is_not_wal_and_is_erased_before_the_next_append() {
+async fn what_never_reached_the_segments_comes_from_the_journal() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(300, 1);
-    let whole = fx.append_new().await;
-    fx.wal.record(50_000, 2);
     fx.append_new().await;
-    fx.store = None;
-    // The record's second page never reached the disk, what came behind it did; and there is a segment beyond.
+    fx.wal.record(50_000, 2);
+    let end_lsn = fx.append_new().await;
     let path = fx.path("000000010000000000000003.partial");
-    let mut content = std::fs::read(&path).unwrap();
+    let whole = std::fs::read(&path).unwrap();
+    fx.store = None;
+    // A page never reached the disk, what came behind it did; and there are segments beyond.
+    let mut content = whole.clone();
     content[0x2_6000..0x2_8000].fill(0);
-    content[SEGMENT_BYTES - 1] = 0xFF;
     std::fs::write(&path, content).unwrap();
     std::fs::write(fx.path("000000010000000000000004.partial"), b"leftover").unwrap();
     std::fs::write(fx.path("000000010000000000000006"), b"leftover").unwrap();
     std::fs::write(fx.path("waltmp"), b"leftover").unwrap();
 
-    assert_eq!(end(fx.restart().await.unwrap()), whole);
+    let recovered = fx.restart().await.unwrap();
+    assert_eq!(recovered.fault, None);
+    assert_eq!(end(recovered), end_lsn);
     assert!(!fx.path("waltmp").exists());
-    let refused = fx.store().append(whole, &[Bytes::from_static(b"12345678")], true).await;
-    assert!(matches!(refused, Err(StorageError::TruncationPending)));
-    fx.store().truncate(whole).await.unwrap();
     assert_eq!(fx.segments(), ["000000010000000000000003.partial"]);
-    let content = std::fs::read(&path).unwrap();
+    assert!(std::fs::read(&path).unwrap() == whole);
+    fx.wal.record(60_000, 3);
+    fx.append_new().await;
+    assert_eq!(end(fx.restart().await.unwrap()), fx.wal.position());
+}
+
+#[tokio::test]
+async fn an_incomplete_record_is_cut_off_before_the_next_append() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(300, 1);
+    let whole = fx.append_new().await;
+    fx.wal.record(150_000, 2);
+    let part = fx.wal.since(whole).slice(..140_000);
+    fx.store().append(whole, &[part]).await.unwrap();
+    assert_eq!(end(fx.restart().await.unwrap()), whole);
+    assert_eq!(fx.store().end(), whole);
+    let content = std::fs::read(fx.path("000000010000000000000003.partial")).unwrap();
     let kept = usize::try_from(whole.0 - 0x30_0000).unwrap();
     assert!(content.len() == SEGMENT_BYTES && content[kept..].iter().all(|&byte| byte == 0));
-
     fx.wal = WalWriter::continuing(&fx.wal, whole);
     fx.wal.record(60_000, 3);
     fx.append_new().await;
@@ -214,7 +228,7 @@ async fn a_log_may_end_behind_a_switch_whose_padding_never_came() {
     let next = fx.wal.position();
     assert_eq!(next, Lsn(0x40_0000));
     let switch_record = fx.wal.since(switch_at).slice(..24);
-    fx.store().append(switch_at, &[switch_record], true).await.unwrap();
+    fx.store().append(switch_at, &[switch_record]).await.unwrap();
     assert!(matches!(fx.store().truncate(Lsn(0x40_0008)).await, Err(StorageError::BeyondEnd { .. })));
     fx.store().truncate(next).await.unwrap();
     assert_eq!(fx.segments(), ["000000010000000000000003"]);
@@ -229,20 +243,14 @@ async fn after_a_restart_behind_a_switch_the_passed_segment_is_complete() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.switch();
     let switch_record = fx.wal.since(START).slice(..24);
-    fx.store().append(START, &[switch_record], true).await.unwrap();
+    fx.store().append(START, &[switch_record]).await.unwrap();
     assert_eq!(fx.segments(), ["000000010000000000000003.partial"]);
     assert_eq!(end(fx.restart().await.unwrap()), Lsn(0x40_0000));
     assert_eq!(fx.segments(), ["000000010000000000000003"]);
 
-    // With rubbish instead of padding, too; it is erased.
-    fx.store = None;
-    let path = fx.path("000000010000000000000003");
-    let mut content = std::fs::read(&path).unwrap();
-    content[SEGMENT_BYTES - 5] = 1;
-    std::fs::write(&path, content).unwrap();
-    assert_eq!(end(fx.restart().await.unwrap()), Lsn(0x40_0000));
-    fx.store().truncate(Lsn(0x40_0000)).await.unwrap();
-    assert_eq!(std::fs::read(&path).unwrap()[SEGMENT_BYTES - 5], 0);
+    fx.wal.record(100, 2);
+    fx.append_new().await;
+    assert_eq!(end(fx.restart().await.unwrap()), fx.wal.position());
 }
 
 #[tokio::test]
@@ -250,7 +258,7 @@ async fn padding_behind_a_record_may_still_be_missing() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(1, 1);
     let unpadded = fx.wal.since(START).slice(..25);
-    fx.store().append(START, &[unpadded], true).await.unwrap();
+    fx.store().append(START, &[unpadded]).await.unwrap();
     let padded = fx.wal.position();
     assert_eq!(padded.0, START.0 + 32);
     fx.store().truncate(padded).await.unwrap();
@@ -266,7 +274,7 @@ async fn wal_of_a_real_server_ends_where_a_recycled_file_begins() {
     let mut first = include_bytes!("../../pgproto/tests/data/wal/000000010000000000000008.head").to_vec();
     first.resize(SEGMENT_BYTES, 0);
     let second = include_bytes!("../../pgproto/tests/data/wal/000000010000000000000009.head");
-    fx.store().append(Lsn(0x80_0000), &[first.into(), Bytes::from_static(second)], true).await.unwrap();
+    fx.store().append(Lsn(0x80_0000), &[first.into(), Bytes::from_static(second)]).await.unwrap();
     assert_eq!(end(fx.restart().await.unwrap()), Lsn(0x90_38F0));
 }
 
@@ -283,7 +291,7 @@ async fn a_timeline_created_at_a_position_has_no_wal_until_a_leader_comes() {
     store.truncate(START).await.unwrap();
     let mut wal = WalWriter::new(START);
     wal.record(100, 1);
-    store.append(START, &[wal.since(START)], true).await.unwrap();
+    store.append(START, &[wal.since(START)]).await.unwrap();
     // Its first segment begins like any other.
     let mut reader = WalReader::new(store.files().clone(), &control).unwrap();
     let header = PageHeader::parse(&reader.read(Lsn(0x30_0000), START).await.unwrap()).unwrap();
@@ -310,68 +318,116 @@ async fn an_interrupted_first_start_is_started_over() {
 }
 
 #[tokio::test]
-async fn lost_wal_up_to_a_segment_boundary_is_an_error_too() {
-    let mut fx = Fixture::started_at(START).await;
-    fx.wal.record(1_500_000, 1);
-    fx.wal.switch();
-    fx.control.commit_lsn = fx.append_new().await;
-    assert_eq!(fx.control.commit_lsn.0 % SIZE.bytes(), 0);
-    let control = fx.control.clone();
-    fx.store().persist(&control).await.unwrap();
-    let last = SIZE.bytes() - 1;
-    let last = pgproto::SegmentNumber::containing(Lsn(control.commit_lsn.0 - last), SIZE).file_name(1, SIZE);
-    let names = [last.clone(), format!("{last}.partial")];
-    let removed = names.iter().filter(|name| std::fs::remove_file(fx.path(name)).is_ok()).count();
-    assert_eq!(removed, 1);
-    assert!(matches!(fx.restart().await, Err(OpenError::WalMissing { .. })));
+async fn lost_wal_is_a_fault_and_no_shorter_log() {
+    for name in ["000000010000000000000003", "000000010000000000000004.partial"] {
+        for shortened in [false, true] {
+            let mut fx = Fixture::started_at(START).await;
+            fx.wal.record(1_500_000, 1);
+            let end_lsn = fx.append_new().await;
+            fx.store().settle().await.unwrap();
+            let content = std::fs::read(fx.path(name)).unwrap();
+            if shortened {
+                std::fs::write(fx.path(name), &content[..1000]).unwrap();
+            } else {
+                std::fs::remove_file(fx.path(name)).unwrap();
+            }
+            for _start in 1..=2 {
+                let recovered = fx.restart().await.unwrap();
+                let fault = recovered.fault.unwrap();
+                assert!(fault.from < end_lsn && fault.acked_end == end_lsn, "{fault}");
+                assert!(fault.reason.contains("missing or too short"), "{fault}");
+                assert_eq!(recovered.control, fx.control, "promises are known all the same");
+            }
+        }
+    }
 }
 
 #[tokio::test]
-async fn lost_committed_wal_is_an_error_and_no_shorter_log() {
+async fn a_damaged_end_is_a_fault_and_what_is_before_can_be_read() {
     let mut fx = Fixture::started_at(START).await;
-    fx.wal.record(1_500_000, 1);
-    fx.control.commit_lsn = fx.append_new().await;
-    let control = fx.control.clone();
-    fx.store().persist(&control).await.unwrap();
-    let path = fx.path("000000010000000000000004.partial");
-    let content = std::fs::read(&path).unwrap();
+    fx.wal.record(500_000, 1);
+    let end_lsn = fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    let path = fx.path("000000010000000000000003.partial");
+    let mut content = std::fs::read(&path).unwrap();
+    let last = usize::try_from(end_lsn.0 - 0x30_0000).unwrap() - 1;
+    content[last] ^= 4;
+    std::fs::write(&path, content).unwrap();
+    let fault = fx.restart().await.unwrap().fault.unwrap();
+    assert_eq!(fault.acked_end, end_lsn);
+    let (mut reader, wal) = (fx.reader(), fx.wal.since(START));
+    let before = usize::try_from(fault.from.0 - START.0).unwrap();
+    let mut at = START;
+    while at < fault.from {
+        let piece = reader.read(at, fault.from).await.unwrap();
+        let offset = usize::try_from(at.0 - START.0).unwrap();
+        assert!(wal[offset..before].starts_with(&piece));
+        at = Lsn(at.0 + piece.len() as u64);
+    }
+    assert!(matches!(reader.read(fault.from, end_lsn).await, Err(ReadError::Damaged { .. })));
+}
 
-    std::fs::remove_file(&path).unwrap();
-    let error = fx.restart().await.unwrap_err();
-    assert!(
-        matches!(&error, OpenError::WalMissing { segment, .. } if segment == "000000010000000000000004"),
-        "{error}"
-    );
-    std::fs::write(&path, &content[..1000]).unwrap();
-    assert!(matches!(fx.restart().await, Err(OpenError::WalMissing { .. })));
-    // Short, but not of committed WAL: a tail.
-    let committed = usize::try_from(control.commit_lsn.0 % SIZE.bytes()).unwrap();
-    std::fs::write(&path, &content[..committed]).unwrap();
-    assert_eq!(end(fx.restart().await.unwrap()), control.commit_lsn);
-    fx.store().truncate(control.commit_lsn).await.unwrap();
-    assert_eq!(std::fs::read(&path).unwrap(), content);
+#[tokio::test]
+async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(700_000, 1).record(700_000, 2);
+    let end_lsn = fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    fx.restart().await.unwrap();
+    let path = fx.path("000000010000000000000003");
+    let mut content = std::fs::read(&path).unwrap();
+    content[0x5_0000] ^= 1;
+    std::fs::write(&path, content).unwrap();
+    assert_eq!(fx.restart().await.unwrap().fault, None);
+    let mut reader = fx.reader();
+    let refused = reader.read(Lsn(0x35_1234), end_lsn).await;
+    assert!(matches!(refused, Err(ReadError::Damaged { at: Lsn(0x35_0000), .. })));
+    let good = reader.read(Lsn(0x36_0000), end_lsn).await.unwrap();
+    assert!(fx.wal.since(Lsn(0x36_0000)).starts_with(&good));
+}
+
+#[tokio::test]
+async fn a_lost_ledger_entry_is_made_again_from_the_wal() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(900_000, 1);
+    let end_lsn = fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    let path = fx.path("safekeeper.control.ledger");
+    let whole = std::fs::read(&path).unwrap();
+    let mut content = whole.clone();
+    // The fifth block's entry, behind a page of header.
+    content[4096 + 5 * 32 + 9] ^= 0x10;
+    std::fs::write(&path, content).unwrap();
+    assert_eq!(fx.restart().await.unwrap().fault, None);
+    let at = Lsn(0x35_0000);
+    let good = fx.reader().read(at, end_lsn).await.unwrap();
+    assert!(fx.wal.since(at).starts_with(&good));
+    assert!(std::fs::read(&path).unwrap() == whole, "the entry is there again");
 }
 
 #[tokio::test]
 async fn control_files_that_must_not_be_used_are_refused() {
     let mut fx = Fixture::started_at(START).await;
+    fx.store().settle().await.unwrap();
+    let copy = fx.path("safekeeper.control.copy");
     let path = fx.path(CONTROL_FILE_NAME);
     let good = std::fs::read(&path).unwrap();
-    let file = ControlFile::decode(&good).unwrap();
+    let file = ControlFile::new(fx.control.clone());
+    std::fs::remove_file(&copy).unwrap();
 
     let offloaded = ControlFile { eviction: EvictionState::Offloaded(START), ..file.clone() };
     std::fs::write(&path, offloaded.encode()).unwrap();
     assert!(matches!(fx.restart().await, Err(OpenError::Offloaded { lsn: START, .. })));
+    std::fs::remove_file(&copy).unwrap();
 
     let mut other = file.clone();
     other.state.ttid.timeline_id = TimelineId([9; 16]);
     std::fs::write(&path, other.encode()).unwrap();
     assert!(matches!(fx.restart().await, Err(OpenError::WrongTimeline { .. })));
+    std::fs::remove_file(&copy).unwrap();
 
-    std::fs::write(&path, &good[..good.len() - 1]).unwrap();
-    let error = fx.restart().await.unwrap_err();
-    let is_damage = |source: &ControlFileError| matches!(source, ControlFileError::Checksum { .. });
-    assert!(matches!(&error, OpenError::ControlFile { source, .. } if is_damage(source)), "{error}");
+    std::fs::write(&path, &good[..100]).unwrap();
+    assert!(matches!(fx.restart().await, Err(OpenError::ControlFile { .. })));
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(fx.restart().await, Err(OpenError::ControlFile { .. })));
 
@@ -379,24 +435,125 @@ async fn control_files_that_must_not_be_used_are_refused() {
     fx.restart().await.unwrap();
 }
 
+/// A timeline as it lies in a directory of the first version, or of Neon: no journal, no checksums.
+async fn old_layout(fx: &mut Fixture, control: ControlFile) {
+    fx.store().settle().await.unwrap();
+    fx.store = None;
+    fx.data_dir = None;
+    std::fs::remove_dir_all(fx.root.path().join("journal")).unwrap();
+    for name in ["safekeeper.control.copy", "safekeeper.control.ledger"] {
+        std::fs::remove_file(fx.path(name)).unwrap();
+    }
+    std::fs::write(fx.path(CONTROL_FILE_NAME), control.encode()).unwrap();
+}
+
 #[tokio::test]
-async fn unknown_parts_of_the_control_file_are_kept() {
+async fn files_of_the_old_layout_are_taken_over() {
     let mut fx = Fixture::started_at(START).await;
-    let path = fx.path(CONTROL_FILE_NAME);
-    let mut file = ControlFile::decode(&std::fs::read(&path).unwrap()).unwrap();
-    file.partial_backup.push(PartialSegment {
+    fx.wal.record(1_500_000, 1);
+    fx.control.commit_lsn = fx.append_new().await;
+    fx.wal.record(200_000, 2);
+    let end_lsn = fx.append_new().await;
+    let mut control = ControlFile::new(fx.control.clone());
+    control.partial_backup.push(PartialSegment {
         status: UploadStatus::Uploaded,
         name: "x".to_owned(),
         commit_lsn: START,
         flush_lsn: START,
         term: pgproto::Term(1),
     });
-    std::fs::write(&path, file.encode()).unwrap();
-    fx.restart().await.unwrap();
-    file.state.commit_lsn = START;
-    file.state.term = pgproto::Term(7);
-    fx.store().persist(&file.state).await.unwrap();
-    assert_eq!(ControlFile::decode(&std::fs::read(&path).unwrap()).unwrap(), file);
+    old_layout(&mut fx, control.clone()).await;
+    // A torn tail that the old layout couldn't tell from anything else.
+    let path = fx.path("000000010000000000000005.partial");
+    let mut content = std::fs::read(&path).unwrap();
+    content[usize::try_from(end_lsn.0 - 0x50_0000).unwrap()..][..100].fill(7);
+    std::fs::write(&path, content).unwrap();
+
+    for _start in 1..=2 {
+        let recovered = fx.restart().await.unwrap();
+        assert_eq!((recovered.fault.as_ref(), &recovered.control), (None, &fx.control));
+        assert_eq!(end(recovered), end_lsn);
+    }
+    let (mut reader, mut at) = (fx.reader(), START);
+    while at < end_lsn {
+        let piece = reader.read(at, end_lsn).await.unwrap();
+        assert!(fx.wal.since(at).starts_with(&piece));
+        at = Lsn(at.0 + piece.len() as u64);
+    }
+    let json = describe_control_file(&RealDisk::new(true), &fx.path(CONTROL_FILE_NAME)).unwrap();
+    assert_eq!(json["partial_backup"]["segments"][0]["name"], "x", "what isn't understood is kept");
+    fx.wal.record(1_000_000, 3);
+    fx.append_new().await;
+    assert_eq!(end(fx.restart().await.unwrap()), fx.wal.position());
+}
+
+#[tokio::test]
+async fn committed_wal_missing_in_the_old_layout_is_an_error() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(1_500_000, 1);
+    fx.control.commit_lsn = fx.append_new().await;
+    let control = ControlFile::new(fx.control.clone());
+    old_layout(&mut fx, control).await;
+    std::fs::remove_file(fx.path("000000010000000000000004.partial")).unwrap();
+    let error = fx.restart().await.unwrap_err();
+    assert!(error.to_string().contains("000000010000000000000004"), "{error}");
+}
+
+#[tokio::test]
+async fn a_journal_that_is_gone_is_missed() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100, 1);
+    fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    (fx.store, fx.data_dir) = (None, None);
+    std::fs::remove_dir_all(fx.root.path().join("journal")).unwrap();
+    let refused = DataDir::open(fx.root.path(), None, true).unwrap_err();
+    assert!(matches!(refused, DataDirError::JournalMissing { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn what_a_leader_cuts_off_is_set_aside() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100, 1);
+    let cut = fx.append_new().await;
+    fx.wal.record(1_200_000, 2);
+    let gone = fx.wal.since(cut);
+    let end_lsn = fx.append_new().await;
+    fx.store().truncate(cut).await.unwrap();
+    let kept = forks::list(fx.store().files()).unwrap();
+    assert_eq!((kept.len(), kept[0].header.from, kept[0].header.to), (1, cut, end_lsn));
+    let mut found = Vec::new();
+    forks::read_back(fx.store().files(), &kept[0], |piece| found.extend_from_slice(piece)).unwrap();
+    assert!(found == gone);
+    assert_eq!(end(fx.restart().await.unwrap()), cut);
+    assert_eq!(forks::list(fx.store().files()).unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn large_appends_go_to_the_segments_and_are_believed_because_of_the_journal() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100, 1);
+    fx.append_new().await;
+    fx.wal.record(2 * timeline_store::BULK, 2);
+    let bulk_end = fx.append_new().await;
+    fx.wal.record(100, 3);
+    let end_lsn = fx.append_new().await;
+    let path = fx.path("000000010000000000000004");
+    let whole = std::fs::read(&path).unwrap();
+    assert_eq!(end(fx.restart().await.unwrap()), end_lsn);
+    assert!(bulk_end < end_lsn);
+
+    // Of such an append the journal has only the checksum: damage is found, and not healed.
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(2 * timeline_store::BULK, 2);
+    let end_lsn = fx.append_new().await;
+    let mut content = whole;
+    content[5000] ^= 0x80;
+    std::fs::write(fx.path("000000010000000000000004"), content).unwrap();
+    for _start in 1..=2 {
+        let fault = fx.restart().await.unwrap().fault.unwrap();
+        assert!(fault.from <= Lsn(0x40_0000 + 5000) && fault.acked_end == end_lsn, "{fault}");
+    }
 }
 
 #[tokio::test]
@@ -408,16 +565,14 @@ async fn a_parked_timeline_holds_no_file_open() {
         targets.filter(|target| target.starts_with(fx.dir())).count()
     };
     fx.wal.record(100, 1);
-    let wal = fx.wal.since(START);
-    fx.store().append(START, &[wal], false).await.unwrap();
-    assert_eq!(fx.store().flush_lsn(), START);
-    assert_eq!(open_files(&fx), 1);
+    fx.append_new().await;
     fx.store().park().await.unwrap();
+    fx.store().settle().await.unwrap();
     assert_eq!(open_files(&fx), 0);
-    assert_eq!(fx.store().flush_lsn(), fx.wal.position(), "nothing is left to be lost");
     fx.wal.record(100, 2);
     fx.append_new().await;
-    assert_eq!(open_files(&fx), 1);
+    assert!(open_files(&fx) > 0);
+    assert_eq!(end(fx.restart().await.unwrap()), fx.wal.position());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -454,7 +609,7 @@ async fn without_sync_everything_else_is_the_same() {
     store.persist(&elected(recovered.control, 1, START)).await.unwrap();
     let mut wal = WalWriter::new(START);
     wal.record(1_000_000, 1);
-    assert_eq!(store.append(START, &[wal.since(START)], true).await.unwrap(), wal.position());
+    assert_eq!(store.append(START, &[wal.since(START)]).await.unwrap(), wal.position());
     drop(store);
     let (_, recovered) = TimelineStore::open(&data_dir, TTID).await.unwrap();
     assert_eq!(end(recovered), wal.position());

@@ -5,39 +5,45 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
-use pgproto::wal::page::UnsupportedVersion;
-use pgproto::{Lsn, TenantTimelineId};
+use pgproto::{Lsn, SegmentNumber, SegmentSize, Term};
 
+use super::behind::{Noted, WrittenBehind};
 use super::blocking;
-use super::control_file::{
-    CONTROL_FILE_NAME, ControlFile, ControlFileError, CreationTime, EvictionState, PartialSegment,
-};
+use super::chain::{Chain, LedgerEntry};
+use super::control_file::ControlFile;
 use super::data_dir::DataDir;
-use super::disk::{DiskError, During};
-use super::recovery::{self, RecoveryError};
-use super::segments::TimelineFiles;
-use super::wal_store::{WalError, WalStore};
+use super::errors::{CreateError, OpenError, StorageError};
+use super::forks::{self, ForkHeader};
+use super::journal::{Entry, Journal, Record};
+use super::ledger::Ledger;
+use super::opening;
+use super::segment_writer::{FirstSegmentError, SegmentWriter};
+use super::segments::{TimelineFiles, offset};
 use crate::consensus::health::Fault;
-use crate::consensus::state::{ControlState, ServerInfo};
+use crate::consensus::state::ControlState;
 use crate::metrics::{self, StorageOperation};
 
-/// Writes the WAL and control file of one timeline. There must be one per timeline at most.
+/// Appends of this many bytes and more are written to the segments and synced there, and only their checksum goes through
+/// the journal: writing them twice would take longer than the second sync (see docs/performance.md).
+pub const BULK: usize = 1 << 20;
+
+/// Writes the WAL and the state of one timeline. There must be one per timeline at most.
 ///
-/// All methods block in disk calls and none ever waits for anything else, so a future that was polled has done its
-/// work.
+/// Everything is durable when the call returns: in the journal first, then, not synced, in the timeline's own files. The
+/// calls wait for the journal alone; dropping one half done leaves a store that must not be used any more.
 #[derive(Debug)]
 pub struct TimelineStore {
     files: TimelineFiles,
-    wal: WalStore,
-    /// As persisted last.
-    server: ServerInfo,
-    /// As persisted last; WAL before it is not truncated.
-    commit_lsn: Lsn,
-    /// Parts of the control file that consensus doesn't know.
-    partial_backup: Vec<PartialSegment>,
-    creation_ts: CreationTime,
-    /// The first failure.
-    poisoned: Option<Arc<str>>,
+    journal: Arc<Journal>,
+    behind: Arc<WrittenBehind>,
+    segments: SegmentWriter,
+    size: SegmentSize,
+    /// End of WAL and its checksum; `None` while there is no WAL.
+    chain: Option<Chain>,
+    /// Term of the leader whose WAL is appended.
+    term: Term,
+    /// While in use.
+    ledger: Option<Arc<Ledger>>,
 }
 
 /// What was found on disk.
@@ -45,209 +51,39 @@ pub struct TimelineStore {
 pub struct Recovered {
     /// As persisted last.
     pub control: ControlState,
-    /// Stands at the end of the last whole record; `None` when there is no WAL.
+    /// Stands at the end of the WAL; `None` when there is no WAL.
     pub scanner: Option<RecordScanner>,
     /// Acknowledged WAL that is damaged.
     pub fault: Option<Fault>,
 }
 
-/// Why a write failed or was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum StorageError {
-    /// An earlier failure left the files in a state nobody knows. Restart the process.
-    #[error("storage of this timeline stopped after a failure, restart the safekeeper to go on: {0}")]
-    Poisoned(Arc<str>),
-    /// The disk failed, now. The store is poisoned.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// The bytes don't follow those written. Nothing was done.
-    #[error("append at {at} does not continue WAL that ends at {end}")]
-    NotAtEnd {
-        /// Position of the first byte.
-        at: Lsn,
-        /// Position of the next byte to write.
-        end: Lsn,
-    },
-    /// Nothing may be appended before the first truncation after a start. Nothing was done.
-    #[error("append refused: no leader was accepted since the start")]
-    TruncationPending,
-    /// There is no WAL where it should be cut. Nothing was done.
-    #[error("cannot truncate WAL at {end}: it ends at {write_lsn}")]
-    BeyondEnd {
-        /// The new end.
-        end: Lsn,
-        /// Position of the next byte to write.
-        write_lsn: Lsn,
-    },
-    /// Committed WAL is never cut. Nothing was done.
-    #[error("refusing to truncate WAL at {end}: it is committed up to {commit_lsn}")]
-    Committed {
-        /// The new end.
-        end: Lsn,
-        /// Persisted commit LSN.
-        commit_lsn: Lsn,
-    },
-    /// Positions end at 2^64. Nothing was done.
-    #[error("WAL position overflow: {length} bytes at {at}")]
-    Overflow {
-        /// Position of the first byte.
-        at: Lsn,
-        /// Bytes to append.
-        length: u64,
-    },
-    /// The server's WAL format is not known. Nothing was done.
-    #[error(transparent)]
-    UnsupportedVersion(#[from] UnsupportedVersion),
-}
-
-impl StorageError {
-    /// Whether nothing more will be written until a restart.
-    pub fn is_fatal(&self) -> bool {
-        matches!(self, Self::Poisoned(_) | Self::Disk(_))
-    }
-}
-
-impl From<WalError> for StorageError {
-    fn from(error: WalError) -> Self {
-        match error {
-            WalError::Disk(error) => Self::Disk(error),
-            WalError::NotAtEnd { at, end } => Self::NotAtEnd { at, end },
-            WalError::TruncationPending => Self::TruncationPending,
-            WalError::BeyondEnd { end, write_lsn } => Self::BeyondEnd { end, write_lsn },
-            WalError::Overflow { at, length } => Self::Overflow { at, length },
-            WalError::UnsupportedVersion(error) => Self::UnsupportedVersion(error),
-        }
-    }
-}
-
-/// Why a timeline's files could not be opened. It must not take part in anything then.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The control file is gone, damaged or not understood.
-    #[error("timeline {ttid}: {source}")]
-    ControlFile {
-        /// Which timeline.
-        ttid: TenantTimelineId,
-        /// Why.
-        source: ControlFileError,
-    },
-    /// The directory holds another timeline's control file.
-    #[error("timeline {ttid}: control file belongs to timeline {found}")]
-    WrongTimeline {
-        /// Name of the directory.
-        ttid: TenantTimelineId,
-        /// As the control file says.
-        found: TenantTimelineId,
-    },
-    /// Its WAL was moved to remote storage, which is not supported.
-    #[error(
-        "timeline {ttid}: its WAL is offloaded to remote storage up to {lsn}; bring it back with the safekeeper that did that"
-    )]
-    Offloaded {
-        /// Which timeline.
-        ttid: TenantTimelineId,
-        /// End of the offloaded WAL.
-        lsn: Lsn,
-    },
-    /// Acknowledged WAL is not there any more.
-    #[error(
-        "timeline {ttid}: WAL before the commit LSN {commit_lsn} is missing: segment {segment} is absent or too short"
-    )]
-    WalMissing {
-        /// Which timeline.
-        ttid: TenantTimelineId,
-        /// Commit LSN in the control file.
-        commit_lsn: Lsn,
-        /// Name of the segment.
-        segment: String,
-    },
-    /// The disk failed.
-    #[error("timeline {ttid}: {source}")]
-    Disk {
-        /// Which timeline.
-        ttid: TenantTimelineId,
-        /// What failed.
-        source: DiskError,
-    },
-}
-
-/// Why a timeline could not be created.
-#[derive(Debug, thiserror::Error)]
-pub enum CreateError {
-    /// Its directory exists, loaded or not.
-    #[error("timeline {0} already has a directory")]
-    AlreadyExists(TenantTimelineId),
-    /// The disk failed; nothing was created, or a complete timeline that the next start will find.
-    #[error(transparent)]
-    Disk(#[from] DiskError),
-    /// It was created but not opened.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-}
-
 impl TimelineStore {
     /// Creates the timeline of `control`, durably and completely or not at all (D13), and opens it.
     pub async fn create(data_dir: &DataDir, control: ControlState) -> Result<(Self, Recovered), CreateError> {
-        blocking(|| Self::create_now(data_dir, control))
+        blocking(|| {
+            opening::create(data_dir, &control)?;
+            Ok(opening::open(data_dir, control.ttid)?)
+        })
     }
 
-    fn create_now(data_dir: &DataDir, control: ControlState) -> Result<(Self, Recovered), CreateError> {
-        let ttid = control.ttid;
-        let dir = data_dir.timeline_files(ttid).dir();
-        if data_dir.disk().exists(&dir).during("look for", &dir)? {
-            return Err(CreateError::AlreadyExists(ttid));
-        }
-        let temp = data_dir.create_temp_dir(ttid)?;
-        let built = ControlFile::new(control).write(data_dir.disk(), &temp);
-        if let Err(error) = built.and_then(|()| data_dir.adopt_temp_dir(&temp, ttid)) {
-            // Best effort; the next start removes it anyway.
-            let _ = data_dir.disk().remove_dir_all(&temp);
-            return Err(error.into());
-        }
-        Ok(Self::open_now(data_dir, ttid)?)
+    /// Opens an existing timeline: reads its state, finds the end of its WAL, and checks that it is what it was.
+    pub async fn open(
+        data_dir: &DataDir,
+        ttid: pgproto::TenantTimelineId,
+    ) -> Result<(Self, Recovered), OpenError> {
+        blocking(|| opening::open(data_dir, ttid))
     }
 
-    /// Opens an existing timeline: reads its control file and finds the end of its WAL.
-    pub async fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Self, Recovered), OpenError> {
-        blocking(|| Self::open_now(data_dir, ttid))
-    }
-
-    fn open_now(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Self, Recovered), OpenError> {
-        let files = data_dir.timeline_files(ttid);
-        let path = files.dir().join(CONTROL_FILE_NAME);
-        let control_file =
-            ControlFile::read(files.disk(), &path).map_err(|source| OpenError::ControlFile { ttid, source })?;
-        let ControlFile { state, partial_backup, eviction, creation_ts } = control_file;
-        if state.ttid != ttid {
-            return Err(OpenError::WrongTimeline { ttid, found: state.ttid });
-        }
-        if let EvictionState::Offloaded(lsn) = eviction {
-            return Err(OpenError::Offloaded { ttid, lsn });
-        }
-        let end = match state.commit_lsn {
-            Lsn::INVALID => None,
-            _ => Some(recovery::find_end_of_wal(&files, &state).map_err(|error| match error {
-                RecoveryError::Disk(source) => OpenError::Disk { ttid, source },
-                RecoveryError::Missing { commit_lsn, segment } => OpenError::WalMissing { ttid, commit_lsn, segment },
-            })?),
-        };
-        let ServerInfo { pg_version, wal_seg_size, .. } = state.server;
-        let wal = WalStore::open(files.clone(), wal_seg_size, end.as_ref())
-            .map_err(|source| OpenError::Disk { ttid, source })?;
-        if let Some(end) = &end {
-            tracing::info!(timeline = %ttid, commit_lsn = %state.commit_lsn, end = %end.lsn, stopped_by = ?end.stopped_by, "found the end of WAL");
-        }
-        let scanner = end.map(|end| RecordScanner::new(end.lsn, wal_seg_size, pg_version));
-        let store = Self {
-            files,
-            wal,
-            server: state.server,
-            commit_lsn: state.commit_lsn,
-            partial_backup,
-            creation_ts,
-            poisoned: None,
-        };
-        Ok((store, Recovered { control: state, scanner, fault: None }))
+    pub(super) fn new(
+        files: TimelineFiles,
+        journal: Arc<Journal>,
+        behind: Arc<WrittenBehind>,
+        segments: SegmentWriter,
+    ) -> Self {
+        let noted = behind.noted();
+        let (chain, term, size) = (noted.chain, noted.control.state.term, noted.control.state.server.wal_seg_size);
+        drop(noted);
+        Self { files, journal, behind, segments, size, chain, term, ledger: None }
     }
 
     /// Where the files are; readers are built over it.
@@ -255,113 +91,311 @@ impl TimelineStore {
         &self.files
     }
 
-    /// Position of the next byte to write; 0 while there is no WAL.
-    pub fn write_lsn(&self) -> Lsn {
-        self.wal.write_lsn()
-    }
-
-    /// All bytes before this position are durable.
-    pub fn flush_lsn(&self) -> Lsn {
-        self.wal.flush_lsn()
+    /// Position of the next byte to write, everything before being durable; 0 while there is no WAL.
+    pub fn end(&self) -> Lsn {
+        self.chain.map_or(Lsn::INVALID, |chain| chain.end())
     }
 
     /// Whether a failure stopped the store, and which.
-    pub fn poisoned(&self) -> Option<&str> {
-        self.poisoned.as_deref()
+    pub fn poisoned(&self) -> Option<Arc<str>> {
+        self.behind.failed()
     }
 
-    /// Writes `wal` at the end of the log, which must be `at`: one write per segment touched. With `sync`, all that was
-    /// ever written is durable when this returns. The result is the LSN up to which bytes are durable.
-    pub async fn append(&mut self, at: Lsn, wal: &[Bytes], sync: bool) -> Result<Lsn, StorageError> {
-        self.run(|store| {
-            let started = Instant::now();
-            store.wal.append(at, wal)?;
-            metrics::wal_written(wal.iter().map(Bytes::len).sum(), started.elapsed());
-            if sync {
-                store.flush_now()?;
-            }
-            Ok(store.wal.flush_lsn())
-        })
+    /// State and WAL as they are durable: what an acceptor has to go on from when it is ahead of a refused write.
+    pub async fn reload(&mut self) -> Result<Recovered, StorageError> {
+        let noted = self.behind.noted();
+        let (control, fault, from) = (noted.control.state.clone(), noted.fault.clone(), noted.record_end);
+        drop(noted);
+        let scanner = match self.chain.filter(|_| control.local_start_lsn.is_valid()) {
+            None => None,
+            Some(chain) => Some(blocking(|| opening::scan(&self.files, &control.server, from, chain.end()))?.scanner),
+        };
+        Ok(Recovered { control, scanner, fault })
     }
 
-    /// Makes all that was written durable, and says up to which LSN that is.
-    pub async fn flush(&mut self) -> Result<Lsn, StorageError> {
-        self.run(|store| {
-            store.flush_now()?;
-            Ok(store.wal.flush_lsn())
-        })
-    }
-
-    fn flush_now(&mut self) -> Result<(), StorageError> {
-        if self.wal.flush_lsn() == self.wal.write_lsn() {
+    /// Takes space for all WAL before `end` from the file system, so that appending it won't find the disk full. Cheap when
+    /// there is space already.
+    pub fn make_room(&mut self, end: Lsn) -> Result<(), StorageError> {
+        if end <= self.segments.room_to() {
             return Ok(());
         }
+        self.alive()?;
+        let made = blocking(|| self.make_room_now(end));
+        self.remember(made)
+    }
+
+    fn make_room_now(&mut self, end: Lsn) -> Result<(), StorageError> {
+        self.segments.make_room(end).map_err(StorageError::refused_if_full)?;
+        let room = self.segments.room_to();
+        let reserved = self.ledger()?.reserve(room);
+        reserved.map_err(|error| match StorageError::from(error) {
+            StorageError::Disk(error) => StorageError::refused_if_full(error),
+            other => other,
+        })
+    }
+
+    /// Appends `wal` at the end of the log, which must be `at`, durably. The result is the new end.
+    pub async fn append(&mut self, at: Lsn, wal: &[Bytes]) -> Result<Lsn, StorageError> {
+        self.alive()?;
+        let length: usize = wal.iter().map(Bytes::len).sum();
+        let to = self.check_append(at, length as u64)?;
+        if length == 0 {
+            return Ok(to);
+        }
+        self.make_room(to)?;
+        let Some(mut chain) = self.chain else { return Err(StorageError::NotAtEnd { at, end: Lsn::INVALID }) };
+        let mut entries = Vec::new();
+        wal.iter().for_each(|piece| chain.extend(piece, self.term, &mut entries));
         let started = Instant::now();
-        self.wal.flush()?;
-        metrics::wal_flushed(started.elapsed());
-        Ok(())
+        let batch = if length < BULK {
+            let record = Record::Append { at, term: self.term, chain: chain.value(), wal: wal.to_vec() };
+            let batch = self.commit(record).await?;
+            let written = blocking(|| self.segments.write(at, wal).map_err(StorageError::from));
+            self.remember(written)?;
+            batch
+        } else {
+            self.append_bulk(at, to, chain.value(), wal).await?
+        };
+        metrics::wal_written(length, started.elapsed());
+        self.note(chain, entries, batch);
+        Ok(to)
+    }
+
+    fn check_append(&self, at: Lsn, length: u64) -> Result<Lsn, StorageError> {
+        let end = self.end();
+        if at != end || !at.is_valid() {
+            return Err(StorageError::NotAtEnd { at, end });
+        }
+        // The segment after the last must have a position too.
+        let to = at.checked_add(length);
+        let past = to.and_then(|to| to.checked_add(self.size.bytes()));
+        to.filter(|_| past.is_some()).ok_or(StorageError::Overflow { at, length })
+    }
+
+    /// Bytes first, then the record that acknowledges them: were it the other way round, bytes that a crash kept from the
+    /// disk could not be told from bytes that were lost there.
+    async fn append_bulk(&mut self, at: Lsn, to: Lsn, chain: u32, wal: &[Bytes]) -> Result<u64, StorageError> {
+        let known_dirty = self.behind.noted().dirty_to;
+        if to > known_dirty {
+            let dirty_to = SegmentNumber::containing(Lsn(to.0.saturating_sub(1)), self.size).end(self.size);
+            let batch = self.commit(Record::Dirty { to: dirty_to }).await?;
+            let mut noted = self.behind.noted();
+            (noted.dirty_to, noted.batch, noted.changed) = (dirty_to, batch, true);
+        }
+        let written = blocking(|| {
+            self.segments.write(at, wal)?;
+            self.segments.sync().map_err(StorageError::from)
+        });
+        self.remember(written)?;
+        self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await
+    }
+
+    /// Tells the checkpoint what was written.
+    fn note(&mut self, chain: Chain, mut entries: Vec<LedgerEntry>, batch: u64) {
+        self.chain = Some(chain);
+        let mut noted = self.behind.noted();
+        noted.chain = Some(chain);
+        noted.entries.append(&mut entries);
+        noted.touched.absorb(self.segments.touched());
+        noted.batch = batch;
+        noted.changed = true;
     }
 
     /// Makes `state` durable in place of what was persisted before (D8).
     pub async fn persist(&mut self, state: &ControlState) -> Result<(), StorageError> {
-        self.run(|store| {
-            let file = ControlFile {
-                state: state.clone(),
-                partial_backup: store.partial_backup.clone(),
-                eviction: EvictionState::Present,
-                creation_ts: store.creation_ts,
-            };
-            let started = Instant::now();
-            file.write(store.files.disk(), &store.files.dir())?;
-            metrics::control_file_persisted(started.elapsed());
-            store.server = state.server;
-            store.commit_lsn = state.commit_lsn;
-            Ok(())
-        })
+        self.alive()?;
+        let started = Instant::now();
+        let (sequence, control) = {
+            let noted = self.behind.noted();
+            (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() })
+        };
+        let batch = self.commit(Record::Control { sequence, state: control.encode().into() }).await?;
+        metrics::control_file_persisted(started.elapsed());
+        self.term = state.term;
+        let mut noted = self.behind.noted();
+        if noted.chain.is_some() {
+            noted.record_end = noted.record_end.max(state.commit_lsn);
+        }
+        (noted.sequence, noted.control, noted.batch, noted.changed) = (sequence, control, batch, true);
+        Ok(())
     }
 
-    /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. Needed once after every
-    /// start before anything can be appended, even when nothing is to be dropped.
+    /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. What was durable is set
+    /// aside first.
     pub async fn truncate(&mut self, end: Lsn) -> Result<(), StorageError> {
-        self.run(|store| {
-            if end < store.commit_lsn {
-                return Err(StorageError::Committed { end, commit_lsn: store.commit_lsn });
+        self.alive()?;
+        let commit_lsn = self.behind.noted().control.state.commit_lsn;
+        if end < commit_lsn {
+            return Err(StorageError::Committed { end, commit_lsn });
+        }
+        if end == self.end() && end.is_valid() {
+            return Ok(());
+        }
+        let started = Instant::now();
+        let prepared = blocking(|| self.prepare_cut(end));
+        let (chain, entries) = self.remember(prepared)?;
+        let batch = self.commit(Record::Cut { end, term: self.term, chain: chain.value() }).await?;
+        let cut = blocking(|| self.cut(chain, entries, batch));
+        self.remember(cut)?;
+        metrics::storage_operation(StorageOperation::TruncateWal, started.elapsed());
+        Ok(())
+    }
+
+    /// What has to be done before a cut is certain: everything that stays is durable in the files that stay, and what goes
+    /// is set aside.
+    fn prepare_cut(&mut self, end: Lsn) -> Result<(Chain, Vec<LedgerEntry>), StorageError> {
+        let Some(chain) = self.chain else {
+            return Err(StorageError::BeyondEnd { end, write_lsn: Lsn::INVALID });
+        };
+        let mut entries = Vec::new();
+        if end > chain.end() {
+            if !self.is_padding(chain.end(), end) {
+                return Err(StorageError::BeyondEnd { end, write_lsn: chain.end() });
             }
-            let started = Instant::now();
-            store.wal.truncate(end, store.server)?;
-            metrics::storage_operation(StorageOperation::TruncateWal, started.elapsed());
+            self.make_room_now(end)?;
+            let mut padded = chain;
+            padded.extend_zeros(end, self.term, &mut entries);
+            return Ok((padded, entries));
+        }
+        self.behind.settle()?;
+        let shorter = opening::chain_at(&self.files, &chain, end, self.size)?;
+        self.set_aside(end, chain.end())?;
+        Ok((shorter, entries))
+    }
+
+    /// Whether nothing but zeros can be between the last byte written and `end`: behind a record, or behind a switch.
+    fn is_padding(&self, written: Lsn, end: Lsn) -> bool {
+        let segment_end = SegmentNumber::containing(written, self.size).end(self.size);
+        end <= written.align_up() || (offset(written, self.size) != 0 && end == segment_end)
+    }
+
+    fn set_aside(&self, from: Lsn, to: Lsn) -> Result<(), StorageError> {
+        let noted = self.behind.noted();
+        let state = &noted.control.state;
+        let header = ForkHeader {
+            ttid: state.ttid,
+            segment_size: self.size,
+            pg_version: state.server.pg_version,
+            from,
+            to,
+            term: state.term_history.last_term_at(to),
+            new_term: state.term,
+            when: crate::clock::unix_seconds(),
+            reason: "a newer leader's log leaves this one here".to_owned(),
+        };
+        drop(noted);
+        forks::set_aside(&self.files, header, |at, buffer| opening::read_exactly(&self.files, at, buffer, self.size))
+            .map(drop)
+            .map_err(opening::set_aside_error)
+    }
+
+    /// The journal knows of the cut; now the files follow. No checkpoint may come in between.
+    fn cut(&mut self, chain: Chain, entries: Vec<LedgerEntry>, batch: u64) -> Result<(), StorageError> {
+        let ledger = self.ledger()?;
+        let end = chain.end();
+        if self.files.trusted().is_some_and(|trusted| trusted.end() > end) {
+            // The block in which the log was cut was read back and checked.
+            self.files.trust_from(&chain);
+        }
+        let (behind, segments) = (&self.behind, &mut self.segments);
+        behind.settle_after(|| {
+            segments.cut(end)?;
+            ledger.cut(end)?;
+            ledger.write(&entries)?;
+            ledger.sync()?;
+            let mut noted = behind.noted();
+            noted.touched.absorb(segments.touched());
+            (noted.chain, noted.record_end, noted.dirty_to) = (Some(chain), end, Lsn::INVALID);
+            (noted.batch, noted.changed) = (batch, true);
             Ok(())
-        })
+        })?;
+        self.chain = Some(chain);
+        Ok(())
     }
 
     /// Prepares the timeline's first segment for WAL that begins at `start`, with the page headers nobody will send.
-    /// Only while there is no WAL. A truncation at `start` must follow.
+    /// Only while there is no WAL.
     pub async fn init_first_segment(&mut self, start: Lsn) -> Result<(), StorageError> {
-        self.run(|store| {
-            let started = Instant::now();
-            store.wal.init_first_segment(start, store.server)?;
-            metrics::storage_operation(StorageOperation::InitializeFirstSegment, started.elapsed());
-            Ok(())
-        })
-    }
-
-    /// Makes everything durable and closes the file, to cost next to nothing while the timeline is idle. The next
-    /// call opens it again.
-    pub async fn park(&mut self) -> Result<(), StorageError> {
-        self.run(|store| Ok(store.wal.park()?))
-    }
-
-    /// Runs disk work unless an earlier one failed; remembers when this one does.
-    fn run<R>(&mut self, work: impl FnOnce(&mut Self) -> Result<R, StorageError>) -> Result<R, StorageError> {
-        if let Some(reason) = &self.poisoned {
-            return Err(StorageError::Poisoned(reason.clone()));
+        self.alive()?;
+        // Begun but never adopted is not begun.
+        let begun = self.behind.noted().control.state.local_start_lsn.is_valid();
+        if begun || !start.is_valid() {
+            return Err(StorageError::NotAtEnd { at: start, end: self.end() });
         }
-        let result = blocking(|| work(self));
-        if let Err(error @ StorageError::Disk(_)) = &result {
-            metrics::disk_io_error();
-            tracing::error!(timeline = %self.files.ttid(), "storage stopped: {error}");
-            self.poisoned = Some(error.to_string().into());
+        let started = Instant::now();
+        let begun = blocking(|| self.begin_log(start));
+        let (chain, entries) = self.remember(begun)?;
+        let batch = self.commit(Record::Cut { end: start, term: self.term, chain: chain.value() }).await?;
+        let cut = blocking(|| self.cut(chain, entries, batch));
+        self.remember(cut)?;
+        metrics::storage_operation(StorageOperation::InitializeFirstSegment, started.elapsed());
+        Ok(())
+    }
+
+    /// Durable before the journal says that the log begins.
+    fn begin_log(&mut self, start: Lsn) -> Result<(Chain, Vec<LedgerEntry>), StorageError> {
+        let server = self.behind.noted().control.state.server;
+        let head = self.segments.init_first_segment(start, server).map_err(|error| match error {
+            FirstSegmentError::Disk(error) => StorageError::refused_if_full(error),
+            FirstSegmentError::UnsupportedVersion(error) => error.into(),
+        })?;
+        let base = SegmentNumber::containing(start, self.size).start(self.size);
+        let ledger = self.files.create_ledger(base)?;
+        ledger.reserve(base.max(start))?;
+        let (mut chain, mut entries) = (Chain::new(base), Vec::new());
+        chain.extend(&head, self.term, &mut entries);
+        ledger.write(&entries)?;
+        ledger.sync()?;
+        self.ledger = Some(ledger);
+        self.files.trust_from(&Chain::new(base));
+        Ok((chain, Vec::new()))
+    }
+
+    /// Closes the files, to cost next to nothing while the timeline is idle. The next call opens them again.
+    pub async fn park(&mut self) -> Result<(), StorageError> {
+        self.segments.close();
+        self.ledger = None;
+        Ok(())
+    }
+
+    /// Makes durable in the timeline's own files what so far is durable in the journal.
+    pub async fn settle(&mut self) -> Result<(), StorageError> {
+        let settled = blocking(|| self.behind.settle().map_err(StorageError::from));
+        self.remember(settled).map(drop)
+    }
+
+    fn ledger(&mut self) -> Result<Arc<Ledger>, StorageError> {
+        if let Some(ledger) = &self.ledger {
+            return Ok(Arc::clone(ledger));
+        }
+        let missing = || StorageError::Damaged { at: self.end(), reason: "the ledger is missing".to_owned() };
+        let ledger = self.files.ledger()?.ok_or_else(missing)?;
+        Ok(Arc::clone(self.ledger.insert(ledger)))
+    }
+
+    /// One record, durable in the journal; its batch.
+    async fn commit(&mut self, record: Record) -> Result<u64, StorageError> {
+        let owner = Arc::clone(&self.behind) as Arc<_>;
+        let committed = self.journal.commit(vec![Entry { owner, record }]).await;
+        self.remember(committed.map_err(StorageError::from))
+    }
+
+    fn alive(&self) -> Result<(), StorageError> {
+        self.behind.failed().map_or(Ok(()), |reason| Err(StorageError::Poisoned(reason)))
+    }
+
+    /// The first failure is the last thing that was done.
+    fn remember<R>(&self, result: Result<R, StorageError>) -> Result<R, StorageError> {
+        if let Err(error @ (StorageError::Disk(_) | StorageError::Poisoned(_))) = &result {
+            self.behind.fail(&error.to_string());
         }
         result
+    }
+}
+
+impl Noted {
+    /// The state as opening finds it.
+    pub(super) fn recovered(&self, scanner: Option<RecordScanner>) -> Recovered {
+        Recovered { control: self.control.state.clone(), scanner, fault: self.fault.clone() }
     }
 }

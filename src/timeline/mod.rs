@@ -36,6 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use parking_lot::Mutex;
 use pgproto::walproposer::Configuration;
 use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
@@ -46,7 +47,7 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{ReadError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -108,6 +109,14 @@ pub enum TimelineError {
         /// Which timeline.
         ttid: TenantTimelineId,
         /// The first failure.
+        reason: Arc<str>,
+    },
+    /// There is no room to do it now; nothing was lost, and it may be tried again.
+    #[error("timeline {ttid}: {reason}")]
+    NoSpace {
+        /// Which timeline.
+        ttid: TenantTimelineId,
+        /// What is full.
         reason: Arc<str>,
     },
     /// The process is going down.
@@ -212,6 +221,22 @@ impl Timeline {
     /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
     pub fn wal_reader(&self) -> Result<WalReader, ReadError> {
         WalReader::new(self.files.clone(), &self.control.load())
+    }
+
+    /// Reads with a reader of this timeline; when it finds damage, the timeline learns of it before the reader does.
+    pub async fn read_wal(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
+        let read = wal.read(at, end).await;
+        let damaged_at = match &read {
+            Err(ReadError::Damaged { at, .. } | ReadError::ShortSegment { at, .. }) => Some(*at),
+            _ => None,
+        };
+        if let (Some(from), Err(error)) = (damaged_at, &read) {
+            let fault = Fault { from, acked_end: self.progress().flush_lsn, reason: error.to_string().into() };
+            if let Err(error) = self.report_fault(fault).await {
+                tracing::warn!(ttid = %self.ttid, "damage could not be noted: {error}");
+            }
+        }
+        read
     }
 
     /// Its values for metrics.
@@ -355,6 +380,12 @@ impl Timeline {
             progress.term = acceptor.term();
             changed
         });
+    }
+
+    /// What to tell whoever asked for something that storage refused without harm.
+    fn no_space(&self, error: &StorageError) -> TimelineError {
+        tracing::warn!(ttid = %self.ttid, "refused: {error}");
+        TimelineError::NoSpace { ttid: self.ttid, reason: error.to_string().into() }
     }
 
     /// Stops all writing for good. Only the first reason counts.

@@ -198,7 +198,7 @@ impl Registry {
                 let reason: Arc<str> = error.to_string().into();
                 match error {
                     // Complete on disk or not, it was not there before: the next try may find out.
-                    CreateError::Disk(_) => timelines.remove(&ttid),
+                    CreateError::Disk(_) | CreateError::State(_) => timelines.remove(&ttid),
                     CreateError::AlreadyExists(_) | CreateError::Open(_) => {
                         timelines.insert(ttid, Slot::Broken(Arc::clone(&reason)))
                     }

@@ -26,8 +26,8 @@ const IDLE_BEFORE_PARKING: Duration = Duration::from_secs(60);
 /// Lazily saved LSNs are at most this old on disk (`--control-file-save-interval` of Neon).
 const SAVE_INTERVAL: Duration = Duration::from_secs(300);
 
-/// WAL gathered before it is handed to the kernel without waiting for the end of the batch, in bytes.
-const WRITE_THROUGH: usize = 4 << 20;
+/// WAL gathered before it is written without waiting for the end of the batch, in bytes.
+const LARGEST_BATCH: usize = 4 << 20;
 
 /// What a writer can be asked.
 pub(super) enum Command {
@@ -148,6 +148,7 @@ impl Task {
 
     async fn save_lazy(&mut self) -> Result<(), StorageError> {
         let actions = self.writer.acceptor.checkpoint();
+        // What can't be saved now is saved later.
         self.perform(actions).await.map(drop)
     }
 
@@ -156,7 +157,8 @@ impl Task {
             self.command(command).await?;
         }
         let actions = self.writer.acceptor.flush();
-        self.perform(actions).await?;
+        // Who appended what was refused has been told.
+        let _ = self.perform(actions).await?;
         self.timeline.publish(&self.writer.acceptor);
         self.acknowledge();
         Ok(())
@@ -212,9 +214,9 @@ impl Task {
         metrics::acceptor_message(result.is_ok());
         let answer = match result {
             Ok(actions) => {
-                let message = self.perform(actions).await?;
+                let performed = self.perform(actions).await?;
                 self.timeline.publish(&self.writer.acceptor);
-                Ok(value(&self.writer, message))
+                performed.map(|message| value(&self.writer, message))
             }
             Err(error) => Err(self.refused(error)),
         };
@@ -225,13 +227,18 @@ impl Task {
 
     async fn append(&mut self, session: Arc<Session>, append: AppendRequest) -> Result<(), StorageError> {
         let term = append.term;
+        if let Err(error) = self.make_room(&append)? {
+            session.acknowledge(Ack::Refused(error));
+            return Ok(());
+        }
         let result = self.writer.acceptor.handle(ProposerMessage::Append(append));
         metrics::acceptor_message(result.is_ok());
         match result {
             Err(error) => session.acknowledge(Ack::Refused(self.refused(error))),
             Ok(actions) => match self.perform(actions).await? {
-                Some(AcceptorMessage::AppendResponse(refusal)) => session.acknowledge(Ack::Response(refusal)),
-                _ => {
+                Err(error) => session.acknowledge(Ack::Refused(error)),
+                Ok(Some(AcceptorMessage::AppendResponse(refusal))) => session.acknowledge(Ack::Response(refusal)),
+                Ok(_) => {
                     let waiting = &mut self.writer.unacknowledged;
                     if !waiting.iter().any(|(other, _)| Arc::ptr_eq(other, &session)) {
                         waiting.push((session, term));
@@ -240,6 +247,18 @@ impl Task {
             },
         }
         Ok(())
+    }
+
+    /// A full disk is met before the acceptor counts on the bytes. Those that don't continue the log aren't worth a look.
+    fn make_room(&mut self, append: &AppendRequest) -> Result<Result<(), TimelineError>, StorageError> {
+        let end = append.begin_lsn.checked_add(append.wal.len() as u64);
+        let Some(end) = end.filter(|_| append.begin_lsn == self.writer.acceptor.write_lsn()) else {
+            return Ok(Ok(()));
+        };
+        match self.writer.store.make_room(end) {
+            Err(error) if error.is_fatal() => Err(error),
+            made => Ok(made.map_err(|error| self.timeline.no_space(&error))),
+        }
     }
 
     fn refused(&self, error: AcceptorError) -> TimelineError {
@@ -258,14 +277,43 @@ impl Task {
         }
     }
 
-    /// Performs actions one after the other, stopping at the first failure. Returns the reply among them, if any.
-    async fn perform(&mut self, actions: Vec<Action>) -> Result<Option<AcceptorMessage>, StorageError> {
-        let performed = self.perform_in_order(actions).await;
-        if let Err(error) = &performed {
-            // Before those who wait for an answer learn that there will be none, and ask why.
-            self.timeline.fail(&error.to_string());
+    /// Performs actions one after the other, stopping at the first failure. Returns the reply among them, if any. When
+    /// storage refused and nothing was lost by that, the timeline goes on from what is durable, and the inner error is for
+    /// whoever asked.
+    async fn perform(
+        &mut self,
+        actions: Vec<Action>,
+    ) -> Result<Result<Option<AcceptorMessage>, TimelineError>, StorageError> {
+        match self.perform_in_order(actions).await {
+            Ok(reply) => Ok(Ok(reply)),
+            Err(error) if error.is_fatal() => Err(self.failed(error)),
+            Err(error) => {
+                let error = self.timeline.no_space(&error);
+                self.fall_back(&error).await?;
+                Ok(Err(error))
+            }
         }
-        performed
+    }
+
+    /// Says so before those who wait for an answer learn that there will be none, and ask why.
+    fn failed(&self, error: StorageError) -> StorageError {
+        self.timeline.fail(&error.to_string());
+        error
+    }
+
+    /// The acceptor had counted on what was refused: back to what is durable.
+    async fn fall_back(&mut self, error: &TimelineError) -> Result<(), StorageError> {
+        let recovered = match self.writer.store.reload().await {
+            Ok(recovered) => recovered,
+            Err(error) => return Err(self.failed(error)),
+        };
+        self.writer.batch.clear();
+        self.writer.batch_bytes = 0;
+        self.writer.acceptor.fall_back(recovered.control, recovered.scanner);
+        for (session, _) in self.writer.unacknowledged.drain(..) {
+            session.acknowledge(Ack::Refused(error.clone()));
+        }
+        Ok(())
     }
 
     async fn perform_in_order(&mut self, actions: Vec<Action>) -> Result<Option<AcceptorMessage>, StorageError> {
@@ -276,7 +324,7 @@ impl Task {
                     self.timeline.written_bytes.fetch_add(wal.len() as u64, Ordering::Relaxed);
                     self.writer.gather(at, wal).await?;
                 }
-                Action::Flush => self.writer.write_out(true).await?,
+                Action::Flush => self.writer.write_out().await?,
                 Action::Persist(state) => {
                     self.writer.store.persist(&state).await?;
                     self.timeline.control.store(Arc::from(state));
@@ -285,7 +333,7 @@ impl Task {
                 }
                 Action::InitFirstSegment { start } => self.writer.store.init_first_segment(start).await?,
                 Action::Truncate { end } => {
-                    self.writer.write_out(false).await?;
+                    self.writer.write_out().await?;
                     self.writer.store.truncate(end).await?;
                 }
                 Action::Reply(message) => reply = Some(message),
@@ -296,28 +344,25 @@ impl Task {
 }
 
 impl Writer {
-    /// Adds WAL to the batch; what was gathered goes to the kernel when it gets large.
+    /// Adds WAL to the batch; what was gathered is written when it gets large.
     async fn gather(&mut self, at: Lsn, wal: Bytes) -> Result<(), StorageError> {
         if self.batch.is_empty() {
             self.batch_start = at;
         }
         self.batch_bytes += wal.len();
         self.batch.push(wal);
-        if self.batch_bytes >= WRITE_THROUGH {
-            self.write_out(false).await?;
+        if self.batch_bytes >= LARGEST_BATCH {
+            self.write_out().await?;
         }
         Ok(())
     }
 
-    async fn write_out(&mut self, sync: bool) -> Result<(), StorageError> {
-        if self.batch.is_empty() && !sync {
+    /// Makes durable what was gathered.
+    async fn write_out(&mut self) -> Result<(), StorageError> {
+        if self.batch.is_empty() {
             return Ok(());
         }
-        if self.batch.is_empty() {
-            self.store.flush().await?;
-        } else {
-            self.store.append(self.batch_start, &self.batch, sync).await?;
-        }
+        self.store.append(self.batch_start, &self.batch).await?;
         self.batch.clear();
         self.batch_bytes = 0;
         Ok(())

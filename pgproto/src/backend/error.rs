@@ -70,6 +70,8 @@ impl SqlState {
     pub const DUPLICATE_OBJECT: SqlState = SqlState(*b"42710");
     /// More connections than allowed.
     pub const TOO_MANY_CONNECTIONS: SqlState = SqlState(*b"53300");
+    /// No space is left.
+    pub const DISK_FULL: SqlState = SqlState(*b"53100");
     /// There are as many of these as there may be.
     pub const CONFIGURATION_LIMIT_EXCEEDED: SqlState = SqlState(*b"53400");
     /// The node isn't in a state to do this.

@@ -319,7 +319,7 @@ impl Seen {
             let horizon_end = horizon.end().map_err(|error| format!("{error:?}"))?;
             let end = self.shared().sabotage.horizon(&timeline, horizon_end);
             if at < end {
-                let bytes = wal.read(at, cut(at, end)).await.map_err(|error| error.to_string())?;
+                let bytes = timeline.read_wal(&mut wal, at, cut(at, end)).await.map_err(|error| error.to_string())?;
                 horizon.confirm().map_err(|error| format!("{error:?}"))?;
                 let next = Lsn(at.0 + bytes.len() as u64);
                 if !sender.send(Reply::Wal { start: at, wal: bytes }).await {

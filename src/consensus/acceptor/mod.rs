@@ -170,6 +170,20 @@ impl Acceptor {
         self.forget_leader();
     }
 
+    /// Goes back to what is durable, which `state` and `scanner` tell, when storage refused a write that was counted on
+    /// already. A leader has to introduce itself again; what was published as committed stays so.
+    pub fn fall_back(&mut self, state: ControlState, scanner: Option<RecordScanner>) {
+        let mut again = Self::new(self.node_id, state, scanner);
+        let durable_end = again.flush_lsn();
+        again.lazy.commit_lsn = again.lazy.commit_lsn.max(self.lazy.commit_lsn.min(durable_end));
+        let horizon = self.lazy.peer_horizon_lsn.min(again.lazy.commit_lsn);
+        again.lazy.peer_horizon_lsn = again.lazy.peer_horizon_lsn.max(horizon);
+        if !self.health.is_sound() {
+            again.health = self.health.clone();
+        }
+        *self = again;
+    }
+
     /// The node this acceptor speaks for.
     pub fn node_id(&self) -> NodeId {
         self.node_id

@@ -33,7 +33,7 @@ fn state(sequence: u64, members: u64) -> ControlCopy {
     chain.extend(&sequence.to_le_bytes(), Term(1), &mut Vec::new());
     let checkpoint =
         Checkpoint { chain: Some(chain), record_end: Lsn(0x10_0004), batch: sequence * 3, dirty_to: Lsn(0x20_0000) };
-    ControlCopy { sequence, checkpoint, control }
+    ControlCopy { sequence, checkpoint, control, fault: None }
 }
 
 fn created(copy: &ControlCopy) -> (SimDisk, ControlCopies) {
@@ -306,7 +306,7 @@ fn a_file_in_neons_format_is_converted_once() {
     let control = neon_file(&disk);
     let mut loaded = load(&disk);
     assert!(loaded.imported && !loaded.repaired);
-    assert_eq!(loaded.copy, ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control });
+    assert_eq!(loaded.copy, ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control, fault: None });
     assert_eq!(content(&disk, 0), content(&disk, 1));
     loaded.copies.write(&disk, dir(), &state(1, 3)).unwrap();
     let again = load(&disk);

@@ -32,6 +32,8 @@ pub enum Effect {
 pub(super) enum Fault {
     /// This operation fails, once.
     Once { at: u64, kind: ErrorKind, effect: Effect },
+    /// This operation, a sync or durable write, says it did and didn't make anything durable.
+    Lie { at: u64 },
     /// This operation never ends, and all after it fail.
     Stop { at: u64 },
 }
@@ -62,9 +64,9 @@ pub enum OperationKind {
 }
 
 impl OperationKind {
-    /// Whether it needs no space, so that a full disk is no reason to refuse it.
-    pub fn needs_no_space(self) -> bool {
-        !matches!(self, Self::Create | Self::CreateDir | Self::Write { .. } | Self::DurableWrite { .. })
+    /// Whether something is durable when it returned.
+    pub fn makes_durable(self) -> bool {
+        matches!(self, Self::DurableWrite { .. } | Self::Sync | Self::SyncDir | Self::SyncFs)
     }
 }
 

@@ -86,6 +86,11 @@ impl SimDisk {
         self.0.lock().fault = Some(Fault::Once { at, kind, effect });
     }
 
+    /// Makes operation number `at`, a sync or a durable write, lie: it says it did and made nothing durable.
+    pub fn lie_at(&self, at: u64) {
+        self.0.lock().fault = Some(Fault::Lie { at });
+    }
+
     /// Stops the disk in operation number `at`: that one is never finished and all later ones fail.
     pub fn stop_at(&self, at: u64) {
         self.0.lock().fault = Some(Fault::Stop { at });

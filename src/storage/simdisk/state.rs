@@ -65,6 +65,12 @@ impl State {
                 self.fail(change, effect);
                 Err(kind.into())
             }
+            Some(Fault::Lie { at }) if number == at => {
+                let lied = std::mem::replace(&mut self.lies, true);
+                let outcome = self.perform(change);
+                self.lies = lied;
+                outcome
+            }
             _ => self.perform(change),
         }
     }

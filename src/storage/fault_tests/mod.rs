@@ -1,0 +1,18 @@
+//! Crashes and faults of the disk under the life of a node: what was promised holds, or nothing more is said.
+//!
+//! The [`script`] is lived by real acceptors over real stores ([`node`]); [`life`] writes down what was promised at which
+//! disk operation and checks it after a fault. Then [`crash`] stops the disk in every operation,
+//! and [`failing`] makes every operation fail once. The environment variable
+//! `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
+
+mod crash;
+mod failing;
+mod life;
+mod node;
+mod script;
+
+/// How many times what is chosen by chance is chosen.
+fn rounds() -> u64 {
+    let set = std::env::var("FAULT_ROUNDS").ok();
+    set.map_or(1, |rounds| rounds.parse().expect("FAULT_ROUNDS is a number"))
+}
