@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
-use pgproto::TenantTimelineId;
+use pgproto::{Lsn, TenantTimelineId};
 use safekeeper::config::{self, Loaded, WalproposerSettings};
 use safekeeper::propose::{self, Settings, status::Status};
 use safekeeper::{daemon, http};
@@ -21,27 +21,55 @@ fn main() -> ExitCode {
 async fn start(settings: WalproposerSettings, warnings: Vec<String>) -> anyhow::Result<()> {
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
+    let shutdown = CancellationToken::new();
+    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let ttid = settings.tenant_id.zip(settings.timeline_id);
+    let ttid = ttid.map(|(tenant, timeline)| TenantTimelineId::new(tenant, timeline));
+    let status = Arc::new(Status::new(settings.safekeepers.clone()));
+    match settings.primary.clone() {
+        Some(primary) if !settings.sync_safekeepers => follow(settings, primary, ttid, status, shutdown).await,
+        _ => sync(ttid, status, shutdown, settings.json).await,
+    }
+}
+
+/// Brings the safekeepers to one LSN and prints it.
+async fn sync(
+    ttid: Option<TenantTimelineId>,
+    status: Arc<Status>,
+    shutdown: CancellationToken,
+    json: bool,
+) -> anyhow::Result<()> {
+    let synced = propose::sync::run(ttid, status, shutdown).await?;
+    if json {
+        println!("{}", serde_json::to_string(&synced)?);
+    } else {
+        println!("{}", synced.lsn.unwrap_or(Lsn::INVALID));
+    }
+    Ok(())
+}
+
+async fn follow(
+    settings: WalproposerSettings,
+    primary: tokio_postgres::Config,
+    ttid: Option<TenantTimelineId>,
+    status: Arc<Status>,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     let listener = daemon::bind("--listen-http", &settings.listen_http).await?;
     let proposing = Settings {
-        primary: settings.primary,
+        primary,
         safekeepers: settings.safekeepers,
         slot: settings.slot,
         application_name: settings.application_name,
-        ttid: settings
-            .tenant_id
-            .zip(settings.timeline_id)
-            .map(|(tenant, timeline)| TenantTimelineId::new(tenant, timeline)),
+        ttid,
         buffer_size: settings.buffer_size.0,
     };
-    let status = Arc::new(Status::new(proposing.safekeepers.clone()));
-    let shutdown = CancellationToken::new();
     let http = tokio::spawn(http::serve(
         listener,
         http::walproposer::router(Arc::clone(&status)),
         http::Limits::default(),
         shutdown.clone(),
     ));
-    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
     let result = propose::run(proposing, status, shutdown.clone()).await;
     shutdown.cancel();
     http.await.context("HTTP server")?;

@@ -70,7 +70,7 @@ fn required_settings_and_lists_may_come_from_the_file() {
     let settings = walproposer(&["--config", path]).unwrap().settings;
     let addresses: Vec<_> = settings.safekeepers.iter().map(ToString::to_string).collect();
     assert_eq!(addresses, ["a:1", "b:2", "[::1]:3"]);
-    assert_eq!(settings.primary.get_user(), Some("postgres"));
+    assert_eq!(settings.primary.as_ref().unwrap().get_user(), Some("postgres"));
     assert!(!format!("{settings:?}").contains("secret"));
     let settings = walproposer(&["--config", path, "--safekeepers", "x:1,y:1,z:1"]).unwrap().settings;
     assert_eq!(settings.safekeepers.first().unwrap().host, "x");

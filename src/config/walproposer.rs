@@ -30,7 +30,7 @@ pub struct WalproposerSettings {
     /// The primary, as a libpq connection string or URL. The user needs the REPLICATION attribute. Keep a password
     /// out of the command line: use the file or the environment.
     #[arg(long, value_name = "CONNINFO", env = "WALPROPOSER_PRIMARY", hide_env_values = true)]
-    pub primary: tokio_postgres::Config,
+    pub primary: Option<tokio_postgres::Config>,
 
     /// Postgres-protocol addresses of all safekeepers, separated by commas: three, or five.
     #[arg(
@@ -80,6 +80,17 @@ pub struct WalproposerSettings {
     #[arg(long, value_name = "HOST:PORT", env = "WALPROPOSER_LISTEN_HTTP", default_value = "127.0.0.1:7677")]
     pub listen_http: HostPort,
 
+    /// Instead of following a primary: bring the safekeepers to one LSN and end. Everything that a majority has, and what
+    /// else the best log among them holds, is copied to each safekeeper that can be reached, and is committed then. Prints
+    /// the LSN on standard output, 0/0 when there is no WAL. Any walproposer that still runs is deposed. --primary isn't
+    /// needed.
+    #[arg(long)]
+    pub sync_safekeepers: bool,
+
+    /// With --sync-safekeepers: print a JSON object with the LSN, the term and each safekeeper in place of the LSN alone.
+    #[arg(long, requires = "sync_safekeepers")]
+    pub json: bool,
+
     /// Form of the log on standard error. What is logged is set by RUST_LOG, such as "info" (the default) or
     /// "info,safekeeper::propose=debug".
     #[arg(long, value_name = "FORMAT", env = "WALPROPOSER_LOG_FORMAT", value_enum, default_value_t)]
@@ -88,6 +99,9 @@ pub struct WalproposerSettings {
 
 impl Settings for WalproposerSettings {
     fn check(&self) -> Result<Vec<String>, String> {
+        if self.primary.is_none() && !self.sync_safekeepers {
+            return Err("--primary is missing: where is the server whose WAL is to be kept?".to_owned());
+        }
         let mut seen = HashSet::new();
         if let Some(twice) = self.safekeepers.iter().find(|address| !seen.insert(*address)) {
             return Err(format!("--safekeepers names {twice} twice; one safekeeper must not count as two"));
@@ -128,6 +142,9 @@ Examples:
       safekeepers = [\"10.0.0.1:5454\", \"10.0.0.2:5454\", \"10.0.0.3:5454\"]
       buffer-size = \"256MiB\"
     walproposer --config /etc/walproposer.toml
+
+  The primary is gone for good: what do the safekeepers have? Make them all have it, and say where it ends:
+    walproposer --sync-safekeepers --safekeepers 10.0.0.1:5454,10.0.0.2:5454,10.0.0.3:5454
 
   Who leads, how far is everybody:
     curl -s http://127.0.0.1:7677/v1/status";

@@ -350,7 +350,14 @@ async fn metrics_show_the_timelines() {
 }
 
 fn offline(flush_lsn: Lsn) -> PeerReport {
-    PeerReport { state: PeerState::Offline, node_id: None, flush_lsn, reason: None, next_retry_at: None }
+    PeerReport {
+        state: PeerState::Offline,
+        node_id: None,
+        flush_lsn,
+        commit_lsn: Lsn(0),
+        reason: None,
+        next_retry_at: None,
+    }
 }
 
 #[tokio::test]

@@ -3,6 +3,9 @@
 //! One task owns everything: the consensus proposer, the buffer, the stream from the primary. Safekeeper connections
 //! ([`super::peer`]), donor fetches ([`super::donor`]) and connecting to the primary run as tasks beside it and talk to it
 //! through bounded queues.
+//!
+//! Without a primary the term proposes nothing of its own: it brings the safekeepers to the start of the term and ends
+//! ([`super::sync`]).
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -31,7 +34,8 @@ const TICK: Duration = Duration::from_secs(1);
 /// A safekeeper that owes an answer and is silent for this long is disconnected (spec: wire protocol 3.8).
 const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 
-/// A leader that can't get a majority to its term start within this time lacks a donor: a new election finds another.
+/// A leader whose majority comes no nearer to the start of its term for this long lacks a donor: a new election finds
+/// another.
 const TERM_START_LIMIT: Duration = Duration::from_secs(30);
 
 /// How long a new commit LSN may wait for WAL that carries it along before it is told in a message of its own. Only
@@ -50,6 +54,8 @@ pub(super) enum Ended {
     Stalled,
     /// The safekeepers have no log, and none is to be begun.
     NoLog,
+    /// Without a primary: every safekeeper that is not offline is at this LSN, and knows on disk that it is committed.
+    Synced(Lsn),
     /// The primary can't be followed; an operator is needed.
     Fatal(UpstreamError),
     /// Asked to stop.
@@ -76,12 +82,18 @@ impl PeerSlot {
 
 /// See the module's page.
 pub(super) struct Driver {
-    settings: Arc<Settings>,
+    /// `None`: there is no primary, the safekeepers are only to be synced.
+    primary: Option<Arc<Settings>>,
+    buffer_size: u64,
     facts: PrimaryFacts,
     proposer: Proposer,
     peers: Vec<PeerSlot>,
     buffer: WalBuffer,
     elected_at: Option<Instant>,
+    /// When the followers last got on towards the start of the term, and the sum of their positions then.
+    got_on: (Instant, u64),
+    /// When everybody was told the last news before a sync ends.
+    farewell_at: Option<Instant>,
     /// Runs while followers may have to be told the commit LSN without WAL to carry it. Never stopped before it fires:
     /// setting a timer anew for each commit would cost two system calls.
     commit_news: Pin<Box<Sleep>>,
@@ -103,8 +115,9 @@ pub(super) struct Inbox {
 }
 
 impl Driver {
-    /// Starts connecting to the safekeepers.
-    pub(super) fn new(settings: Arc<Settings>, facts: PrimaryFacts, status: Arc<Status>) -> (Self, Inbox) {
+    /// Starts connecting to the safekeepers that `status` lists, to propose the primary's WAL to them, or to sync them
+    /// if there is none.
+    pub(super) fn new(primary: Option<Arc<Settings>>, facts: PrimaryFacts, status: Arc<Status>) -> (Self, Inbox) {
         let config = ProposerConfig {
             ttid: facts.ttid,
             server: facts.server,
@@ -115,22 +128,26 @@ impl Driver {
         let (donor_events, donors_inbox) = mpsc::channel(64);
         let (upstream_events, upstream_inbox) = mpsc::channel(1);
         let mut tasks = JoinSet::new();
-        for (index, address) in settings.safekeepers.iter().enumerate() {
+        for (index, address) in status.safekeepers().iter().enumerate() {
             tasks.spawn(peer::run(PeerIndex(index), address.clone(), facts, peer_events.clone()));
         }
         let now = Instant::now();
         let slot = |_| PeerSlot::new(None, now);
+        let buffer_size = primary.as_ref().map_or(0, |settings| settings.buffer_size);
         let driver = Self {
-            proposer: Proposer::new(config, settings.safekeepers.len()),
-            peers: settings.safekeepers.iter().map(slot).collect(),
-            buffer: WalBuffer::new(Lsn::INVALID, settings.buffer_size),
+            proposer: Proposer::new(config, status.safekeepers().len()),
+            peers: status.safekeepers().iter().map(slot).collect(),
+            buffer: WalBuffer::new(Lsn::INVALID, buffer_size),
             elected_at: None,
+            got_on: (now, 0),
+            farewell_at: None,
             commit_news: Box::pin(tokio::time::sleep(COMMIT_NEWS_DELAY)),
             commit_news_runs: false,
             upstream: None,
             upstream_retry: Backoff::for_peers(),
             connecting: false,
-            settings,
+            primary,
+            buffer_size,
             facts,
             status,
             donor_events,
@@ -147,7 +164,8 @@ impl Driver {
         let mut events = Vec::with_capacity(EVENT_BATCH);
         loop {
             let read_primary = self.reads_on();
-            let lacks_primary = self.elected_at.is_some() && self.upstream.is_none() && !self.connecting;
+            let lacks_primary =
+                self.primary.is_some() && self.elected_at.is_some() && self.upstream.is_none() && !self.connecting;
             let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
                 () = shutdown.cancelled() => Err(Ended::Shutdown),
@@ -166,7 +184,28 @@ impl Driver {
                 self.lost_upstream(&error);
             }
             self.publish();
+            if self.primary.is_none()
+                && let Some(lsn) = self.synced()
+            {
+                return Ended::Synced(lsn);
+            }
         }
+    }
+
+    /// The LSN to which the safekeepers were brought, once everybody who isn't offline is there and heard the last news.
+    /// Whoever was not tried yet may be there too.
+    fn synced(&mut self) -> Option<Lsn> {
+        let lsn = self.proposer.synced()?;
+        if !self.peers.iter().all(|slot| slot.link.is_some() || slot.down.is_some()) {
+            return None;
+        }
+        let Some(farewell_at) = self.farewell_at else {
+            // What peers may still need from others is known only now.
+            self.farewell_at = Some(Instant::now());
+            (0..self.peers.len()).for_each(|index| self.heartbeat(PeerIndex(index)));
+            return None;
+        };
+        self.peers.iter().all(|slot| slot.link.is_none() || slot.heard > farewell_at).then_some(lsn)
     }
 
     fn on_peer_events(&mut self, events: &mut Vec<Event>) -> Result<(), Ended> {
@@ -217,7 +256,8 @@ impl Driver {
                     tracing::info!(%term, %start, "elected: this proposer leads");
                     metrics::elected();
                     self.elected_at = Some(Instant::now());
-                    self.buffer = WalBuffer::new(start, self.settings.buffer_size);
+                    self.got_on = (Instant::now(), 0);
+                    self.buffer = WalBuffer::new(start, self.buffer_size);
                     self.connect_upstream();
                 }
                 Effect::Follows(index) => {
@@ -330,7 +370,7 @@ impl Driver {
             return Bytes::new();
         }
         let Some(donor) = self.proposer.donor_for(until) else { return Bytes::new() };
-        let Some(address) = self.settings.safekeepers.get(donor.0).cloned() else { return Bytes::new() };
+        let Some(address) = self.status.safekeepers().get(donor.0).cloned() else { return Bytes::new() };
         tracing::info!(safekeeper = %self.address(index), donor = %address, from = %next, %until, "catching up from a donor");
         let (term, events) = (self.proposer.term(), self.donor_events.clone());
         let fetch = Donor::start(index, (donor, address), self.facts.ttid, (next, until), term, events);
@@ -384,23 +424,34 @@ impl Driver {
         {
             self.lost_upstream(&error);
         }
-        let stalled = self.elected_at.is_some_and(|at| now.duration_since(at) > TERM_START_LIMIT)
+        if self.stalled(now) { Err(Ended::Stalled) } else { Ok(()) }
+    }
+
+    /// A majority follows, and for a while none of them has come nearer to the start of the term.
+    fn stalled(&mut self, now: Instant) -> bool {
+        let flushed = (0..self.peers.len()).map(|index| self.proposer.peer_flush_lsn(PeerIndex(index)).0);
+        let sum = flushed.fold(0_u64, u64::wrapping_add);
+        if sum != self.got_on.1 {
+            self.got_on = (now, sum);
+        }
+        self.elected_at.is_some()
+            && now.duration_since(self.got_on.0) > TERM_START_LIMIT
             && !self.proposer.commit_lsn().is_valid()
-            && self.proposer.quorum_follows();
-        if stalled { Err(Ended::Stalled) } else { Ok(()) }
+            && self.proposer.quorum_follows()
     }
 
     /// Connects to the primary beside the driver, unless that is under way or too early.
     fn connect_upstream(&mut self) {
         let now = Instant::now();
         self.upstream = None;
+        let Some(settings) = self.primary.clone() else { return };
         if self.connecting || !self.upstream_retry.wait(now).is_zero() {
             return;
         }
         self.connecting = true;
         // Those of earlier attempts, which have ended; they would pile up.
         while self.tasks.try_join_next().is_some() {}
-        let (settings, facts, events) = (Arc::clone(&self.settings), self.facts, self.upstream_events.clone());
+        let (facts, events) = (self.facts, self.upstream_events.clone());
         let start = self.buffer.end();
         self.tasks.spawn(async move {
             let result = upstream::follow(&settings, &facts, start).await;
@@ -430,7 +481,7 @@ impl Driver {
         self.upstream = None;
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
-        let primary = upstream::describe(&self.settings.primary);
+        let primary = self.primary.as_ref().map(|settings| upstream::describe(&settings.primary)).unwrap_or_default();
         tracing::warn!(primary, %error, ?retry_in, "primary not available");
         metrics::disconnected("primary");
         self.status.update(|status| {
@@ -484,6 +535,7 @@ impl Driver {
                 state: self.proposer.peer_state(index),
                 node_id: self.proposer.node_id(index),
                 flush_lsn: self.proposer.peer_flush_lsn(index),
+                commit_lsn: self.proposer.peer_commit_lsn(index),
                 reason: down.map(|down| down.reason.clone()),
                 next_retry_at: down.and_then(|down| down.next_retry_at),
             }
@@ -494,7 +546,7 @@ impl Driver {
             status.commit_lsn = self.proposer.commit_lsn();
             status.received_lsn = self.buffer.end();
             status.buffered_bytes = self.buffer.len();
-            status.buffer_limit_bytes = self.settings.buffer_size;
+            status.buffer_limit_bytes = self.buffer_size;
             status.streaming = self.upstream.is_some();
             if let Some(upstream) = &self.upstream {
                 status.primary_flush_lsn = upstream.primary_flush_lsn();
@@ -515,7 +567,7 @@ impl Driver {
     }
 
     fn address(&self, index: PeerIndex) -> String {
-        self.settings.safekeepers.get(index.0).map_or_else(String::new, ToString::to_string)
+        self.status.safekeepers().get(index.0).map_or_else(String::new, ToString::to_string)
     }
 }
 
@@ -555,7 +607,7 @@ mod tests {
             server: ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: SegmentSize::DEFAULT },
             initial_start: START,
         };
-        Driver::new(Arc::new(settings), facts, Arc::new(Status::new(safekeepers))).0
+        Driver::new(Some(Arc::new(settings)), facts, Arc::new(Status::new(safekeepers))).0
     }
 
     /// Lets safekeeper `index` connect and greet; the result is what it is sent.

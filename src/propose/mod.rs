@@ -15,6 +15,7 @@
 //! |---|---|
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
@@ -31,6 +32,7 @@ mod peer;
 mod safekeepers;
 mod standby_names;
 pub mod status;
+pub mod sync;
 pub mod throttle;
 pub mod upstream;
 
@@ -65,14 +67,17 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// The log on the safekeepers for the cluster `system_id`. By default tenant and timeline are eight zero bytes and
-    /// the identifier, so that every proposer of one cluster comes to the same and two clusters never share a log.
+    /// The log on the safekeepers for the cluster `system_id`.
     pub fn ttid(&self, system_id: SystemId) -> TenantTimelineId {
-        self.ttid.unwrap_or_else(|| {
-            let id = u128::from(system_id.0).to_be_bytes();
-            TenantTimelineId::new(TenantId(id), TimelineId(id))
-        })
+        self.ttid.unwrap_or_else(|| derived_ttid(system_id))
     }
+}
+
+/// The name of a cluster's log unless another one was given: tenant and timeline are eight zero bytes and the identifier,
+/// so that every proposer of one cluster comes to the same and two clusters never share a log.
+fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
+    let id = u128::from(system_id.0).to_be_bytes();
+    TenantTimelineId::new(TenantId(id), TimelineId(id))
 }
 
 /// What is known of the primary before anything is proposed.
@@ -101,7 +106,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
     status.update(|report| report.ttid = Some(facts.ttid));
     let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
     loop {
-        let (driver, inbox) = Driver::new(Arc::clone(&settings), facts, Arc::clone(&status));
+        let (driver, inbox) = Driver::new(Some(Arc::clone(&settings)), facts, Arc::clone(&status));
         let began = Instant::now();
         let ended = driver.run(inbox, &shutdown).await;
         // Until the next driver reports: whoever looks in the pause must not see a leader.
@@ -110,7 +115,9 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             Ended::SteppedDown(reason) => tracing::warn!(%reason, "stepping down"),
-            Ended::NoLog => tracing::warn!("the safekeepers have no log, and it isn't known where to begin one"),
+            Ended::Synced(_) | Ended::NoLog => {
+                tracing::warn!("the safekeepers have no log, and it isn't known where to begin one")
+            }
             Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
         }
         if began.elapsed() > STEP_DOWN_PAUSE.1 {

@@ -132,6 +132,9 @@ async fn connect(address: &HostPort, facts: &PrimaryFacts) -> Result<Connection,
 /// A safekeeper takes WAL of whatever cluster a proposer names, as a compute may change its identifier. A stock primary
 /// never does, so one that comes with another cluster's timeline is stopped here, before it asks for a vote.
 async fn check_cluster(connection: &mut Connection, expected: SystemId) -> Result<(), ConnectError> {
+    if !expected.is_known() {
+        return Ok(());
+    }
     let rows = match connection.query("IDENTIFY_SYSTEM").await {
         Ok(rows) => rows,
         // It has no such timeline, or no WAL of it.

@@ -5,20 +5,21 @@ use pgproto::TenantTimelineId;
 use super::connection::{ConnectError, Connection, Login};
 use crate::config::HostPort;
 
-/// Logs in at `address` and names the timeline. Nothing is asked yet.
+/// Logs in at `address` and names the timeline, if there is a name. Nothing is asked yet.
 pub(super) async fn connect(
     address: &HostPort,
-    ttid: TenantTimelineId,
+    ttid: impl Into<Option<TenantTimelineId>>,
     application_name: Option<&str>,
 ) -> Result<Connection, ConnectError> {
-    let options = format!("-c timeline_id={} tenant_id={}", ttid.timeline_id, ttid.tenant_id);
+    let name = |ttid: TenantTimelineId| format!("-c timeline_id={} tenant_id={}", ttid.timeline_id, ttid.tenant_id);
+    let options = ttid.into().map(name);
     let login = Login {
         user: "walproposer",
         password: None,
         database: "replication",
         replication: false,
         application_name,
-        options: Some(&options),
+        options: options.as_deref(),
     };
     Connection::connect_tcp(&address.host, address.port, &login).await
 }

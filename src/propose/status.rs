@@ -18,6 +18,8 @@ pub struct PeerReport {
     pub node_id: Option<NodeId>,
     /// Durable there in this term.
     pub flush_lsn: Lsn,
+    /// Commit LSN that it has on disk.
+    pub commit_lsn: Lsn,
     /// Why there is no connection.
     pub reason: Option<String>,
     /// When the next try is made.
@@ -118,6 +120,8 @@ pub struct SafekeeperView {
     pub state: &'static str,
     /// Durable there in this term.
     pub flush_lsn: Option<Lsn>,
+    /// Commit LSN that it has on disk.
+    pub commit_lsn: Option<Lsn>,
     /// Bytes received from the primary that it doesn't have yet.
     pub lag_bytes: Option<u64>,
     /// Seconds until the next try to connect.
@@ -158,6 +162,7 @@ impl Status {
             node_id: peer.node_id,
             state: peer_state_name(peer.state),
             flush_lsn: known(peer.flush_lsn),
+            commit_lsn: known(peer.commit_lsn),
             lag_bytes: known(peer.flush_lsn).map(|lsn| report.received_lsn.saturating_sub(lsn)),
             next_retry_in_seconds: seconds_until(peer.next_retry_at),
             error: peer.reason.clone(),

@@ -270,13 +270,18 @@ async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), Upstre
 async fn segment_size(connection: &mut Connection) -> Result<SegmentSize, UpstreamError> {
     let rows = connection.query("SHOW wal_segment_size").await?;
     let shown = rows.first().and_then(|row| text(row.first()?.as_ref()?)).unwrap_or_default();
-    let parsed = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
-        (Some(number), _) => number.parse::<u32>().ok().and_then(|n| n.checked_mul(1 << 20)),
-        (_, Some(number)) => number.parse::<u32>().ok().and_then(|n| n.checked_mul(1 << 30)),
-        _ => None,
-    };
-    let size = parsed.and_then(|bytes| SegmentSize::new(bytes).ok());
+    let size = parse_segment_size(shown);
     size.ok_or_else(|| UpstreamError::Unexpected(format!("wal_segment_size is \"{shown}\"")))
+}
+
+/// The value of `wal_segment_size` as `SHOW` tells it.
+pub(super) fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
+    let (number, unit) = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
+        (Some(number), _) => (number, 1 << 20),
+        (_, Some(number)) => (number, 1 << 30),
+        _ => return None,
+    };
+    SegmentSize::new(number.parse::<u32>().ok()?.checked_mul(unit)?).ok()
 }
 
 /// `PG_VERSION_NUM` of a text such as `15.18 (Debian 15.18-0+deb12u1)`.

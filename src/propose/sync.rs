@@ -1,0 +1,216 @@
+//! Brings the safekeepers to one LSN without a primary, and says which (spec: semantics 7.3).
+//!
+//! After a primary was lost its safekeepers may have unequal tails, of which some is committed and some is not. This runs
+//! an election, continues the best log of the voters, streams what is missing from a donor to everybody who is connected,
+//! and ends when a majority, and each safekeeper that is not offline, has all of it and knows on disk that it is committed.
+//! A server that is then started from that LSN finds all there is in any of them. Any proposer that was still running is
+//! fenced off.
+//!
+//! Even when the peer horizon says that everybody has everything, the run goes on until they know it on disk; it takes one
+//! round trip more and depends on nothing that was said in the past.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pgproto::backend::SqlState;
+use pgproto::{Lsn, SystemId, TenantTimelineId, Term};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use super::connection::{ConnectError, Connection};
+use super::driver::{Driver, Ended};
+use super::status::{SafekeeperView, Status};
+use super::upstream::parse_segment_size;
+use super::{PrimaryFacts, STEP_DOWN_PAUSE, derived_ttid, safekeepers};
+use crate::config::HostPort;
+use crate::consensus::membership::majority;
+use crate::consensus::state::ServerInfo;
+use crate::retry::Backoff;
+
+/// Elections lost in a row after which somebody else must be proposing.
+const MAX_LOST_ELECTIONS: u32 = 10;
+
+/// The name under which a safekeeper tells its flush LSN, not only what is committed.
+const APPLICATION_NAME: &str = "wal_proposer_recovery";
+
+/// What a run came to.
+#[derive(Debug, Serialize)]
+pub struct Synced {
+    /// Tenant and timeline on the safekeepers.
+    pub timeline: TenantTimelineId,
+    /// Where the safekeepers' logs end now; `None` when they have none.
+    pub lsn: Option<Lsn>,
+    /// The term in which they were brought there; 0 when there was nothing to do.
+    pub term: Term,
+    /// The safekeepers, in the order given.
+    pub safekeepers: Vec<SafekeeperView>,
+}
+
+/// Why the safekeepers were not synced.
+#[derive(Debug, thiserror::Error)]
+pub enum SyncError {
+    /// Without a name the timeline could not be found.
+    #[error("which timeline? Give --tenant-id and --timeline-id. A safekeeper says: {0}")]
+    Unnamed(String),
+    /// Somebody else won election after election.
+    #[error(
+        "lost {MAX_LOST_ELECTIONS} elections in a row: stop the proposer that is still running. The last reason: {0}"
+    )]
+    Contended(String),
+    /// Asked to stop.
+    #[error("interrupted before the safekeepers were synced")]
+    Interrupted,
+}
+
+/// Syncs the safekeepers that `status` lists. Without a name the timeline is the one whose name is made from the system
+/// identifier of the only timeline they have.
+pub async fn run(
+    ttid: Option<TenantTimelineId>,
+    status: Arc<Status>,
+    shutdown: CancellationToken,
+) -> Result<Synced, SyncError> {
+    tokio::select! {
+        synced = sync(ttid, &status, &shutdown) => synced,
+        () = shutdown.cancelled() => Err(SyncError::Interrupted),
+    }
+}
+
+async fn sync(
+    ttid: Option<TenantTimelineId>,
+    status: &Arc<Status>,
+    shutdown: &CancellationToken,
+) -> Result<Synced, SyncError> {
+    let ttid = match ttid {
+        Some(ttid) => ttid,
+        None => only_timeline(status.safekeepers()).await?,
+    };
+    tracing::info!(timeline = %ttid, "syncing the safekeepers");
+    let report = |lsn: Option<Lsn>| {
+        let view = status.view();
+        Synced { timeline: ttid, lsn, term: lsn.map_or(Term(0), |_| view.term), safekeepers: view.safekeepers }
+    };
+    let Some(server) = server_facts(status.safekeepers(), ttid).await else { return Ok(report(None)) };
+    let facts = PrimaryFacts { ttid, server, initial_start: Lsn::INVALID };
+    let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
+    let mut lost = 0;
+    loop {
+        let (driver, inbox) = Driver::new(None, facts, Arc::clone(status));
+        match driver.run(inbox, shutdown).await {
+            Ended::Synced(lsn) => return Ok(report(Some(lsn))),
+            Ended::NoLog => return Ok(report(None)),
+            Ended::Shutdown => return Err(SyncError::Interrupted),
+            Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
+            Ended::SteppedDown(reason) => {
+                tracing::warn!(%reason, "stepping down");
+                lost += 1;
+                if lost >= MAX_LOST_ELECTIONS {
+                    return Err(SyncError::Contended(reason.to_string()));
+                }
+            }
+            // There is no primary that could be wrong.
+            Ended::Fatal(error) => return Err(SyncError::Contended(error.to_string())),
+        }
+        pause.failed(Instant::now());
+        tokio::time::sleep(pause.wait(Instant::now())).await;
+    }
+}
+
+/// What a safekeeper says about the timeline.
+enum Answer {
+    /// It has it.
+    Facts(ServerInfo),
+    /// It hasn't.
+    Missing,
+    /// It can't be asked now.
+    Unknown,
+}
+
+/// The server whose WAL the timeline holds, as soon as one safekeeper tells; `None` when a majority doesn't have it.
+async fn server_facts(addresses: &[HostPort], ttid: TenantTimelineId) -> Option<ServerInfo> {
+    let mut retry = Backoff::for_peers();
+    loop {
+        let mut missing = 0;
+        for address in addresses {
+            match ask_for_facts(address, ttid).await {
+                Answer::Facts(server) => return Some(server),
+                Answer::Missing => missing += 1,
+                Answer::Unknown => {}
+            }
+        }
+        if missing >= majority(addresses.len()) {
+            tracing::info!(timeline = %ttid, "a majority of the safekeepers has no such timeline: there is nothing to sync");
+            return None;
+        }
+        wait(&mut retry).await;
+    }
+}
+
+async fn wait(retry: &mut Backoff) {
+    retry.failed(Instant::now());
+    let pause: Duration = retry.wait(Instant::now());
+    tracing::warn!(retry_in = ?pause, "not enough safekeepers answer");
+    tokio::time::sleep(pause).await;
+}
+
+async fn ask_for_facts(address: &HostPort, ttid: TenantTimelineId) -> Answer {
+    match facts_of(address, ttid).await {
+        Ok(Some(server)) => Answer::Facts(server),
+        Ok(None) => Answer::Unknown,
+        Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT => Answer::Missing,
+        Err(error) => {
+            tracing::warn!(safekeeper = %address, %error, "can't ask about the timeline");
+            Answer::Unknown
+        }
+    }
+}
+
+async fn facts_of(address: &HostPort, ttid: TenantTimelineId) -> Result<Option<ServerInfo>, ConnectError> {
+    let mut connection = safekeepers::connect(address, ttid, Some(APPLICATION_NAME)).await?;
+    let size = value(&mut connection, "SHOW wal_segment_size").await?;
+    let version = value(&mut connection, "SHOW server_version_num").await?;
+    // Not known yet while there is no WAL. A proposer need not know it either.
+    let system_id = match value(&mut connection, "IDENTIFY_SYSTEM").await {
+        Ok(text) => text.parse().map(SystemId).unwrap_or_default(),
+        Err(ConnectError::Server(_)) => SystemId::default(),
+        Err(error) => return Err(error),
+    };
+    let Some(wal_seg_size) = parse_segment_size(&size) else { return Ok(None) };
+    Ok(Some(ServerInfo { pg_version: version.parse().unwrap_or(0), system_id, wal_seg_size }))
+}
+
+/// The first value of the first row.
+async fn value(connection: &mut Connection, command: &str) -> Result<String, ConnectError> {
+    let rows = connection.query(command).await?;
+    let value = rows.first().and_then(|row| row.first()?.as_ref());
+    Ok(value.map(|value| String::from_utf8_lossy(value).into_owned()).unwrap_or_default())
+}
+
+/// The name of the only timeline that the safekeepers have, if it was made from its system identifier.
+async fn only_timeline(addresses: &[HostPort]) -> Result<TenantTimelineId, SyncError> {
+    let mut retry = Backoff::for_peers();
+    loop {
+        let mut refusal = None;
+        let mut unknown = 0;
+        for address in addresses {
+            match system_id_of(address).await {
+                Ok(system_id) => return Ok(derived_ttid(system_id)),
+                Err(ConnectError::Server(error)) => refusal = Some(error.to_string()),
+                Err(error) => {
+                    tracing::warn!(safekeeper = %address, %error, "can't ask for its timeline");
+                    unknown += 1;
+                }
+            }
+        }
+        if let (0, Some(refusal)) = (unknown, refusal) {
+            return Err(SyncError::Unnamed(refusal));
+        }
+        wait(&mut retry).await;
+    }
+}
+
+async fn system_id_of(address: &HostPort) -> Result<SystemId, ConnectError> {
+    let mut connection = safekeepers::connect(address, None, Some(APPLICATION_NAME)).await?;
+    let text = value(&mut connection, "IDENTIFY_SYSTEM").await?;
+    let unusable = |_| ConnectError::Protocol(format!("system identifier \"{text}\" is not a number"));
+    text.parse().map(SystemId).map_err(unusable)
+}
