@@ -288,6 +288,11 @@ impl Proposer {
         self.commit_lsn
     }
 
+    /// The configuration in force, as far as it is known.
+    pub fn configuration(&self) -> &Configuration {
+        &self.config.configuration
+    }
+
     /// State of a peer, for status.
     pub fn peer_state(&self, peer: PeerIndex) -> PeerState {
         self.peers.get(peer.0).map_or(PeerState::Offline, |p| p.state)
