@@ -9,7 +9,7 @@ use pgproto::walproposer::{AcceptorMessage, ProposerMessage, TermLsn};
 use pgproto::{Lsn, Term};
 use safekeeper::consensus::proposer::{PeerIndex, Proposer};
 
-use super::wal::{Log, index_of};
+use super::wal::Log;
 
 /// A connection to one node, and what is on its way.
 #[derive(Clone, Default, Hash)]
@@ -67,12 +67,6 @@ impl Candidate {
     pub fn leads(&self) -> Option<Term> {
         let proposer = self.proposer.as_ref()?;
         proposer.term_start().map(|_| proposer.term())
-    }
-
-    /// Records it wrote itself.
-    pub fn own_records(&self) -> usize {
-        let start = self.elected.and_then(|(_, start)| index_of(start)).unwrap_or_default();
-        self.log.len().saturating_sub(start)
     }
 
     /// Durable at a node in this leader's term, as the node acknowledged.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pgproto::walproposer::{AcceptorMessage, Configuration, Member, ProposerMessage};
 use pgproto::{Generation, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
 use safekeeper::consensus::acceptor::AcceptorError;
-use safekeeper::consensus::proposer::{AppendSpec, Effect, PeerIndex, Proposer, ProposerConfig};
+use safekeeper::consensus::proposer::{AppendSpec, Effect, PeerIndex, PeerState, Proposer, ProposerConfig};
 use safekeeper::consensus::state::ControlState;
 use safekeeper::storage::test_wal;
 use stateright::{Model, Property};
@@ -48,14 +48,15 @@ impl Model for Cluster {
             let id = index as u64 + 1;
             let control = ControlState { configuration: configuration.clone(), ..test_wal::new_timeline(TTID) };
             let member = self.bounds.members.contains(&id);
-            NodeCell::new(member.then(|| Node::new(NodeId(id), control, Log::default())))
+            Arc::new(NodeCell::new(member.then(|| Node::new(NodeId(id), control, Log::default()))))
         };
         let bounds = &self.bounds;
         let nodes = bounds.nodes();
         vec![State {
             nodes: (0..nodes).map(node).collect(),
             candidates: (0..bounds.elections)
-                .map(|_| CandidateCell::new(Candidate::new(self.proposer(configuration.clone()), nodes)))
+                .map(|_| Candidate::new(self.proposer(configuration.clone()), nodes))
+                .map(|candidate| Arc::new(CandidateCell::new(candidate)))
                 .collect(),
             budget: Budget {
                 crashes: bounds.crashes,
@@ -80,13 +81,12 @@ impl Model for Cluster {
     fn next_state(&self, state: &State, step: Step) -> Option<State> {
         let mut next = Next { cluster: self, state: state.clone() };
         match next.step(step) {
-            Ok(()) => Some(next.state),
-            Err(Stop::Impossible) => None,
-            Err(Stop::Broken(broken)) => {
-                next.state.broken = Some(broken);
-                Some(next.state)
-            }
+            Ok(()) => {}
+            Err(Stop::Impossible) => return None,
+            Err(Stop::Broken(broken)) => next.state.broken = Some(broken),
         }
+        next.state.refresh(state);
+        Some(next.state)
     }
 
     fn properties(&self) -> Vec<Property<Self>> {
@@ -124,14 +124,13 @@ pub(super) struct Next<'a> {
 impl Next<'_> {
     fn step(&mut self, step: Step) -> Done {
         match step {
-            Step::Start { candidate, configuration } => self.start(candidate, configuration),
+            Step::Start { candidate, configuration, greets } => self.start(candidate, configuration, greets),
             Step::Connect { candidate, node } => self.connect(candidate, node),
             Step::Deliver { message, fate } => self.deliver(message, fate),
             Step::Answer { candidate, node, at, fate } => {
                 let reply = self.take_reply(candidate, node, at, fate)?;
                 self.answer(candidate, node, reply)
             }
-            Step::Write { candidate } => self.write(candidate),
             Step::Send { candidate, node } => self.send(candidate, node),
             Step::Tell { candidate, node } => self.tell(candidate, node),
             Step::Flush { node } => self.flush(node),
@@ -155,17 +154,13 @@ impl Next<'_> {
 
     /// Changes a node.
     pub(super) fn node<R>(&mut self, index: usize, change: impl FnOnce(&mut Node, &wal::Wal) -> R) -> Result<R, Stop> {
-        let mut node = self.state.node(index).ok_or(Stop::Impossible)?.clone();
-        let result = change(&mut node, self.cluster.wal());
-        self.state.nodes[index] = NodeCell::new(Some(node));
-        Ok(result)
+        let cell = Arc::make_mut(&mut self.state.nodes[index]);
+        let node = cell.node.as_mut().ok_or(Stop::Impossible)?;
+        Ok(change(node, self.cluster.wal()))
     }
 
     fn candidate<R>(&mut self, index: usize, change: impl FnOnce(&mut Candidate) -> R) -> R {
-        let mut candidate = self.state.candidates[index].candidate.clone();
-        let result = change(&mut candidate);
-        self.state.candidates[index] = CandidateCell::new(candidate);
-        result
+        change(&mut Arc::make_mut(&mut self.state.candidates[index]).candidate)
     }
 
     /// Calls into the proposer. What it asserts is a promise too.
@@ -177,14 +172,15 @@ impl Next<'_> {
         })
     }
 
-    fn start(&mut self, index: usize, configuration: usize) -> Done {
+    fn start(&mut self, index: usize, configuration: usize, greets: u32) -> Done {
         let configuration = self.state.issued[configuration].clone();
         let proposer = self.cluster.proposer(configuration);
         self.candidate(index, |candidate| {
             candidate.started = true;
             candidate.proposer = Some(proposer);
         });
-        Ok(())
+        // Only now are votes asked for, so all of them are greeted before one votes.
+        (0..self.state.nodes.len()).filter(|node| greets >> node & 1 == 1).try_for_each(|node| self.connect(index, node))
     }
 
     fn connect(&mut self, index: usize, node: usize) -> Done {
@@ -247,6 +243,10 @@ impl Next<'_> {
             self.cluster.saw(Event::Cut);
         }
         match (&request, &handled.reply) {
+            (ProposerMessage::Elected(_), None) if self.cluster.bounds.network == Network::Exchange => {
+                // The first append follows at once, empty unless there is WAL.
+                return self.first_append(candidate, node);
+            }
             (ProposerMessage::VoteRequest(_), Some(AcceptorMessage::VoteResponse(vote))) if vote.vote_given => {
                 self.note_vote(candidate, node);
             }
@@ -270,6 +270,13 @@ impl Next<'_> {
             return Ok(());
         }
         self.reply(message, reply)
+    }
+
+    /// A node that follows is told at once what is committed, and says what it has.
+    fn first_append(&mut self, index: usize, node: usize) -> Done {
+        let candidate = &self.state.candidates[index].candidate;
+        let follows = candidate.proposer.as_ref().is_some_and(|p| p.peer_state(PeerIndex(node)) == PeerState::Following);
+        if follows { self.tell(index, node) } else { Ok(()) }
     }
 
     /// A node refuses a message: its connection ends. Damage must never be found where there is none.
@@ -327,7 +334,7 @@ impl Next<'_> {
                 Effect::Follows(peer) => self.candidate(index, |candidate| candidate.links[peer.0].fresh = true),
                 Effect::Committed(lsn) => self.committed(index, lsn)?,
                 Effect::Disconnect(peer, _) => self.disconnect(index, peer.0, false),
-                Effect::StepDown(_) => self.step_down(index),
+                Effect::StepDown(_) | Effect::NoLog => self.step_down(index),
             }
         }
         Ok(())
@@ -364,7 +371,7 @@ impl Next<'_> {
         if !log.is_empty() {
             self.cluster.saw(Event::InheritedLog);
         }
-        Ok(())
+        self.write(index)
     }
 
     fn committed(&mut self, index: usize, lsn: pgproto::Lsn) -> Done {
@@ -417,18 +424,19 @@ impl Next<'_> {
         }
         self.candidate(index, |candidate| {
             candidate.proposer = None;
+            candidate.log = Log::default();
             candidate.links.iter_mut().for_each(|link| link.vote = None);
         });
     }
 
     /// A connection is gone on both ends.
     pub(super) fn disconnect(&mut self, index: usize, node: usize, stale: bool) {
+        if !self.state.candidates[index].candidate.links[node].up {
+            return;
+        }
         let any_order = self.cluster.bounds.network == Network::Datagrams;
         self.candidate(index, |candidate| {
             let link = &mut candidate.links[node];
-            if !link.up {
-                return;
-            }
             if any_order {
                 // What is under way is under way.
                 link.up = false;
@@ -443,10 +451,12 @@ impl Next<'_> {
         let _ = self.node(node, |node, _| node.forget_session(index));
     }
 
+    /// A leader's server writes all it will write, at once: it is sent later anyway, or never.
     fn write(&mut self, index: usize) -> Done {
         let author = u8::try_from(index + 1).map_err(|_| Stop::Impossible)?;
+        let records = self.cluster.bounds.records;
         let end = self.candidate(index, |candidate| {
-            candidate.log.push(author);
+            (0..records).for_each(|_| candidate.log.push(author));
             candidate.log.end()
         });
         self.proposer(index, |proposer| proposer.wal_available(end))

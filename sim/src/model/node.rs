@@ -151,7 +151,7 @@ impl Node {
     /// Raises the term as an operator may.
     pub fn bump_term(&mut self, to: Term, wal: &Wal) -> Result<(), Broken> {
         let actions = guarded(&mut self.acceptor, |acceptor| acceptor.bump_term(Some(to)))?;
-        self.perform(actions, usize::MAX, wal).map(drop)
+        self.perform(actions.map_err(|_| "a term was not raised")?, usize::MAX, wal).map(drop)
     }
 
     /// Notes that a candidate waits for the next flush.
@@ -170,8 +170,8 @@ impl Node {
     /// The acknowledgements after a flush.
     pub fn acknowledge(&mut self) -> Vec<(usize, AcceptorMessage)> {
         let waiting = std::mem::take(&mut self.unacknowledged);
-        let response = |term| self.acceptor.append_response(term, Default::default());
-        waiting.into_iter().map(|(session, term)| (session, AcceptorMessage::AppendResponse(response(term)))).collect()
+        let response = |term| self.acceptor.append_response(term, Default::default()).map(AcceptorMessage::AppendResponse);
+        waiting.into_iter().filter_map(|(session, term)| Some((session, response(term).ok()?))).collect()
     }
 
     /// The terms that a vote would show now.

@@ -15,6 +15,7 @@ use super::node::{Broken, Node};
 use super::wal::{Log, MAX_RECORDS};
 
 /// A node and its fingerprint. States share those that a step left alone.
+#[derive(Clone)]
 pub struct NodeCell {
     /// `None` as long as it has no copy of the timeline.
     pub node: Option<Node>,
@@ -22,14 +23,21 @@ pub struct NodeCell {
 }
 
 impl NodeCell {
-    /// Computes the fingerprint.
-    pub fn new(node: Option<Node>) -> Arc<Self> {
-        let fingerprint = node.as_ref().map_or(0, Node::fingerprint);
-        Arc::new(Self { node, fingerprint })
+    /// With its fingerprint.
+    pub fn new(node: Option<Node>) -> Self {
+        let mut cell = Self { node, fingerprint: 0 };
+        cell.refresh();
+        cell
+    }
+
+    /// Computes the fingerprint after changes.
+    pub fn refresh(&mut self) {
+        self.fingerprint = self.node.as_ref().map_or(0, Node::fingerprint);
     }
 }
 
 /// A candidate and its fingerprints.
+#[derive(Clone)]
 pub struct CandidateCell {
     /// The candidate.
     pub candidate: Candidate,
@@ -38,10 +46,16 @@ pub struct CandidateCell {
 }
 
 impl CandidateCell {
-    /// Computes the fingerprints.
-    pub fn new(candidate: Candidate) -> Arc<Self> {
-        let (fingerprint, by_node) = candidate.fingerprints();
-        Arc::new(Self { candidate, fingerprint, by_node })
+    /// With its fingerprints.
+    pub fn new(candidate: Candidate) -> Self {
+        let mut cell = Self { candidate, fingerprint: 0, by_node: Vec::new() };
+        cell.refresh();
+        cell
+    }
+
+    /// Computes the fingerprints after changes.
+    pub fn refresh(&mut self) {
+        (self.fingerprint, self.by_node) = self.candidate.fingerprints();
     }
 }
 
@@ -108,6 +122,20 @@ impl State {
     /// The node at `index`, if it has a copy of the timeline.
     pub fn node(&self, index: usize) -> Option<&Node> {
         self.nodes.get(index).and_then(|cell| cell.node.as_ref())
+    }
+
+    /// Computes the fingerprints of what is no longer shared with the state `before`.
+    pub fn refresh(&mut self, before: &State) {
+        for (cell, old) in self.nodes.iter_mut().zip(&before.nodes) {
+            if !Arc::ptr_eq(cell, old) {
+                Arc::make_mut(cell).refresh();
+            }
+        }
+        for (cell, old) in self.candidates.iter_mut().zip(&before.candidates) {
+            if !Arc::ptr_eq(cell, old) {
+                Arc::make_mut(cell).refresh();
+            }
+        }
     }
 
     /// All nodes that have a copy of the timeline, with their index.

@@ -11,7 +11,7 @@ use super::bounds::Network;
 use super::candidate::{Candidate, Link};
 use super::node::{Crash, Node};
 use super::state::State;
-use super::wal::{MAX_RECORDS, index_of};
+use super::wal::index_of;
 
 /// What is on its way to a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,16 +50,14 @@ pub enum Fate {
 #[allow(missing_docs, reason = "the fields are what their names say")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A proposer starts, knowing this configuration of those issued.
-    Start { candidate: usize, configuration: usize },
+    /// A proposer starts, knowing this configuration of those issued. In exchanges it greets these nodes at once, as bits.
+    Start { candidate: usize, configuration: usize, greets: u32 },
     /// A proposer connects to a node and greets.
     Connect { candidate: usize, node: usize },
     /// A node handles a message.
     Deliver { message: Envelope, fate: Fate },
     /// A proposer handles an answer.
     Answer { candidate: usize, node: usize, at: usize, fate: Fate },
-    /// A leader's server writes a record.
-    Write { candidate: usize },
     /// A leader sends a record to a node.
     Send { candidate: usize, node: usize },
     /// A leader sends an append without WAL.
@@ -113,17 +111,8 @@ impl Cluster {
     fn proposer_steps(&self, state: &State, index: usize, candidate: &Candidate, steps: &mut Vec<Step>) {
         let Some(proposer) = &candidate.proposer else { return };
         if !candidate.started {
-            let first = Step::Start { candidate: index, configuration: 0 };
-            let newest = state.issued.len() - 1;
-            steps.push(first);
-            if newest > 0 {
-                steps.push(Step::Start { candidate: index, configuration: newest });
-            }
+            self.starts(state, index, steps);
             return;
-        }
-        if candidate.leads().is_some() && candidate.own_records() < self.bounds.records && candidate.log.len() < MAX_RECORDS
-        {
-            steps.push(Step::Write { candidate: index });
         }
         for (node, link) in candidate.links.iter().enumerate() {
             if !link.up {
@@ -144,6 +133,25 @@ impl Cluster {
             }
             if link.fresh || proposer.owes_commit(peer) {
                 steps.push(Step::Tell { candidate: index, node });
+            }
+        }
+    }
+
+    /// With the oldest configuration or the newest. Exchanges save the states in which some nodes were greeted and others not
+    /// yet: a greeting changes nothing at a node, and whoever was not greeted now may be later.
+    fn starts(&self, state: &State, candidate: usize, steps: &mut Vec<Step>) {
+        let newest = state.issued.len() - 1;
+        let choices = match self.bounds.network {
+            Network::Exchange => 1..1u32 << state.nodes.len(),
+            Network::Streams | Network::Datagrams => 0..1,
+        };
+        for greets in choices {
+            if (0..state.nodes.len()).any(|node| greets >> node & 1 == 1 && state.node(node).is_none()) {
+                continue;
+            }
+            steps.push(Step::Start { candidate, configuration: 0, greets });
+            if newest > 0 {
+                steps.push(Step::Start { candidate, configuration: newest, greets });
             }
         }
     }
