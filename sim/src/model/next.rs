@@ -36,7 +36,8 @@ impl From<Broken> for Stop {
     }
 }
 
-type Done = Result<(), Stop>;
+/// What most parts of a step return.
+pub(super) type Done = Result<(), Stop>;
 
 impl Model for Cluster {
     type State = State;
@@ -148,7 +149,7 @@ impl Next<'_> {
             }
             Step::CrashInFlush { node, crash } => self.crash(node, |node, wal| node.crash_in_flush(crash, wal)),
             Step::BumpTerm { node } => self.bump_term(node),
-            Step::Join | Step::Pull { .. } | Step::Switch { .. } | Step::Finish | Step::Abort => Err(Stop::Impossible),
+            Step::Join | Step::Pull { .. } | Step::Switch { .. } | Step::Finish | Step::Abort => self.reconfigure(step),
         }
     }
 

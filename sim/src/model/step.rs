@@ -106,6 +106,9 @@ impl Cluster {
         for (index, node) in state.present() {
             self.node_steps(state, index, node, steps);
         }
+        if self.bounds.reconfigures() {
+            self.membership_steps(state, steps);
+        }
     }
 
     fn proposer_steps(&self, state: &State, index: usize, candidate: &Candidate, steps: &mut Vec<Step>) {
