@@ -234,12 +234,18 @@ impl Peer {
     }
 }
 
-/// Peers in the same state hash alike, whichever nodes they are; see [`Proposer::anonymous`].
+/// Peers in the same state hash alike, whichever nodes they are and whatever they were needed for before; see
+/// [`Proposer::anonymous`].
 impl Hash for Peer {
     fn hash<H: Hasher>(&self, hasher: &mut H) {
         let Self { state, node_id, term, vote, flush_lsn, commit_lsn, acknowledged, next_send, told_commit } = self;
-        (state, node_id.is_some(), term, vote, flush_lsn).hash(hasher);
-        (commit_lsn, acknowledged, next_send, told_commit).hash(hasher);
+        (state, node_id.is_some(), flush_lsn, acknowledged).hash(hasher);
+        match state {
+            PeerState::Offline | PeerState::Greeting | PeerState::Voting => {}
+            PeerState::Greeted => term.hash(hasher),
+            PeerState::Voted => vote.hash(hasher),
+            PeerState::Following => (commit_lsn, next_send, told_commit).hash(hasher),
+        }
     }
 }
 
@@ -286,6 +292,11 @@ impl Proposer {
     /// Committed by a quorum in this term; 0 when nothing is yet.
     pub fn commit_lsn(&self) -> Lsn {
         self.commit_lsn
+    }
+
+    /// The configuration in force, as far as it is known.
+    pub fn configuration(&self) -> &Configuration {
+        &self.config.configuration
     }
 
     /// State of a peer, for status.

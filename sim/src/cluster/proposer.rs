@@ -243,6 +243,7 @@ impl Driver {
                     self.buffer = WalBuffer::new(start, self.setup.buffer);
                 }
                 Effect::Follows(index) => self.heartbeat(index),
+                Effect::NoLog => self.setup.oracle.violate(format!("{host} may begin a log and doesn't")),
                 Effect::Committed(lsn) => {
                     note!(self.setup.trace, "{host} committed {lsn} in term {}", self.proposer.term());
                     self.setup.oracle.committed(host, self.proposer.term(), lsn);
