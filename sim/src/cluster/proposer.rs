@@ -320,7 +320,7 @@ impl Driver {
 
     /// WAL that only another node has, as far as it has come; asks for it otherwise.
     fn donated(&mut self, index: PeerIndex, next: Lsn) -> Bytes {
-        let until = self.buffer.start();
+        let (until, now) = (self.buffer.start(), self.setup.now());
         let peer = &mut self.peers[index.0];
         if let Some(donor) = &mut peer.donor
             && donor.at == next
@@ -339,7 +339,7 @@ impl Driver {
             }
         }
         peer.donor = None;
-        if peer.donor_not_before > Instant::now() {
+        if peer.donor_not_before > now {
             return Bytes::new();
         }
         let Some(from) = self.proposer.donor_for(until) else { return Bytes::new() };
@@ -347,7 +347,7 @@ impl Driver {
         let fetch = Fetch { laggard: index, from, range: (next, until), term: self.proposer.term() };
         let task = tokio::spawn(fetch.run(self.setup.clone(), self.events.clone())).abort_handle();
         let peer = &mut self.peers[index.0];
-        peer.donor_not_before = Instant::now() + Duration::from_millis(300);
+        peer.donor_not_before = now + Duration::from_millis(300);
         peer.donor = Some(Donor { from, at: next, fetched: next, pieces: VecDeque::new(), ended: false, task });
         Bytes::new()
     }
