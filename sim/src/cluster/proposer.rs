@@ -243,6 +243,7 @@ impl Driver {
                     self.buffer = WalBuffer::new(start, self.setup.buffer);
                 }
                 Effect::Follows(index) => self.heartbeat(index),
+                Effect::NoLog => self.setup.oracle.violate(format!("{host} may begin a log and doesn't")),
                 Effect::Committed(lsn) => {
                     note!(self.setup.trace, "{host} committed {lsn} in term {}", self.proposer.term());
                     self.setup.oracle.committed(host, self.proposer.term(), lsn);
@@ -382,18 +383,12 @@ impl Driver {
         self.pump_all();
         let stalled = self.elected_at.is_some_and(|at| now - at > TERM_START_LIMIT)
             && !self.proposer.commit_lsn().is_valid()
-            && self.majority(|index| self.proposer.peer_state(index) == PeerState::Following);
+            && self.proposer.quorum_follows();
         if stalled { Err("no majority reached the term start".to_owned()) } else { Ok(()) }
     }
 
-    fn majority(&self, holds: impl Fn(PeerIndex) -> bool) -> bool {
-        (0..self.peers.len()).filter(|&index| holds(PeerIndex(index))).count() > self.peers.len() / 2
-    }
-
     fn reads_on(&self) -> bool {
-        let end = self.buffer.end();
-        !self.buffer.is_full()
-            || self.majority(|index| self.proposer.peer_next_send(index).is_some_and(|next| next >= end))
+        !self.buffer.is_full() || self.proposer.quorum_was_sent(self.buffer.end())
     }
 
     /// The server writes records, and sends them in pieces that end anywhere.
