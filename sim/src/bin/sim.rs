@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use safekeeper_sim::cluster::{self, Options, Stats};
+use safekeeper_sim::cluster::{self, Options, Sabotage, Stats};
 
 /// Simulates whole clusters of safekeepers with all kinds of trouble, and checks that nothing acknowledged is lost.
 #[derive(Parser)]
@@ -35,6 +35,9 @@ struct Arguments {
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
+    /// Break something on purpose, to see that it is found out.
+    #[arg(long, value_enum, default_value_t)]
+    sabotage: Sabotage,
     /// Go on after a failure.
     #[arg(long)]
     keep_going: bool,
@@ -66,11 +69,11 @@ fn run_all(arguments: &Arguments, from: u64, seeds: u64) -> (Stats, u64) {
             if seed >= until || stopped {
                 return stats;
             }
-            let outcome = cluster::run(seed, Options { print: arguments.trace, ..Options::default() });
+            let outcome = cluster::run(seed, Options { print: arguments.trace, sabotage: arguments.sabotage });
             stats.add(&outcome.stats);
             if let Some(violation) = outcome.violation {
                 failures.fetch_add(1, Ordering::Relaxed);
-                eprintln!("seed {seed}: {violation}\n  again: {}", cluster::replay_command(seed));
+                eprintln!("seed {seed}: {violation}\n  again: {}", cluster::replay_command(seed, arguments.sabotage));
             }
             if arguments.seed.is_some() {
                 eprintln!("trace hash {:016x}", outcome.trace_hash);

@@ -32,6 +32,7 @@ mod network;
 mod node;
 mod node_disk;
 mod oracle;
+mod panics;
 mod proposer;
 mod proposers;
 mod reader;
@@ -58,7 +59,8 @@ pub use stats::Stats;
 use trace::{Trace, note};
 
 /// The timeline of all histories.
-const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([0xA1; 16]), timeline_id: TimelineId([0xB2; 16]) };
+const TTID: TenantTimelineId =
+    TenantTimelineId { tenant_id: TenantId([0xA1; 16]), timeline_id: TimelineId([0xB2; 16]) };
 
 /// Time in which a cluster without troubles must commit again: longest silence, longest pause of a proposer, longest time
 /// without a donor, and some elections.
@@ -74,7 +76,7 @@ pub struct Options {
 }
 
 /// How it went.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Outcome {
     /// Of what happened, in order.
     pub trace_hash: u64,
@@ -88,12 +90,18 @@ pub struct Outcome {
 pub fn run(seed: u64, options: Options) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without I/O needs nothing from the system");
-    runtime.block_on(history(seed, options))
+    let (outcome, panic) = panics::watch(|| runtime.block_on(history(seed, options)));
+    let outcome = outcome.unwrap_or_default();
+    Outcome { violation: panic.map(|text| format!("a panic: {text}")).or(outcome.violation), ..outcome }
 }
 
 /// The command that runs a seed again, with its trace.
-pub fn replay_command(seed: u64) -> String {
-    format!("cargo run --release -p safekeeper-sim --bin sim -- --seed {seed} --trace")
+pub fn replay_command(seed: u64, sabotage: Sabotage) -> String {
+    let sabotage = match sabotage {
+        Sabotage::None => String::new(),
+        other => format!(" --sabotage {}", other.name()),
+    };
+    format!("cargo run --release -p safekeeper-sim --bin sim -- --seed {seed} --trace{sabotage}")
 }
 
 async fn history(seed: u64, options: Options) -> Outcome {

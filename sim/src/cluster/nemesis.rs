@@ -56,6 +56,8 @@ pub enum End {
     Space(usize),
 }
 
+type Strike = fn(&mut Nemesis);
+
 impl Nemesis {
     /// Trouble for as long as the scenario says.
     pub async fn rage(&mut self) {
@@ -145,7 +147,7 @@ impl Nemesis {
 
     async fn strike(&mut self) {
         let w = self.scenario.weights;
-        let kinds: [(u64, fn(&mut Self)); 11] = [
+        let kinds: [(u64, Strike); 11] = [
             (w.crash, Self::crash),
             (w.stop, Self::stop),
             (w.pause, Self::pause),

@@ -13,9 +13,9 @@ use safekeeper::lanes::Lanes;
 use safekeeper::server::{Horizon, cut};
 use safekeeper::storage::DataDir;
 use safekeeper::storage::simdisk::{SimDisk, Survivors};
-use safekeeper::timeline::Timeline;
 use safekeeper::timeline::push::{Ack, PushSession};
 use safekeeper::timeline::registry::{LookupError, Registry};
+use safekeeper::timeline::{Timeline, TimelineError};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -249,13 +249,13 @@ impl Seen {
         };
         match push.handle(message).await {
             Ok(reply) => {
-                if let Some(reply) = shared.sabotage.change(asked, reply) {
+                if let Some(reply) = shared.sabotage.change(push.timeline(), asked, reply) {
                     let _ = replies.send(reply).await;
                 }
                 Ok(())
             }
             Err(error) => {
-                if let (Some(before), safekeeper::timeline::TimelineError::Refused(_)) = (cut, &error) {
+                if let (Some(before), TimelineError::Refused(_)) = (cut, &error) {
                     shared.oracle.not_cut(shared.number, before);
                 }
                 Err(error.to_string())

@@ -321,7 +321,7 @@ impl Driver {
 
     /// WAL that only another node has, as far as it has come; asks for it otherwise.
     fn donated(&mut self, index: PeerIndex, next: Lsn) -> Bytes {
-        let until = self.buffer.start();
+        let (until, now) = (self.buffer.start(), self.setup.now());
         let peer = &mut self.peers[index.0];
         if let Some(donor) = &mut peer.donor
             && donor.at == next
@@ -340,15 +340,21 @@ impl Driver {
             }
         }
         peer.donor = None;
-        if peer.donor_not_before > Instant::now() {
+        if peer.donor_not_before > now {
             return Bytes::new();
         }
         let Some(from) = self.proposer.donor_for(until) else { return Bytes::new() };
-        note!(self.setup.trace, "{} fetches {next} to {until} from node{} for node{}", self.setup.host, from.0, index.0);
+        note!(
+            self.setup.trace,
+            "{} fetches {next} to {until} from node{} for node{}",
+            self.setup.host,
+            from.0,
+            index.0
+        );
         let fetch = Fetch { laggard: index, from, range: (next, until), term: self.proposer.term() };
         let task = tokio::spawn(fetch.run(self.setup.clone(), self.events.clone())).abort_handle();
         let peer = &mut self.peers[index.0];
-        peer.donor_not_before = Instant::now() + Duration::from_millis(300);
+        peer.donor_not_before = now + Duration::from_millis(300);
         peer.donor = Some(Donor { from, at: next, fetched: next, pieces: VecDeque::new(), ended: false, task });
         Bytes::new()
     }
@@ -377,18 +383,12 @@ impl Driver {
         self.pump_all();
         let stalled = self.elected_at.is_some_and(|at| now - at > TERM_START_LIMIT)
             && !self.proposer.commit_lsn().is_valid()
-            && self.majority(|index| self.proposer.peer_state(index) == PeerState::Following);
+            && self.proposer.quorum_follows();
         if stalled { Err("no majority reached the term start".to_owned()) } else { Ok(()) }
     }
 
-    fn majority(&self, holds: impl Fn(PeerIndex) -> bool) -> bool {
-        (0..self.peers.len()).filter(|&index| holds(PeerIndex(index))).count() > self.peers.len() / 2
-    }
-
     fn reads_on(&self) -> bool {
-        let end = self.buffer.end();
-        !self.buffer.is_full()
-            || self.majority(|index| self.proposer.peer_next_send(index).is_some_and(|next| next >= end))
+        !self.buffer.is_full() || self.proposer.quorum_was_sent(self.buffer.end())
     }
 
     /// The server writes records, and sends them in pieces that end anywhere.

@@ -1,13 +1,13 @@
 //! Deliberately broken variants of the cluster, to show that the oracle notices: none of it is in the product, all of it in
 //! what the simulation puts around it.
 
+use pgproto::Generation;
 use pgproto::Lsn;
 use pgproto::walproposer::{AcceptorMessage, AppendResponse, ProposerMessage};
-use pgproto::Generation;
 use safekeeper::timeline::Timeline;
 
 /// What is wrong with every node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Sabotage {
     /// Nothing.
     #[default]
@@ -31,6 +31,11 @@ pub(super) enum Asked {
 }
 
 impl Sabotage {
+    /// As on the command line.
+    pub fn name(self) -> String {
+        clap::ValueEnum::to_possible_value(&self).map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     pub(super) fn asked(self, message: &ProposerMessage) -> Asked {
         match message {
             ProposerMessage::VoteRequest(request) => Asked::Vote(request.term),
@@ -41,13 +46,20 @@ impl Sabotage {
         }
     }
 
-    pub(super) fn change(self, asked: Asked, reply: Option<AcceptorMessage>) -> Option<AcceptorMessage> {
+    pub(super) fn change(
+        self,
+        timeline: &Timeline,
+        asked: Asked,
+        reply: Option<AcceptorMessage>,
+    ) -> Option<AcceptorMessage> {
         match (self, asked, reply) {
             (Self::VoteTwice, Asked::Vote(term), Some(AcceptorMessage::VoteResponse(mut vote))) => {
                 vote.vote_given |= vote.term == term;
                 Some(AcceptorMessage::VoteResponse(vote))
             }
-            (Self::AcknowledgeBeforeTheSync, Asked::Append { generation, term, end }, None) => {
+            (Self::AcknowledgeBeforeTheSync, Asked::Append { generation, term, end }, None)
+                if timeline.progress().term == term =>
+            {
                 Some(AcceptorMessage::AppendResponse(AppendResponse {
                     generation,
                     term,
