@@ -43,7 +43,7 @@ fn segment_size() -> SegmentSize {
 fn acceptor(term: Term) -> Acceptor {
     let server = ServerInfo { pg_version: PG_VERSION, system_id: SYSTEM_ID, wal_seg_size: segment_size() };
     let mut acceptor = Acceptor::new(NodeId(1), ControlState::new(ttid(), server), None);
-    acceptor.bump_term(Some(term)).unwrap_or_else(|error| panic!("refused: {error}"));
+    accepted(acceptor.bump_term(Some(term)));
     acceptor
 }
 

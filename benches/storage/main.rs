@@ -23,12 +23,14 @@ use node::{Node, START};
 use pgproto::SegmentSize;
 use report::{BulkReport, Cell, CellReport, Variant};
 use wal::WalStream;
-use yardsticks::{Bare, Direct, sequential, zero_filled};
+use yardsticks::{Bare, Direct, Segments, sequential, zero_filled};
 
 /// Length of a bulk load's messages, as PostgreSQL sends them at most.
 const BULK_MESSAGE: usize = 128 << 10;
 /// Length of the files for the bare durable write.
 const BARE_FILE: u64 = 64 << 20;
+/// Length of the direct path's files at most: written over and over, they need not be whole segments.
+const DIRECT_FILE: u64 = 4 << 20;
 
 /// Acknowledgement latency and throughput of the safekeeper's storage path, beside the bare disk
 ///
@@ -49,7 +51,7 @@ const BARE_FILE: u64 = 64 << 20;
 /// Then bulk ingest: one timeline, messages of 128 KiB sent without waiting, beside the same bytes written and synced one
 /// after the other into zero-filled segments.
 ///
-/// Needs free space of about 3 x timelines x segment size, and 4 x --bulk-mib.
+/// Needs free space of about 2 x timelines x segment size, and 4 x --bulk-mib.
 #[derive(Parser)]
 #[command(name = "scripts/bench storage", bin_name = "scripts/bench storage", verbatim_doc_comment)]
 struct Options {
@@ -65,7 +67,7 @@ struct Options {
     /// Measurements of everything; the median is shown.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
-    /// Paths, of: safekeeper, direct, bare. `--paths safekeeper` is what to run under strace or perf.
+    /// Paths to measure. `--paths safekeeper` is what to run under strace or perf.
     #[arg(long, value_delimiter = ',', default_value = "safekeeper,direct,bare")]
     paths: Vec<PathKind>,
     /// MiB of WAL for bulk ingest; 0 leaves it out.
@@ -168,7 +170,12 @@ impl Bench<'_> {
             paths.bare = Some(Bare::create(&dir("bare"), BARE_FILE)?);
         }
         if self.uses(PathKind::Direct) {
-            paths.direct = Some(Direct::create(&dir("direct"), timelines, self.segment_size.bytes(), self.lanes)?);
+            paths.direct = Some(Direct::create(
+                &dir("direct"),
+                timelines,
+                self.segment_size.bytes().min(DIRECT_FILE),
+                self.lanes,
+            )?);
         }
         if self.uses(PathKind::Safekeeper) {
             paths.node = Some(Node::start(&dir("node"), timelines, self.segment_size, self.lanes)?);
@@ -230,33 +237,36 @@ impl Bench<'_> {
         for number in 0..=(stream.position().0 - START.0) / segment {
             zero_filled(&dir.join(format!("{number:06}")), segment)?;
         }
-        let names = [
-            "sequential, 4 MiB per sync",
-            "sequential, 1 MiB per sync",
-            "sequential, 4 MiB per sync, segments made on the way",
-            "safekeeper",
+        let yardsticks = [
+            ("sequential, 1 MiB per sync, zero-filled before", Segments::Ready, 1u64 << 20),
+            ("sequential, 4 MiB per sync, zero-filled before", Segments::Ready, 4 << 20),
+            ("sequential, 4 MiB per sync, reserved on the way", Segments::Reserved, 4 << 20),
+            ("sequential, 4 MiB per sync, zero-filled on the way", Segments::ZeroFilled, 4 << 20),
         ];
-        let mut reports = names.map(|name| BulkReport { name, samples: Vec::new() });
+        let names = yardsticks.iter().map(|(name, ..)| *name).chain(["safekeeper"]);
+        let mut reports: Vec<_> = names.map(|name| BulkReport { name, samples: Vec::new() }).collect();
         for round in 0..self.options.rounds {
             for (kind, report) in reports.iter_mut().enumerate() {
-                let sample = match kind {
-                    0 => self.meter.measure(|| sequential(&dir, &wal, segment, 4 << 20, false))?,
-                    1 => self.meter.measure(|| sequential(&dir, &wal, segment, 1 << 20, false))?,
-                    2 => self.fresh_segments(&wal)?,
-                    _ => self.ingest(&wal)?,
+                let sample = match yardsticks.get(kind) {
+                    Some(&(_, Segments::Ready, per_sync)) => {
+                        self.meter.measure(|| sequential(&dir, &wal, segment, per_sync, Segments::Ready))?
+                    }
+                    Some(&(_, segments, per_sync)) => self.new_segments(&wal, per_sync, segments)?,
+                    None => self.ingest(&wal)?,
                 };
-                self.say(&format!("round {}: {} {:.0} MB/s", round + 1, report.name, sample.megabytes_per_second()));
+                let speed = sample.megabytes_per_second();
+                self.say(&format!("round {}: {} {speed:.0} MB/s", round + 1, report.name));
                 report.samples.push(sample);
             }
         }
         self.remove(&dir)?;
-        Ok(reports.into())
+        Ok(reports)
     }
 
-    fn fresh_segments(&self, wal: &[Bytes]) -> Result<Sample> {
-        let dir = self.dir.join("fresh");
+    fn new_segments(&self, wal: &[Bytes], per_sync: u64, segments: Segments) -> Result<Sample> {
+        let dir = self.dir.join("sequential-new");
         std::fs::create_dir(&dir)?;
-        let sample = self.meter.measure(|| sequential(&dir, wal, self.segment_size.bytes(), 4 << 20, true));
+        let sample = self.meter.measure(|| sequential(&dir, wal, self.segment_size.bytes(), per_sync, segments));
         self.remove(&dir)?;
         sample
     }

@@ -144,15 +144,23 @@ impl Bare {
     }
 }
 
+/// Where the segments of a sequential write come from.
+#[derive(Clone, Copy, Debug)]
+pub enum Segments {
+    /// They are there, full of bytes that are on disk: zeros, or what an earlier call wrote.
+    Ready,
+    /// Each gets its space when it is needed, without being written.
+    Reserved,
+    /// Each is filled with zeros when it is needed, so that every byte is written twice.
+    ZeroFilled,
+}
+
 /// Writes `wal` one after the other into segments, with a sync after `per_sync` bytes and at the end of each segment.
-///
-/// With `fresh` false the segments are there from an earlier call, full of bytes; with true each is made and filled with
-/// zeros when it is needed, as a log that goes on for ever must do at some time.
-pub fn sequential(dir: &Path, wal: &[Bytes], segment: u64, per_sync: u64, fresh: bool) -> Result<Acks> {
+pub fn sequential(dir: &Path, wal: &[Bytes], segment: u64, per_sync: u64, segments: Segments) -> Result<Acks> {
     let mut acks = Acks::default();
     let mut before = Instant::now();
     let (mut number, mut offset, mut unsynced) = (0, 0, 0);
-    let mut file = open_segment(dir, number, segment, fresh)?;
+    let mut file = open_segment(dir, number, segment, segments)?;
     for message in wal {
         let mut rest = &message[..];
         while !rest.is_empty() {
@@ -170,7 +178,7 @@ pub fn sequential(dir: &Path, wal: &[Bytes], segment: u64, per_sync: u64, fresh:
             }
             if offset == segment {
                 (number, offset) = (number + 1, 0);
-                file = open_segment(dir, number, segment, fresh)?;
+                file = open_segment(dir, number, segment, segments)?;
             }
         }
     }
@@ -179,7 +187,15 @@ pub fn sequential(dir: &Path, wal: &[Bytes], segment: u64, per_sync: u64, fresh:
     Ok(acks)
 }
 
-fn open_segment(dir: &Path, number: u64, length: u64, fresh: bool) -> Result<File> {
+fn open_segment(dir: &Path, number: u64, length: u64, segments: Segments) -> Result<File> {
     let path = dir.join(format!("{number:06}"));
-    if fresh { zero_filled(&path, length) } else { Ok(OpenOptions::new().write(true).open(&path)?) }
+    match segments {
+        Segments::Ready => Ok(OpenOptions::new().write(true).open(&path)?),
+        Segments::ZeroFilled => zero_filled(&path, length),
+        Segments::Reserved => {
+            let file = File::create_new(&path)?;
+            rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length)?;
+            Ok(file)
+        }
+    }
 }
