@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     fn wal(len: usize, seed: u8) -> Vec<u8> {
-        (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed) ^ (at >> 8) as u8).collect()
+        (0..len).map(|at| at.to_le_bytes()).map(|at| at[0].wrapping_mul(31).wrapping_add(seed) ^ at[1]).collect()
     }
 
     fn entries(base: Lsn, pieces: &[&[u8]]) -> (Chain, Vec<LedgerEntry>) {
