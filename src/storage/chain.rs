@@ -253,6 +253,16 @@ mod tests {
         assert_eq!(Chain::from_parts(Lsn::MAX, Lsn(0), 0, 0), None);
     }
 
+    /// Computed by another program from the description of the format.
+    #[test]
+    fn an_entry_looks_as_documented() {
+        let (mut chain, mut completed) = (Chain::resume(Lsn(0x12_0000), 0x1122_3344), Vec::new());
+        chain.extend(&[7; BLOCK_LEN], Term(9), &mut completed);
+        let mut encoded = Vec::new();
+        completed[0].encode(&mut encoded);
+        assert_eq!(hex::encode(encoded), "000012000000000000000100443322110900000000000000c93a32e92ad996a1");
+    }
+
     proptest! {
         #[test]
         fn how_bytes_are_divided_makes_no_difference(
