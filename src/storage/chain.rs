@@ -203,7 +203,7 @@ mod tests {
     use super::*;
 
     fn wal(len: usize, seed: u8) -> Vec<u8> {
-        (0..len).map(|at| (at as u8).wrapping_mul(31).wrapping_add(seed) ^ (at >> 8) as u8).collect()
+        (0..len).map(|at| at.to_le_bytes()).map(|at| at[0].wrapping_mul(31).wrapping_add(seed) ^ at[1]).collect()
     }
 
     fn entries(base: Lsn, pieces: &[&[u8]]) -> (Chain, Vec<LedgerEntry>) {
@@ -251,6 +251,16 @@ mod tests {
         let mut encoded = Vec::new();
         completed.iter().for_each(|entry| entry.encode(&mut encoded));
         assert_eq!(Chain::from_parts(Lsn::MAX, Lsn(0), 0, 0), None);
+    }
+
+    /// Computed by another program from the description of the format.
+    #[test]
+    fn an_entry_looks_as_documented() {
+        let (mut chain, mut completed) = (Chain::resume(Lsn(0x12_0000), 0x1122_3344), Vec::new());
+        chain.extend(&[7; BLOCK_LEN], Term(9), &mut completed);
+        let mut encoded = Vec::new();
+        completed[0].encode(&mut encoded);
+        assert_eq!(hex::encode(encoded), "000012000000000000000100443322110900000000000000c93a32e92ad996a1");
     }
 
     proptest! {

@@ -288,7 +288,7 @@ struct Whole {
 /// What a file turned out to be.
 #[derive(Debug)]
 enum Found {
-    Whole(Whole),
+    Whole(Box<Whole>),
     Neon(Box<ControlFile>),
     Bad(CopyError),
 }
@@ -310,7 +310,7 @@ impl Found {
         let judged = if control_file::is_control_file(&content) {
             ControlFile::decode(&content).map(|control| Self::Neon(Box::new(control))).map_err(CopyError::from)
         } else {
-            decode(&content).map(Self::Whole)
+            decode(&content).map(|whole| Self::Whole(Box::new(whole)))
         };
         match judged {
             Err(error) if error.is_damage() => Ok(Self::Bad(error)),
@@ -349,7 +349,7 @@ fn import(disk: &dyn Disk, dir: &Path, control: ControlFile, second: Found) -> R
     match second {
         Found::Bad(CopyError::Disk(error)) if error.is_not_found() => {}
         // An earlier start was interrupted in between.
-        Found::Whole(Whole { copy: second, .. }) if second == copy => {}
+        Found::Whole(second) if second.copy == copy => {}
         _ => return Err(LoadError::Contradiction),
     }
     tracing::info!("converting the control file in \"{}\" into two copies", dir.display());

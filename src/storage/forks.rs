@@ -136,6 +136,7 @@ fn set_aside_within<E: std::error::Error + 'static>(
     }
     let found = find(files)?;
     if let Some(fork) = found.last().and_then(|last| already_there(files, last, &header)) {
+        keep_within(limits, files)?;
         return Ok(Some(fork));
     }
     header.reason.truncate(header.reason.floor_char_boundary(MAX_REASON));

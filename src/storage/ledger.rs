@@ -58,6 +58,8 @@ struct State {
     header: Header,
     /// Length of the file: places below it are allocated.
     len: u64,
+    /// How often the log was cut.
+    cuts: u64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -151,7 +153,7 @@ impl Ledger {
         let header = Header { ttid: files.ttid(), base, seed: 0 };
         let (file, partial) = begin_file(&files, &header)?;
         put_in_place(&files, &*file, &partial)?;
-        Ok(Self { files, state: RwLock::new(State { file, header, len: PAGE }) })
+        Ok(Self { files, state: RwLock::new(State { file, header, len: PAGE, cuts: 0 }) })
     }
 
     /// Opens the ledger; `None` when the timeline has none. A header copy that was lost is written again.
@@ -181,7 +183,7 @@ impl Ledger {
         if header.ttid != files.ttid() {
             return Err(LedgerError::OtherTimeline(header.ttid));
         }
-        Ok(Some(Self { files, state: RwLock::new(State { file, header, len }) }))
+        Ok(Some(Self { files, state: RwLock::new(State { file, header, len, cuts: 0 }) }))
     }
 
     /// Where the first block begins that it can speak of.
@@ -212,8 +214,11 @@ impl Ledger {
 
     /// Writes entries at their places. Not durable before [`Self::sync`].
     pub fn write(&self, entries: &[LedgerEntry]) -> Result<(), LedgerError> {
+        self.write_locked(&self.state.write(), entries)
+    }
+
+    fn write_locked(&self, state: &State, entries: &[LedgerEntry]) -> Result<(), LedgerError> {
         let path = self.path();
-        let state = self.state.write();
         let mut rest = entries;
         while let Some(first) = rest.first() {
             // What follows without a gap goes with it.
@@ -241,7 +246,8 @@ impl Ledger {
     /// Forgets the blocks that end behind `end`: the log was cut there. Not durable before [`Self::sync`].
     pub fn cut(&self, end: Lsn) -> Result<(), LedgerError> {
         let path = self.path();
-        let state = self.state.write();
+        let mut state = self.state.write();
+        state.cuts += 1;
         let Some(mut offset) = state.header.place(end.max(state.header.base)) else { return Ok(()) };
         let mut found = vec![0; BLOCK_LEN];
         while offset < state.len {
@@ -254,6 +260,11 @@ impl Ledger {
             offset += zeros.len() as u64;
         }
         Ok(())
+    }
+
+    /// How often the log was cut. A verdict on bytes that were read before the last time says nothing.
+    pub fn cuts(&self) -> u64 {
+        self.state.read().cuts
     }
 
     /// What is in the place of the block that holds `lsn`. What cannot be read is damaged.
@@ -315,7 +326,7 @@ impl Ledger {
 
     /// Makes the lost entry of the block that holds `lsn` again, with its neighbours that are lost too, and writes them
     /// (not durably). `chain` is the state of the whole log, `read` fills a buffer with WAL, `term_at` says in which
-    /// term the byte at a position was received.
+    /// term the byte at a position was received. Nothing is done, and no entry returned, when the log is cut meanwhile.
     ///
     /// # Errors
     /// [`Fault`] when the WAL doesn't lead to the value that the next good entry, or `chain`, began with.
@@ -326,6 +337,7 @@ impl Ledger {
         term_at: impl Fn(Lsn) -> Term,
         mut read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
     ) -> Result<Vec<LedgerEntry>, RebuildError<E>> {
+        let cuts = self.cuts();
         let lost = self.find_lost(lsn, chain)?;
         let mut again = Chain::resume(lost.from, lost.seed);
         let mut entries = Vec::new();
@@ -336,10 +348,14 @@ impl Ledger {
             read(start, bytes).map_err(RebuildError::Read)?;
             again.extend(bytes, term_at(Lsn(block_end(start).0 - 1)), &mut entries);
         }
+        let state = self.state.write();
+        if state.cuts != cuts {
+            return Ok(Vec::new());
+        }
         if again.value() != lost.next_seed {
             return Err(Fault::Run { from: lost.from, to: lost.to }.into());
         }
-        self.write(&entries)?;
+        self.write_locked(&state, &entries)?;
         tracing::warn!("rebuilt the ledger entries of {} to {} from the WAL", lost.from, lost.to);
         Ok(entries)
     }
@@ -349,7 +365,7 @@ impl Ledger {
         let header = self.state.read().header;
         let is_lost = |lsn| !matches!(self.read(lsn), EntryState::Good(_));
         let complete = chain.block_start();
-        let mut from = header.block_of(lsn);
+        let mut from = header.block_of(lsn.max(header.base));
         let mut to = from;
         let mut count = 0;
         let mut too_many = |from| {
@@ -397,7 +413,7 @@ impl Ledger {
             len += bytes.len() as u64;
         }
         put_in_place(&self.files, &*file, &partial)?;
-        *state = State { file, header, len };
+        *state = State { file, header, len, cuts: state.cuts };
         Ok(true)
     }
 

@@ -387,6 +387,26 @@ fn a_flipped_bit_in_one_copy_is_mended_and_in_both_is_an_error() {
     assert!(!load(&disk).repaired, "behind the content nothing counts");
 }
 
+/// Computed by another program from the description of the format.
+#[test]
+fn the_header_looks_as_documented() {
+    let mut copy = state(2, 0);
+    let mut chain = Chain::new(Lsn(0x12_0000));
+    chain.extend(b"abc", Term(1), &mut Vec::new());
+    copy.checkpoint = Checkpoint { chain: Some(chain), record_end: Lsn(0x12_0002), batch: 6, dirty_to: Lsn(0x20_0000) };
+    let content = encode(&copy, 3);
+    let control = copy.control.encode();
+    let length = HEADER_LEN + control.len() + 4;
+    assert_eq!(hex::encode(&content[..12]), "534b434f4e54524c01000000");
+    assert_eq!(content[12..16], u32::try_from(length).unwrap().to_le_bytes());
+    let expected = "030000000000000002000000000000000600000000000000020012000000000000002000000000000300120000000000000012\
+         000000000000000000b73f4b3601000000";
+    assert_eq!(hex::encode(&content[16..HEADER_LEN]), expected);
+    assert_eq!(content[HEADER_LEN..length - 4], control);
+    assert_eq!(content[length - 4..length], crc32c::crc32c(&content[..length - 4]).to_le_bytes());
+    assert!(content[length..].iter().all(|&byte| byte == 0) && content.len() == 4096);
+}
+
 proptest! {
     #[test]
     fn any_content_can_be_read(one in prop::collection::vec(any::<u8>(), 0..5000), two in prop::collection::vec(any::<u8>(), 0..200)) {

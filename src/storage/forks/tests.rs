@@ -27,7 +27,8 @@ fn header(length: u64, new_term: u64) -> ForkHeader {
 
 /// The byte of our log at a position.
 fn byte(at: u64) -> u8 {
-    (at % 251) as u8 ^ (at >> 16) as u8
+    let at = at.to_le_bytes();
+    at[0].wrapping_mul(31) ^ at[1] ^ at[2]
 }
 
 fn wal(from: Lsn, to: Lsn) -> Vec<u8> {
@@ -217,6 +218,26 @@ fn bytes_too_many_or_too_few_are_damage() {
     }
     put(&files, &fork.path, &good[..4000]);
     assert!(matches!(content(&files, &fork), Err(ForkError::Header)));
+}
+
+/// Computed by another program from the description of the format.
+#[test]
+fn the_first_page_looks_as_documented() {
+    let (_, files) = TimelineFiles::simulated();
+    let header = ForkHeader { from: Lsn(0x12_3458), to: Lsn(0x12_3500), reason: "cut".to_owned(), ..header(10, 5) };
+    let limits = Limits { forks: 1, bytes: 3 };
+    let read = |at: Lsn, buf: &mut [u8]| -> Result<(), Infallible> {
+        assert_eq!(at, FROM);
+        buf.copy_from_slice(b"abc");
+        Ok(())
+    };
+    let fork = set_aside_within(limits, &files, header, read).unwrap().unwrap();
+    let expected = "534b464f524b45440100000000001000109802000101010101010101010101010101010102020202020202020202020202020202\
+         583412000000000000351200000000005b341200000000000400000000000000050000000000000000f1536500000000b73f4b3603000000\
+         637574000000";
+    let content = raw(&files, &fork.path);
+    assert_eq!(hex::encode(&content[..FIXED_LEN + 6]), expected);
+    assert_eq!(hex::encode(&content[PAGE - 4..]), "e66e6452616263");
 }
 
 proptest! {
