@@ -70,8 +70,7 @@ impl Chronicle {
 
     /// The complete term history of a leader.
     fn history(&self, term: Term) -> Vec<TermLsn> {
-        let mut history: Vec<_> =
-            self.lineage(term).map(|term| TermLsn { term, lsn: self.start(term) }).collect();
+        let mut history: Vec<_> = self.lineage(term).map(|term| TermLsn { term, lsn: self.start(term) }).collect();
         history.reverse();
         history
     }

@@ -58,7 +58,8 @@ pub use stats::Stats;
 use trace::{Trace, note};
 
 /// The timeline of all histories.
-const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([0xA1; 16]), timeline_id: TimelineId([0xB2; 16]) };
+const TTID: TenantTimelineId =
+    TenantTimelineId { tenant_id: TenantId([0xA1; 16]), timeline_id: TimelineId([0xB2; 16]) };
 
 /// Time in which a cluster without troubles must commit again: longest silence, longest pause of a proposer, longest time
 /// without a donor, and some elections.

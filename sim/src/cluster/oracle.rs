@@ -71,7 +71,9 @@ impl State {
             return Ok(());
         }
         let start = self.chronicle.start(later);
-        Err(format!("committed up to {lsn} in term {earlier}, but the log of term {later} (from {start}) hasn't all of it"))
+        Err(format!(
+            "committed up to {lsn} in term {earlier}, but the log of term {later} (from {start}) hasn't all of it"
+        ))
     }
 
     fn elected(&mut self, history: &[TermLsn]) -> Result<(), String> {
@@ -125,7 +127,9 @@ impl State {
         let promises = self.promises.entry(node).or_default();
         if end < promises.end {
             let ((term, lsn), (had_term, had_lsn)) = (end, promises.end);
-            return Err(format!("says its log ends in term {term} at {lsn}; had acknowledged {had_lsn} of term {had_term}"));
+            return Err(format!(
+                "says its log ends in term {term} at {lsn}; had acknowledged {had_lsn} of term {had_term}"
+            ));
         }
         promises.end = end;
         Ok(())

@@ -343,7 +343,13 @@ impl Driver {
             return Bytes::new();
         }
         let Some(from) = self.proposer.donor_for(until) else { return Bytes::new() };
-        note!(self.setup.trace, "{} fetches {next} to {until} from node{} for node{}", self.setup.host, from.0, index.0);
+        note!(
+            self.setup.trace,
+            "{} fetches {next} to {until} from node{} for node{}",
+            self.setup.host,
+            from.0,
+            index.0
+        );
         let fetch = Fetch { laggard: index, from, range: (next, until), term: self.proposer.term() };
         let task = tokio::spawn(fetch.run(self.setup.clone(), self.events.clone())).abort_handle();
         let peer = &mut self.peers[index.0];

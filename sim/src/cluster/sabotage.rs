@@ -1,9 +1,9 @@
 //! Deliberately broken variants of the cluster, to show that the oracle notices: none of it is in the product, all of it in
 //! what the simulation puts around it.
 
+use pgproto::Generation;
 use pgproto::Lsn;
 use pgproto::walproposer::{AcceptorMessage, AppendResponse, ProposerMessage};
-use pgproto::Generation;
 use safekeeper::timeline::Timeline;
 
 /// What is wrong with every node.

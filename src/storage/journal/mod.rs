@@ -1,17 +1,32 @@
 //! The node's journal: the one file that is written on the way to an acknowledgement.
 
+mod checkpointer;
+mod commit;
+mod files;
+mod format;
+mod open;
 mod record;
+mod replay;
+#[cfg(test)]
+mod tests;
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use pgproto::{Lsn, TenantTimelineId, Term};
+use checkpointer::{Dirty, Signals, Threads};
+use commit::{Pending, Writer};
+use files::Files;
+use parking_lot::Mutex;
+use pgproto::TenantTimelineId;
 
+pub use open::ReadJournal;
 pub use record::{Behind, CheckpointError, Entry, Record};
+pub use replay::{Damage, Ending, Lost, LostRecord, Replay, Replayed};
 
-use super::disk::{Disk, DiskError};
+use super::disk::DiskError;
 
 /// Sizes and times of a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,6 +55,31 @@ impl Default for JournalLimits {
     }
 }
 
+impl JournalLimits {
+    fn check(&self) -> Result<(), JournalError> {
+        let page = format::PAGE as u64;
+        let usable = self.file_size.saturating_sub(3 * page);
+        let checks = [
+            (format::is_file_size(self.file_size), "a file has 16 KiB to 1 GiB, in steps of 4 KiB"),
+            (self.total / 2 >= self.file_size, "there must be room for two files"),
+            (
+                self.batch >= format::PAGE && self.batch as u64 <= usable,
+                "a batch has 4 KiB at least and fits into a file",
+            ),
+            (self.reserve <= usable / 2, "the reserve is at most half a file"),
+        ];
+        match checks.into_iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(JournalError::Limits(rule)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Longest payload of a commit whose batch fits into a buffer of this length.
+fn max_payload(buffer: usize) -> usize {
+    buffer / format::PAGE * format::PAGE / format::SECTOR * format::PAYLOAD - format::BATCH_HEADER
+}
+
 /// A journal cannot be read or started.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
@@ -49,11 +89,20 @@ pub enum JournalError {
     /// The limits contradict each other.
     #[error("journal limits: {0}")]
     Limits(&'static str),
+    /// There is neither room for a first file nor an old one to use again.
+    #[error("no journal file can be had: the disk or the journal's limit of {limit} bytes is full")]
+    Full {
+        /// The limit.
+        limit: u64,
+    },
+    /// A thread could not be started.
+    #[error("could not start a thread: {0}")]
+    Thread(std::io::Error),
     /// Another program, or a later version of this one, wrote it.
-    #[error("journal file \"{path}\" has format version {version}, this program knows {known}")]
+    #[error("journal file \"{path}\" has format version {version}, this program knows {known}", path = path.display())]
     Version {
         /// Which file.
-        path: String,
+        path: PathBuf,
         /// What it says.
         version: u16,
         /// What it should say.
@@ -85,148 +134,97 @@ pub enum CommitError {
     Failed(Arc<str>),
 }
 
-/// A record read back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replayed {
-    /// Batch in which it was.
-    pub batch: u64,
-    /// What was committed.
-    pub record: Record,
-}
-
-/// Acknowledged batches that cannot be read, or not completely. A timeline whose checkpoint covers `last` lost nothing.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Damage {
-    /// First batch.
-    pub first: u64,
-    /// Last batch.
-    pub last: u64,
-    /// What was lost; `None` when it could have been anything of any timeline.
-    pub lost: Option<Vec<Lost>>,
-}
-
-/// A record that was in a batch and cannot be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Lost {
-    /// Whose it was.
-    pub ttid: TenantTimelineId,
-    /// What it was.
-    pub what: LostRecord,
-}
-
-/// What kind of record was lost. Records without data are never lost alone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LostRecord {
-    /// [`Record::Append`].
-    Append {
-        /// Position of the first byte.
-        at: Lsn,
-        /// Position behind the last byte.
-        to: Lsn,
-        /// Term of the leader it came from.
-        term: Term,
-    },
-    /// [`Record::Control`].
-    Control {
-        /// Its sequence number.
-        sequence: u64,
-    },
-}
-
-/// How a journal ended when it was last written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ending {
-    /// Behind a whole batch.
-    Clean,
-    /// In the middle of a batch that was never acknowledged.
-    Torn,
-}
-
-/// All that a journal holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replay {
-    /// Per timeline its records, in the order of their commits.
-    pub timelines: BTreeMap<TenantTimelineId, Vec<Replayed>>,
-    /// What could not be read, in order.
-    pub damage: Vec<Damage>,
-    /// How it ended.
-    pub ending: Ending,
-    /// Number of the first batch that is not in it: at the end of what could be read.
-    pub next_batch: u64,
-    /// There were no files at all: a new journal, or one that was lost.
-    pub is_new: bool,
-}
-
-/// A journal that was read and takes no commits yet.
-#[derive(Debug)]
-pub struct ReadJournal {
-    limits: JournalLimits,
-}
-
-impl ReadJournal {
-    /// Takes up writing, in new files. All timelines were brought up to date with the replay, durably, so that the files
-    /// read are of no use any more; with `keep_old` at least one could not be, and they stay.
-    ///
-    /// Batches are numbered from above `above`, which is the highest batch number that any timeline's checkpoint knows: a
-    /// journal that was lost must not begin again at numbers that timelines take for old ones.
-    pub fn start(self, keep_old: bool, above: u64) -> Result<Arc<Journal>, JournalError> {
-        let _ = (keep_old, above);
-        Ok(Arc::new(Journal { limits: self.limits }))
-    }
-}
-
 /// The node's journal.
 #[derive(Debug)]
 pub struct Journal {
+    inner: Arc<Inner>,
+    _threads: Threads,
+}
+
+/// What the journal's callers and its threads share. Locks are taken in the order `round`, `writer`, and then one of the
+/// others; none is held while a timeline is brought up to date, apart from `round`.
+#[derive(Debug)]
+struct Inner {
     limits: JournalLimits,
+    /// Everything comes in the same order in every run, and nothing in the background.
+    deterministic: bool,
+    files: Files,
+    queue: Mutex<VecDeque<Pending>>,
+    writer: Mutex<Writer>,
+    dirty: Mutex<Dirty>,
+    /// No batch before this one is needed.
+    needed_from: AtomicU64,
+    /// One round of checkpoints at a time.
+    round: Mutex<()>,
+    signals: Signals,
+    failed: OnceLock<Arc<str>>,
+    counters: Counters,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    batches: AtomicU64,
+    entries: AtomicU64,
+    bytes_written: AtomicU64,
+    bytes_of_entries: AtomicU64,
+    checkpoints: AtomicU64,
+    failed_checkpoints: AtomicU64,
 }
 
 impl Journal {
-    /// Reads the journal in `dir`, which is created when it doesn't exist, after making durable what a crashed process
-    /// left in memory. Changes nothing.
-    pub fn open(disk: Arc<dyn Disk>, dir: &Path, limits: JournalLimits) -> Result<(Replay, ReadJournal), JournalError> {
-        let _ = (disk, dir);
-        let replay = Replay {
-            timelines: BTreeMap::new(),
-            damage: Vec::new(),
-            ending: Ending::Clean,
-            next_batch: 1,
-            is_new: true,
-        };
-        Ok((replay, ReadJournal { limits }))
-    }
-
     /// Makes `entries` durable, all of them or none, in one batch, whose number it returns. Dropping the future before it
     /// is done leaves open whether they become durable; it never harms others.
+    ///
+    /// On a multi-thread runtime the thread's other tasks move elsewhere while the disk works; on a current-thread runtime
+    /// they wait, and those that queued a commit before find it done.
     pub async fn commit(&self, entries: Vec<Entry>) -> Result<u64, CommitError> {
-        let _ = entries;
-        tokio::task::yield_now().await;
-        Err(CommitError::Failed("not there yet".into()))
+        self.inner.commit(entries).await
     }
 
-    /// Largest entry that [`Journal::commit`] takes: length of its data, in bytes.
+    /// Most bytes of data that one entry, committed alone, may have.
     pub fn max_data(&self) -> usize {
-        self.limits.batch / 2
+        self.inner.max_payload() - format::ENTRY_HEADER
     }
 
-    /// Brings all timelines up to date and returns the first error of each one that could not be. Blocks.
+    /// Brings all timelines up to date and frees what is not needed any more. Returns those that failed; the journal keeps
+    /// what it holds of them. Blocks. Done before the end of a process, it leaves the next start nothing to replay.
     pub fn checkpoint_now(&self) -> Vec<(TenantTimelineId, CheckpointError)> {
-        Vec::new()
+        self.inner.checkpoint_all()
     }
 
     /// What is held for the timeline is of no use any more: it was deleted.
     pub fn forget(&self, ttid: TenantTimelineId) {
-        let _ = ttid;
+        self.inner.dirty.lock().forget(ttid);
     }
 
     /// Why the journal takes no commits any more.
     pub fn failed(&self) -> Option<Arc<str>> {
-        None
+        self.inner.failed.get().cloned()
     }
 
     /// Figures for metrics.
     pub fn stats(&self) -> JournalStats {
-        JournalStats::default()
+        let inner = &*self.inner;
+        let usage = inner.files.usage();
+        let (dirty_timelines, last_batch) = {
+            let dirty = inner.dirty.lock();
+            (dirty.len() as u64, dirty.last_batch)
+        };
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        JournalStats {
+            batches: read(&inner.counters.batches),
+            entries: read(&inner.counters.entries),
+            bytes_written: read(&inner.counters.bytes_written),
+            bytes_of_entries: read(&inner.counters.bytes_of_entries),
+            checkpoints: read(&inner.counters.checkpoints),
+            failed_checkpoints: read(&inner.counters.failed_checkpoints),
+            files: usage.files,
+            on_disk: usage.on_disk,
+            used: usage.used,
+            limit: inner.limits.total,
+            dirty_timelines,
+            last_batch,
+        }
     }
 }
 
@@ -247,12 +245,14 @@ pub struct JournalStats {
     pub failed_checkpoints: u64,
     /// Files on disk.
     pub files: u64,
+    /// Their length, in bytes.
+    pub on_disk: u64,
     /// Bytes in files that hold something needed, and the one being written.
     pub used: u64,
     /// Limit of `used`.
     pub limit: u64,
     /// Timelines with something in the journal that is not in their own files yet.
     pub dirty_timelines: u64,
-    /// Next batch number.
-    pub next_batch: u64,
+    /// The last batch that is durable.
+    pub last_batch: u64,
 }

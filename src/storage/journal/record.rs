@@ -90,7 +90,7 @@ pub trait Behind: fmt::Debug + Send + Sync {
 }
 
 /// A timeline could not be brought up to date; the journal keeps what it holds of it.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct CheckpointError(pub Arc<str>);
 
