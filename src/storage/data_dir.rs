@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use pgproto::{NodeId, TenantTimelineId};
 
-use super::disk::{Disk, DiskError, DiskFile, During, RealDisk, read_file, replace_file};
 use super::control_copies::ControlCopies;
+use super::disk::{Disk, DiskError, DiskFile, During, RealDisk, read_file, replace_file};
 use super::journal::{Journal, JournalError, JournalLimits, Replay};
 use super::replay::bring_up_to_date;
 use super::segments::TimelineFiles;
@@ -152,6 +152,7 @@ impl DataDir {
         }
         let not_up_to_date = replay_all(replay, &timelines, files);
         let journal = read_journal.start(!not_up_to_date.is_empty(), highest.map_or(0, |(_, batch)| batch))?;
+        let journal = Arc::new(journal);
         Ok(Self { disk, path, node_id, _lock: lock, next_temp: AtomicU64::new(0), journal, not_up_to_date })
     }
 

@@ -33,7 +33,15 @@ pub(super) fn adopt(files: &TimelineFiles, noted: &mut Noted) -> Result<(), Sett
         base = before.start(size);
     }
     tracing::info!(timeline = %files.ttid(), from = %base, to = %end, "making checksums of all WAL, once");
-    SegmentWriter::new(files.clone(), size, valid_to)?.cut(valid_to)?;
+    let mut segments = SegmentWriter::new(files.clone(), size, valid_to)?;
+    if listed.is_empty() {
+        // Created at a position, by a request that brought no WAL.
+        segments
+            .init_first_segment(end, state.server)
+            .map_err(|error| SettleError::Failed(error.to_string().into()))?;
+    } else {
+        segments.cut(valid_to)?;
+    }
     let ledger = files.create_ledger(base)?;
     ledger.reserve(SegmentNumber::containing(end, size).end(size))?;
     let (mut chain, mut entries) = (Chain::new(base), Vec::new());

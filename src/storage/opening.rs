@@ -45,7 +45,7 @@ pub(super) fn create(data_dir: &DataDir, control: &ControlState) -> Result<(), C
     }
     let temp = data_dir.create_temp_dir(ttid)?;
     // What the journal may still hold of an earlier timeline of this name is none of this one's.
-    let checkpoint = Checkpoint { batch: data_dir.journal().stats().next_batch.saturating_sub(1), ..Checkpoint::default() };
+    let checkpoint = Checkpoint { batch: data_dir.journal().stats().last_batch, ..Checkpoint::default() };
     let copy = ControlCopy { sequence: 1, checkpoint, control: ControlFile::new(control.clone()), fault: None };
     let built = ControlCopies::create(disk, &temp, &copy)
         .map_err(CreateError::from)
@@ -63,8 +63,8 @@ pub(super) fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Timeli
     if let Some(reason) = data_dir.not_up_to_date(ttid) {
         return Err(OpenError::NotUpToDate { ttid, reason });
     }
-    let loaded = ControlCopies::load(files.disk(), &files.dir())
-        .map_err(|source| OpenError::ControlFile { ttid, source })?;
+    let loaded =
+        ControlCopies::load(files.disk(), &files.dir()).map_err(|source| OpenError::ControlFile { ttid, source })?;
     let control = &loaded.copy.control;
     if control.state.ttid != ttid {
         return Err(OpenError::WrongTimeline { ttid, found: control.state.ttid });
@@ -331,4 +331,3 @@ pub(super) fn set_aside_error(error: SetAsideError<StorageError>) -> StorageErro
         SetAsideError::Read(error) => error,
     }
 }
-

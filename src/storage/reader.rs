@@ -168,7 +168,8 @@ impl WalReader {
                     LedgerError::Disk(error) => ReadError::Disk(error),
                     other => damaged(at, other.to_string()),
                 })?;
-                let ledger = ledger.ok_or_else(|| damaged(at, "the ledger of block checksums is missing".to_owned()))?;
+                let ledger =
+                    ledger.ok_or_else(|| damaged(at, "the ledger of block checksums is missing".to_owned()))?;
                 Arc::clone(self.ledger.insert(ledger))
             }
         };

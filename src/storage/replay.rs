@@ -13,8 +13,8 @@ use pgproto::{Lsn, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
 use super::chain::{Chain, LedgerEntry, block_start};
-use super::control_file::ControlFile;
 use super::control_copies::{ControlCopies, LoadError};
+use super::control_file::ControlFile;
 use super::disk::During;
 use super::journal::{Damage, Record, Replayed};
 use super::ledger::Verdict;
@@ -71,7 +71,11 @@ pub(super) fn bring_up_to_date(
     if lost {
         // Records that follow each other may still have one of another kind missing between them: what was promised isn't
         // known for certain.
-        replay.fault(replay.end(), Lsn::INVALID, "the journal, which held acknowledged data of this timeline, is damaged");
+        replay.fault(
+            replay.end(),
+            Lsn::INVALID,
+            "the journal, which held acknowledged data of this timeline, is damaged",
+        );
     }
     replay.finish(loaded.copies)?;
     tracing::info!(timeline = %files.ttid(), records = count, "brought up to date with the journal");

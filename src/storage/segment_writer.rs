@@ -118,8 +118,14 @@ impl SegmentWriter {
     pub fn make_room(&mut self, end: Lsn) -> Result<(), DiskError> {
         while self.room_to < end {
             let number = SegmentNumber::containing(self.room_to, self.size);
-            if !self.has_partial(number)? {
-                self.create(number)?;
+            match self.find(number)? {
+                Some(file) if file.partial => {}
+                // A replay writes again what filled the segment before.
+                Some(_) => {
+                    self.files.rename(number, true, self.size)?;
+                    self.touched.names = true;
+                }
+                None => drop(self.create(number)?),
             }
             self.room_to = number.end(self.size);
         }
@@ -268,11 +274,6 @@ impl SegmentWriter {
 
     fn partial_path(&self, number: SegmentNumber) -> PathBuf {
         self.files.segment_path(SegmentFile { number, partial: true }, self.size)
-    }
-
-    fn has_partial(&self, number: SegmentNumber) -> Result<bool, DiskError> {
-        let path = self.partial_path(number);
-        self.files.disk().exists(&path).during("look for", &path)
     }
 
     /// Starts preparing the segment after the current one, off this thread.

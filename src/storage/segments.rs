@@ -59,11 +59,8 @@ pub struct SegmentFile {
 impl TimelineFiles {
     /// The files of `ttid` in the data directory `root`.
     pub(super) fn new(disk: Arc<dyn Disk>, root: Arc<Path>, ttid: TenantTimelineId) -> Self {
-        let shared = Shared {
-            truncations: AtomicU64::new(0),
-            trusted: Mutex::new(None),
-            ledger: Mutex::new(Weak::new()),
-        };
+        let shared =
+            Shared { truncations: AtomicU64::new(0), trusted: Mutex::new(None), ledger: Mutex::new(Weak::new()) };
         Self { disk, root, ttid, shared: Arc::new(shared) }
     }
 

@@ -85,6 +85,7 @@ impl Fixture {
 }
 
 fn end(recovered: Recovered) -> Lsn {
+    assert_eq!(recovered.fault, None);
     recovered.scanner.unwrap().last_record_end()
 }
 
@@ -275,6 +276,8 @@ async fn wal_of_a_real_server_ends_where_a_recycled_file_begins() {
     first.resize(SEGMENT_BYTES, 0);
     let second = include_bytes!("../../pgproto/tests/data/wal/000000010000000000000009.head");
     fx.store().append(Lsn(0x80_0000), &[first.into(), Bytes::from_static(second)]).await.unwrap();
+    let control = ControlFile::new(fx.control.clone());
+    old_layout(&mut fx, control).await;
     assert_eq!(end(fx.restart().await.unwrap()), Lsn(0x90_38F0));
 }
 
@@ -288,7 +291,6 @@ async fn a_timeline_created_at_a_position_has_no_wal_until_a_leader_comes() {
     drop(store);
     let (mut store, recovered) = TimelineStore::open(&data_dir, TTID).await.unwrap();
     assert_eq!(end(recovered), START);
-    store.truncate(START).await.unwrap();
     let mut wal = WalWriter::new(START);
     wal.record(100, 1);
     store.append(START, &[wal.since(START)]).await.unwrap();
@@ -409,6 +411,7 @@ async fn a_lost_ledger_entry_is_made_again_from_the_wal() {
 async fn control_files_that_must_not_be_used_are_refused() {
     let mut fx = Fixture::started_at(START).await;
     fx.store().settle().await.unwrap();
+    fx.restart().await.unwrap();
     let copy = fx.path("safekeeper.control.copy");
     let path = fx.path(CONTROL_FILE_NAME);
     let good = std::fs::read(&path).unwrap();
@@ -464,9 +467,9 @@ async fn files_of_the_old_layout_are_taken_over() {
     });
     old_layout(&mut fx, control.clone()).await;
     // A torn tail that the old layout couldn't tell from anything else.
-    let path = fx.path("000000010000000000000005.partial");
+    let path = fx.path("000000010000000000000004.partial");
     let mut content = std::fs::read(&path).unwrap();
-    content[usize::try_from(end_lsn.0 - 0x50_0000).unwrap()..][..100].fill(7);
+    content[usize::try_from(end_lsn.0 - 0x40_0000).unwrap()..][..100].fill(7);
     std::fs::write(&path, content).unwrap();
 
     for _start in 1..=2 {
@@ -611,6 +614,8 @@ async fn without_sync_everything_else_is_the_same() {
     wal.record(1_000_000, 1);
     assert_eq!(store.append(START, &[wal.since(START)]).await.unwrap(), wal.position());
     drop(store);
+    drop(data_dir);
+    let data_dir = DataDir::open(root.path(), None, false).unwrap();
     let (_, recovered) = TimelineStore::open(&data_dir, TTID).await.unwrap();
     assert_eq!(end(recovered), wal.position());
 }

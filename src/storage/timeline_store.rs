@@ -67,10 +67,7 @@ impl TimelineStore {
     }
 
     /// Opens an existing timeline: reads its state, finds the end of its WAL, and checks that it is what it was.
-    pub async fn open(
-        data_dir: &DataDir,
-        ttid: pgproto::TenantTimelineId,
-    ) -> Result<(Self, Recovered), OpenError> {
+    pub async fn open(data_dir: &DataDir, ttid: pgproto::TenantTimelineId) -> Result<(Self, Recovered), OpenError> {
         blocking(|| opening::open(data_dir, ttid))
     }
 
@@ -146,17 +143,16 @@ impl TimelineStore {
         let Some(mut chain) = self.chain else { return Err(StorageError::NotAtEnd { at, end: Lsn::INVALID }) };
         let mut entries = Vec::new();
         wal.iter().for_each(|piece| chain.extend(piece, self.term, &mut entries));
-        let started = Instant::now();
         let batch = if length < BULK {
             let record = Record::Append { at, term: self.term, chain: chain.value(), wal: wal.to_vec() };
+            let started = Instant::now();
             let batch = self.commit(record).await?;
-            let written = blocking(|| self.segments.write(at, wal).map_err(StorageError::from));
-            self.remember(written)?;
+            metrics::wal_flushed(started.elapsed());
+            self.write(at, wal, length)?;
             batch
         } else {
             self.append_bulk(at, to, chain.value(), wal).await?
         };
-        metrics::wal_written(length, started.elapsed());
         self.note(chain, entries, batch);
         Ok(to)
     }
@@ -182,12 +178,21 @@ impl TimelineStore {
             let mut noted = self.behind.noted();
             (noted.dirty_to, noted.batch, noted.changed) = (dirty_to, batch, true);
         }
-        let written = blocking(|| {
-            self.segments.write(at, wal)?;
-            self.segments.sync().map_err(StorageError::from)
-        });
+        self.write(at, wal, wal.iter().map(Bytes::len).sum())?;
+        let started = Instant::now();
+        let synced = blocking(|| self.segments.sync().map_err(StorageError::from));
+        self.remember(synced)?;
+        let batch = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await?;
+        metrics::wal_flushed(started.elapsed());
+        Ok(batch)
+    }
+
+    fn write(&mut self, at: Lsn, wal: &[Bytes], length: usize) -> Result<(), StorageError> {
+        let started = Instant::now();
+        let written = blocking(|| self.segments.write(at, wal).map_err(StorageError::from));
         self.remember(written)?;
-        self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await
+        metrics::wal_written(length, started.elapsed());
+        Ok(())
     }
 
     /// Tells the checkpoint what was written.
