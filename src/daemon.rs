@@ -48,6 +48,15 @@ pub async fn cancel_on_signal(shutdown: CancellationToken) {
     }
 }
 
+/// Allows as many open files as the system lets an ordinary process have: a timeline in use has a few, a connection one.
+pub fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!("the limit of open files stays at {:?}: {error}", limit.current);
+    }
+}
+
 /// Exit code 0, or 1 with the reason on standard error.
 pub fn exit_code<E: fmt::Display>(result: Result<(), E>) -> ExitCode {
     match result {

@@ -8,7 +8,8 @@ use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::lanes::Lanes;
 use safekeeper::server::{self, ServerConfig};
-use safekeeper::storage::{self, DataDir, RealDisk};
+use safekeeper::storage::journal::JournalLimits;
+use safekeeper::storage::{self, DataDir, DataDirOptions, RealDisk};
 use safekeeper::timeline::registry::Registry;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
@@ -27,13 +28,44 @@ fn dump_control_file(file: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Says of each timeline what is there; opening the directory has brought it up to date.
+async fn recover(data_dir: &DataDir) -> anyhow::Result<()> {
+    let timelines = data_dir.timelines().context("cannot list the timelines")?;
+    let mut damaged = 0;
+    for ttid in &timelines {
+        match storage::verify(data_dir, *ttid).await {
+            Ok(verified) if verified.fault.is_none() => println!("{ttid} good, WAL ends at {}", verified.end),
+            Ok(verified) => {
+                damaged += 1;
+                let fault = verified.fault.map_or_else(String::new, |fault| fault.to_string());
+                println!("{ttid} damaged, WAL ends at {}: {fault}", verified.end);
+            }
+            Err(error) => {
+                damaged += 1;
+                println!("{ttid} unusable: {error}");
+            }
+        }
+    }
+    anyhow::ensure!(damaged == 0, "{damaged} of {} timelines are damaged", timelines.len());
+    Ok(())
+}
+
 #[tokio::main]
 async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::Result<()> {
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    let data_dir = DataDir::open(&settings.datadir, settings.id, !settings.no_sync)?;
+    daemon::raise_file_limit();
+    let options = DataDirOptions {
+        journal_dir: settings.journal_dir,
+        journal: JournalLimits { total: settings.journal_size.0, ..JournalLimits::default() },
+    };
+    let disk = Arc::new(RealDisk::new(!settings.no_sync));
+    let data_dir = DataDir::open_with(disk, &settings.datadir, settings.id, options)?;
     if settings.init {
         return Ok(());
+    }
+    if settings.recover_only {
+        return recover(&data_dir).await;
     }
     // Before the timelines are loaded, so that a taken port is found out at once.
     let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;

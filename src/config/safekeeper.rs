@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Parser, builder::BoolishValueParser};
 use pgproto::NodeId;
 
-use super::{ForeignFlag, HostPort, LogFormat, Settings, foreign, values};
+use super::{ByteSize, ForeignFlag, HostPort, LogFormat, Settings, foreign, values};
 
 /// Keeps the write-ahead log (WAL) of PostgreSQL servers safe.
 ///
@@ -26,6 +26,16 @@ pub struct SafekeeperSettings {
     /// Directory that holds everything this safekeeper knows. It must exist, and only one process may use it.
     #[arg(short = 'D', long, value_name = "DIR", env = "SAFEKEEPER_DATADIR", default_value = "./")]
     pub datadir: PathBuf,
+
+    /// Directory of the journal, through which every acknowledgement goes: "journal" in the data directory if not given. It
+    /// may be on a device of its own, and must be the same at every start.
+    #[arg(long, value_name = "DIR", env = "SAFEKEEPER_JOURNAL_DIR")]
+    pub journal_dir: Option<PathBuf>,
+
+    /// Most space that the journal takes, 64MiB at least. What is in it is brought into the timelines' own files when half
+    /// of that is used: more space means fewer and larger writes there, and a longer start after a crash.
+    #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_JOURNAL_SIZE", default_value = "256MiB")]
+    pub journal_size: ByteSize,
 
     /// Id of this safekeeper: a number from 1 on, different on each. Needed at the first start, then kept in the data
     /// directory; a later start with another id is refused.
@@ -67,6 +77,13 @@ pub struct SafekeeperSettings {
     #[arg(long)]
     pub init: bool,
 
+    /// Bring the files of all timelines up to date with the journal, check every block of WAL against its checksum, print
+    /// the verdict on each timeline, and exit: with 1 if something is damaged.
+    ///
+    /// For the directory of a node that won't start again: afterwards its segments hold everything it acknowledged.
+    #[arg(long)]
+    pub recover_only: bool,
+
     /// Print a timeline's control file as JSON and exit.
     #[arg(long, value_name = "FILE")]
     pub dump_control_file: Option<PathBuf>,
@@ -76,12 +93,18 @@ impl Settings for SafekeeperSettings {
     const FOREIGN: &'static [ForeignFlag] = foreign::NEON_SAFEKEEPER;
 
     fn check(&self) -> Result<Vec<String>, String> {
+        if self.journal_size.0 < MIN_JOURNAL_SIZE {
+            return Err("--journal-size must be 64MiB at least".into());
+        }
         Ok(match self.no_sync {
             true => vec!["--no-sync: acknowledged WAL is lost when this machine crashes; use it for tests only".into()],
             false => Vec::new(),
         })
     }
 }
+
+/// Four files of the usual size: two in use, one ready, one on its way.
+const MIN_JOURNAL_SIZE: u64 = 64 << 20;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -99,6 +122,9 @@ Examples:
   Is it up, and what does it keep:
     curl -s http://10.0.0.1:7676/v1/status
     curl -s http://10.0.0.1:7676/v1/tenant/timeline
+
+  Its machine is lost, its disk is not: make the files complete, then copy the segments:
+    safekeeper -D /mnt/rescued --recover-only
 
   Pull its WAL with PostgreSQL's own tool:
     pg_receivewal -D wal -d 'host=10.0.0.1 port=5454 user=replicator'

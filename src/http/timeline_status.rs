@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
+use crate::storage::{Fork, ForkHeader};
 use crate::timeline::Timeline;
 use crate::timeline::push::PushStatus;
 use crate::timeline::readers::{ReaderFeedback, ReaderStatus};
@@ -35,6 +36,8 @@ pub(super) struct TimelineStatus {
     walreceivers: Vec<WalReceiver>,
     /// Whether this node can vouch for its log. Not in Neon's.
     health: HealthReport,
+    /// WAL that leaders cut off and that was set aside. Not in Neon's.
+    forks: Vec<ForkReport>,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<String>,
@@ -68,6 +71,34 @@ impl From<&Health> for HealthReport {
             Health::Quarantined(reason) => report.reason = Some(reason.to_string()),
         }
         report
+    }
+}
+
+#[derive(Debug, Serialize)]
+struct ForkReport {
+    file: String,
+    from_lsn: Lsn,
+    to_lsn: Lsn,
+    /// Before `to_lsn` when the limit didn't allow all of it.
+    kept_to_lsn: Lsn,
+    term: Term,
+    cut_by_term: Term,
+    unix_time: u64,
+}
+
+impl From<Fork> for ForkReport {
+    fn from(fork: Fork) -> Self {
+        let file = fork.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+        let ForkHeader { from, to, term, new_term, when, .. } = fork.header;
+        Self {
+            file,
+            from_lsn: from,
+            to_lsn: to,
+            kept_to_lsn: fork.kept_to,
+            term,
+            cut_by_term: new_term,
+            unix_time: when,
+        }
     }
 }
 
@@ -178,6 +209,7 @@ impl TimelineStatus {
             walsenders: timeline.readers().list().into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
             walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
             health: (&*timeline.health()).into(),
+            forks: timeline.forks().into_iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
     }

@@ -10,6 +10,7 @@
 //! Label values never come unfiltered from a peer: what a client calls itself is mapped to a short list
 //! ([`Application`]).
 
+mod journal;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
@@ -21,6 +22,7 @@ use prometheus::{
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
 
+pub use journal::JournalSample;
 pub use safekeeper::{
     Application, IoCounters, QueryKind, RunningQuery, StorageOperation, acceptor_message, control_file_persisted,
     disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader, receiver, storage_operation, wal_flushed,
@@ -47,9 +49,10 @@ pub struct Exposition {
 
 impl Exposition {
     /// What a safekeeper exposes; `timelines` is asked at every scrape.
-    pub fn safekeeper(timelines: impl TimelineSource + 'static) -> Self {
+    pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static) -> Self {
         let mut exposition = Self::process("safekeeper");
         safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(journal::JournalCollector::new(timelines.clone())));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));
         exposition
     }

@@ -8,6 +8,7 @@ use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
 use super::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
 use super::*;
 
+#[derive(Clone)]
 struct Fixed(Vec<TimelineSample>);
 
 impl TimelineSource for Fixed {
@@ -17,6 +18,10 @@ impl TimelineSource for Fixed {
 
     fn not_loaded(&self) -> u64 {
         4
+    }
+
+    fn journal(&self) -> JournalSample {
+        JournalSample { batches: 7, entries: 9, limit_bytes: 1 << 28, ..JournalSample::default() }
     }
 }
 

@@ -8,6 +8,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts};
 
+use super::journal::JournalSample;
 use super::{Reading, flag, known_lsn, must, number_value};
 
 /// Whoever knows the timelines of this node.
@@ -17,6 +18,9 @@ pub trait TimelineSource: Send + Sync {
 
     /// How many timelines are there on disk but could not be loaded.
     fn not_loaded(&self) -> u64;
+
+    /// The journal they share, as it is now.
+    fn journal(&self) -> JournalSample;
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
@@ -26,6 +30,10 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 
     fn not_loaded(&self) -> u64 {
         (**self).not_loaded()
+    }
+
+    fn journal(&self) -> JournalSample {
+        (**self).journal()
     }
 }
 

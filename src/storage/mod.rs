@@ -82,9 +82,10 @@ pub use control_file::{
 pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use errors::{CreateError, OpenError, StorageError};
+pub use forks::{Fork, ForkHeader};
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use segments::{SegmentFile, TimelineFiles};
-pub use timeline_store::{Recovered, TimelineStore};
+pub use timeline_store::{Recovered, TimelineStore, Verified, verify};
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 

@@ -247,6 +247,13 @@ impl Opening<'_> {
     }
 }
 
+/// Reads all WAL there is and finds the first block that isn't what it was.
+pub(super) fn check_all(files: &TimelineFiles, chain: &Chain, size: SegmentSize) -> Result<Option<Fault>, SettleError> {
+    let Some(ledger) = files.ledger()? else { return Ok(None) };
+    let damaged = check_blocks(files, ledger.base(), chain, size)?;
+    Ok(damaged.map(|Damaged { at, reason }| Fault { from: at, acked_end: chain.end(), reason: reason.into() }))
+}
+
 /// Records found in WAL.
 pub(super) struct Scan {
     /// Stands at the end of what was scanned, or where it stopped making sense.

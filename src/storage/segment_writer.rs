@@ -39,11 +39,6 @@ pub(super) struct Touched {
 }
 
 impl Touched {
-    /// Whether there is nothing to make durable.
-    pub fn is_empty(&self) -> bool {
-        self.segments.is_empty() && !self.names
-    }
-
     /// Takes over what `other` noted.
     pub fn absorb(&mut self, other: &mut Touched) {
         self.segments.append(&mut other.segments);

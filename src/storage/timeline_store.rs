@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
-use pgproto::{Lsn, SegmentNumber, SegmentSize, Term};
+use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
 use super::behind::{Noted, WrittenBehind};
 use super::blocking;
@@ -55,6 +55,27 @@ pub struct Recovered {
     pub scanner: Option<RecordScanner>,
     /// Acknowledged WAL that is damaged.
     pub fault: Option<Fault>,
+}
+
+/// What a check of a timeline's files found.
+#[derive(Debug)]
+pub struct Verified {
+    /// End of the WAL; 0 when there is none.
+    pub end: Lsn,
+    /// The first damage.
+    pub fault: Option<Fault>,
+}
+
+/// Opens a timeline that nobody uses and compares every block of its WAL with its checksum.
+pub async fn verify(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<Verified, OpenError> {
+    let (store, recovered) = TimelineStore::open(data_dir, ttid).await?;
+    let end = store.end();
+    let fault = match (recovered.fault, &store.chain) {
+        (None, Some(chain)) => blocking(|| opening::check_all(&store.files, chain, store.size))
+            .map_err(|error| OpenError::NotUpToDate { ttid, reason: error.to_string().into() })?,
+        (fault, _) => fault,
+    };
+    Ok(Verified { end, fault })
 }
 
 impl TimelineStore {

@@ -47,7 +47,7 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{Fork, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -237,6 +237,14 @@ impl Timeline {
             }
         }
         read
+    }
+
+    /// WAL that leaders cut off and that was set aside, the oldest first.
+    pub fn forks(&self) -> Vec<Fork> {
+        self.files.forks().unwrap_or_else(|error| {
+            tracing::warn!(ttid = %self.ttid, "what was set aside can't be listed: {error}");
+            Vec::new()
+        })
     }
 
     /// Its values for metrics.

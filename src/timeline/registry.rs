@@ -14,7 +14,7 @@ use super::Timeline;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{TimelineSample, TimelineSource};
+use crate::metrics::{JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -231,6 +231,21 @@ impl TimelineSource for Registry {
 
     fn not_loaded(&self) -> u64 {
         self.timelines.lock().values().filter(|slot| matches!(slot, Slot::Broken(_))).count() as u64
+    }
+
+    fn journal(&self) -> JournalSample {
+        let journal = self.data_dir.journal();
+        let stats = journal.stats();
+        JournalSample {
+            batches: stats.batches,
+            entries: stats.entries,
+            written_bytes: stats.bytes_written,
+            used_bytes: stats.used,
+            limit_bytes: stats.limit,
+            dirty_timelines: stats.dirty_timelines,
+            failed_checkpoints: stats.failed_checkpoints,
+            failed: journal.failed().is_some(),
+        }
     }
 }
 

@@ -66,7 +66,11 @@ impl Next<'_> {
             }
             Step::Switch { node, configuration } => {
                 let configuration = self.state.issued[configuration].clone();
-                if self.node(node, |node, wal| node.switch(configuration, wal))?? { Ok(()) } else { Err(Stop::Impossible) }
+                if self.node(node, |node, wal| node.switch(configuration, wal))?? {
+                    Ok(())
+                } else {
+                    Err(Stop::Impossible)
+                }
             }
             Step::Pull { node, from } => self.pull(node, from),
             _ => Err(Stop::Impossible),
@@ -74,10 +78,7 @@ impl Next<'_> {
     }
 
     /// Issues what `next` makes of the state, if anything; it is the only one of its generation.
-    fn issue(
-        &mut self,
-        next: impl FnOnce(&State, &[u64]) -> Option<pgproto::walproposer::Configuration>,
-    ) -> Done {
+    fn issue(&mut self, next: impl FnOnce(&State, &[u64]) -> Option<pgproto::walproposer::Configuration>) -> Done {
         let next = next(&self.state, &self.cluster.bounds.new_members).ok_or(Stop::Impossible)?;
         self.state.reconfigurations -= 1;
         Arc::make_mut(&mut self.state.issued).push(next);

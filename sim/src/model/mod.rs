@@ -29,7 +29,10 @@
 //! "it can happen", never "it will happen". Files: a disk here keeps what it was told to keep, the storage tests deal with
 //! those that don't.
 
-#![allow(clippy::indexing_slicing, reason = "an index out of range is a mistake in the model, which must end the search")]
+#![allow(
+    clippy::indexing_slicing,
+    reason = "an index out of range is a mistake in the model, which must end the search"
+)]
 
 pub mod bounds;
 pub mod candidate;

@@ -19,8 +19,7 @@ use super::step::{Envelope, Fate, Queue, Step};
 use super::wal::{self, Log, index_of, lsn_of};
 use super::{Cluster, Event};
 
-const TTID: TenantTimelineId =
-    TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
+const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 
 /// Why a step leads nowhere.
 pub(super) enum Stop {
@@ -181,7 +180,9 @@ impl Next<'_> {
             candidate.proposer = Some(proposer);
         });
         // Only now are votes asked for, so all of them are greeted before one votes.
-        (0..self.state.nodes.len()).filter(|node| greets >> node & 1 == 1).try_for_each(|node| self.connect(index, node))
+        (0..self.state.nodes.len())
+            .filter(|node| greets >> node & 1 == 1)
+            .try_for_each(|node| self.connect(index, node))
     }
 
     fn connect(&mut self, index: usize, node: usize) -> Done {
@@ -276,7 +277,8 @@ impl Next<'_> {
     /// A node that follows is told at once what is committed, and says what it has.
     fn first_append(&mut self, index: usize, node: usize) -> Done {
         let candidate = &self.state.candidates[index].candidate;
-        let follows = candidate.proposer.as_ref().is_some_and(|p| p.peer_state(PeerIndex(node)) == PeerState::Following);
+        let follows =
+            candidate.proposer.as_ref().is_some_and(|p| p.peer_state(PeerIndex(node)) == PeerState::Following);
         if follows { self.tell(index, node) } else { Ok(()) }
     }
 

@@ -170,7 +170,8 @@ impl Node {
     /// The acknowledgements after a flush.
     pub fn acknowledge(&mut self) -> Vec<(usize, AcceptorMessage)> {
         let waiting = std::mem::take(&mut self.unacknowledged);
-        let response = |term| self.acceptor.append_response(term, Default::default()).map(AcceptorMessage::AppendResponse);
+        let response =
+            |term| self.acceptor.append_response(term, Default::default()).map(AcceptorMessage::AppendResponse);
         waiting.into_iter().filter_map(|(session, term)| Some((session, response(term).ok()?))).collect()
     }
 
@@ -217,14 +218,18 @@ impl Node {
                 Action::InitFirstSegment { .. } => {}
                 Action::Truncate { end } => self.truncate(end)?,
                 Action::Write { at, wal: bytes } => {
-                    let index = index_of(at).filter(|index| *index == self.log.len()).ok_or("written not at the end")?;
+                    let index =
+                        index_of(at).filter(|index| *index == self.log.len()).ok_or("written not at the end")?;
                     self.log.push(wal.author_of(index, &bytes).ok_or("what is written is no record")?);
                 }
                 Action::Flush => self.flushed = self.log.len(),
                 Action::Reply(message) => reply = Some(message),
             }
         }
-        Ok(Handled { reply, cut: !before.is_empty() && !before.agrees_with(&self.log) || self.log.len() < before.len() })
+        Ok(Handled {
+            reply,
+            cut: !before.is_empty() && !before.agrees_with(&self.log) || self.log.len() < before.len(),
+        })
     }
 
     fn persist(&mut self, state: ControlState) -> Result<(), Broken> {

@@ -9,10 +9,10 @@ use pgproto::walproposer::{Configuration, Member};
 use pgproto::{Generation, NodeId, Term};
 use stateright::Property;
 
+use super::Cluster;
 use super::node::Node;
 use super::state::State;
 use super::wal::{index_of, lsn_of};
-use super::Cluster;
 
 /// All of them, by number of the specification where they have one.
 pub fn all() -> Vec<Property<Cluster>> {
@@ -28,7 +28,9 @@ pub fn all() -> Vec<Property<Cluster>> {
         Property::always("5b any quorum would elect a leader that has all that is committed", |_, state: &State| {
             any_quorum_keeps_committed(state)
         }),
-        Property::always("5c what a node calls committed is committed", |_, state: &State| local_commits_are_true(state)),
+        Property::always("5c what a node calls committed is committed", |_, state: &State| {
+            local_commits_are_true(state)
+        }),
         Property::always("6 a generation is one configuration", |_, state: &State| generations_are_unique(state)),
         Property::always("9 a follower's log is a prefix of its leader's", |_, state: &State| followers_agree(state)),
         Property::always("11 a log's history says who wrote it", |_, state: &State| histories_are_true(state)),
@@ -88,7 +90,8 @@ fn any_quorum_keeps_committed(state: &State) -> bool {
     state.issued.iter().all(|configuration| {
         let able: Vec<_> = state.present().filter(|(_, node)| on(node, configuration.generation)).collect();
         (1..1usize << able.len()).all(|choice| {
-            let voters = || able.iter().enumerate().filter(move |(bit, _)| choice >> bit & 1 == 1).map(|(_, node)| *node);
+            let voters =
+                || able.iter().enumerate().filter(move |(bit, _)| choice >> bit & 1 == 1).map(|(_, node)| *node);
             if !is_quorum(configuration, state.nodes.len(), |id| voters().any(|(index, _)| id.0 == index as u64 + 1)) {
                 return true;
             }
@@ -137,9 +140,9 @@ fn generations_are_unique(state: &State) -> bool {
 /// Once it was cut by its leader, which its history shows.
 fn followers_agree(state: &State) -> bool {
     state.leaders().all(|(leader, term)| {
-        let mut followers = state.present().filter(|(_, node)| {
-            node.control().term == term && node.control().term_history.last_term() == term
-        });
+        let mut followers = state
+            .present()
+            .filter(|(_, node)| node.control().term == term && node.control().term_history.last_term() == term);
         followers.all(|(_, node)| node.log().len() <= leader.log.len() && node.log().agrees_with(&leader.log))
     })
 }
@@ -185,8 +188,9 @@ fn term_starts_are_unique(state: &State) -> bool {
 /// A leader's belief holds for as long as the node is in its term.
 fn acknowledged_is_durable(state: &State) -> bool {
     state.leaders().all(|(leader, term)| {
-        state.present().filter(|(_, node)| node.control().term == term).all(|(index, node)| {
-            leader.acknowledged(index) <= node.durable_log().end()
-        })
+        state
+            .present()
+            .filter(|(_, node)| node.control().term == term)
+            .all(|(index, node)| leader.acknowledged(index) <= node.durable_log().end())
     })
 }

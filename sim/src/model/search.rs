@@ -63,7 +63,11 @@ impl Search {
         if let Some(limit) = self.limit {
             builder = builder.timeout(limit);
         }
-        if self.breadth_first { self.watch(builder.spawn_bfs(), progress) } else { self.watch(builder.spawn_dfs(), progress) }
+        if self.breadth_first {
+            self.watch(builder.spawn_bfs(), progress)
+        } else {
+            self.watch(builder.spawn_dfs(), progress)
+        }
     }
 
     fn watch(self, mut checker: impl Checker<Cluster>, mut progress: impl FnMut(usize, usize, Duration)) -> Outcome {
@@ -112,7 +116,8 @@ impl fmt::Display for Outcome {
         let how = if self.complete { "all states within the bounds" } else { "not all states" };
         writeln!(f, "{how}: {} states, {} steps, depth {}", self.unique, self.steps, self.depth)?;
         writeln!(f, "took {:.1} s, {rate:.0} states/s", self.took.as_secs_f64())?;
-        let seen: Vec<_> = self.events.iter().filter(|(_, times)| *times > 0).map(|(e, t)| format!("{e:?} {t}")).collect();
+        let seen: Vec<_> =
+            self.events.iter().filter(|(_, times)| *times > 0).map(|(e, t)| format!("{e:?} {t}")).collect();
         writeln!(f, "seen: {}", seen.join(", "))?;
         match &self.failure {
             Some(failure) => write!(f, "{failure}"),
@@ -133,10 +138,21 @@ impl fmt::Display for Failure {
         writeln!(f, "  committed {:?}", self.state.committed.log)?;
         for (index, node) in self.state.present() {
             let (term, history) = (node.control().term, node.visible_history());
-            writeln!(f, "  node {index}: term {term}, log {:?}, {} durable, history {history:?}", node.log(), node.flushed())?;
+            writeln!(
+                f,
+                "  node {index}: term {term}, log {:?}, {} durable, history {history:?}",
+                node.log(),
+                node.flushed()
+            )?;
         }
         for (index, candidate) in self.state.candidates().enumerate() {
-            writeln!(f, "  candidate {index}: elected {:?}, leads {:?}, log {:?}", candidate.elected, candidate.leads(), candidate.log)?;
+            writeln!(
+                f,
+                "  candidate {index}: elected {:?}, leads {:?}, log {:?}",
+                candidate.elected,
+                candidate.leads(),
+                candidate.log
+            )?;
         }
         Ok(())
     }

@@ -177,13 +177,7 @@ impl Cluster {
         }
     }
 
-    fn link_steps(
-        &self,
-        state: &State,
-        (index, node): (usize, usize),
-        candidate: &Candidate,
-        steps: &mut Vec<Step>,
-    ) {
+    fn link_steps(&self, state: &State, (index, node): (usize, usize), candidate: &Candidate, steps: &mut Vec<Step>) {
         let link = &candidate.links[node];
         let any_order = self.bounds.network == Network::Datagrams;
         let reach = |len: usize| if any_order { len } else { len.min(1) };
@@ -196,7 +190,8 @@ impl Cluster {
             if duplicated {
                 steps.push(Step::Deliver { message, fate: Fate::Duplicated });
             }
-            if self.bounds.network == Network::Exchange && state.budget.breaks > 0 && answered_at_once(link, message.at) {
+            if self.bounds.network == Network::Exchange && state.budget.breaks > 0 && answered_at_once(link, message.at)
+            {
                 steps.push(Step::Deliver { message, fate: Fate::AnswerLost });
             }
             if state.budget.crashes > 0 {

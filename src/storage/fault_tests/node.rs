@@ -14,9 +14,9 @@ use pgproto::{Generation, Lsn, NodeId, Term};
 use super::script::{Line, Script, TIMELINES};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
 use crate::consensus::history::TermHistory;
+use crate::storage::journal::JournalLimits;
 use crate::storage::simdisk::SimDisk;
 use crate::storage::test_wal::{PG_VERSION, SIZE, SYSTEM_ID, new_timeline};
-use crate::storage::journal::JournalLimits;
 use crate::storage::{
     CreateError, DataDir, DataDirError, DataDirOptions, OpenError, Recovered, StorageError, TimelineStore, WalReader,
 };
