@@ -205,10 +205,12 @@ impl Driver {
     }
 
     /// The LSN to which the safekeepers were brought, once everybody who isn't offline is there and heard the last news.
-    /// Whoever was not tried yet may be there too.
+    /// Not offline are also those not tried yet, and those about to get the timeline.
     fn synced(&mut self) -> Option<Lsn> {
         let lsn = self.proposer.synced()?;
-        if !self.peers.iter().all(|slot| slot.link.is_some() || slot.down.is_some()) {
+        let may_create = self.may_create.load(Ordering::Acquire);
+        let offline = |down: &PeerDown| !(down.lacks_timeline && may_create);
+        if !self.peers.iter().all(|slot| slot.link.is_some() || slot.down.as_ref().is_some_and(offline)) {
             return None;
         }
         let Some(farewell_at) = self.farewell_at else {
