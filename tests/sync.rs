@@ -1,7 +1,7 @@
 //! `walproposer --sync-safekeepers`: after the primary is lost, unequal tails of the safekeepers become one log.
 
 use std::fs::File;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
@@ -12,29 +12,55 @@ fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
 }
 
-/// Runs a sync to its end; what it printed on standard output, and whether it succeeded.
-fn run(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<(String, bool)> {
-    let addresses: Vec<_> = safekeepers.iter().map(Safekeeper::pg_address).collect();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_walproposer"))
-        .args(["--sync-safekeepers", "--safekeepers", &addresses.join(",")])
-        .args(args)
-        .stdout(Stdio::piped())
-        .stderr(File::options().create(true).append(true).open(scratch.log("sync"))?)
-        .spawn()?;
-    let ended = wait_for(secs(120), "the sync to end", || child.try_wait()?.context("it still runs"));
-    if ended.is_err() {
-        child.kill()?;
+/// A sync under way.
+struct Sync(Option<Child>);
+
+impl Drop for Sync {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.0 {
+            let _ = child.kill().and_then(|()| child.wait());
+        }
     }
-    let status = ended?;
-    let output = child.wait_with_output()?;
-    Ok((String::from_utf8(output.stdout)?, status.success()))
 }
 
-fn sync(scratch: &Scratch, cluster: &Cluster) -> Result<Lsn> {
-    let (printed, success) = run(scratch, &cluster.safekeepers, &[])?;
+impl Sync {
+    fn start(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<Sync> {
+        let addresses: Vec<_> = safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let child = Command::new(env!("CARGO_BIN_EXE_walproposer"))
+            .args(["--sync-safekeepers", "--safekeepers", &addresses.join(",")])
+            .args(args)
+            .stdout(Stdio::piped())
+            .stderr(File::options().create(true).append(true).open(scratch.log("sync"))?)
+            .spawn()?;
+        Ok(Sync(Some(child)))
+    }
+
+    fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.0.as_mut().context("a process")?.try_wait()?.is_some())
+    }
+
+    /// Waits for the end; what was printed on standard output, and whether it succeeded.
+    fn end(mut self) -> Result<(String, bool)> {
+        wait_for(secs(120), "the sync to end", || Ok(ensure!(self.has_ended()?, "it still runs")))?;
+        let output = self.0.take().context("a process")?.wait_with_output()?;
+        Ok((String::from_utf8(output.stdout)?, output.status.success()))
+    }
+}
+
+/// Runs a sync to its end.
+fn run(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<(String, bool)> {
+    Sync::start(scratch, safekeepers, args)?.end()
+}
+
+/// The LSN that a sync printed, and nothing else.
+fn printed((printed, success): (String, bool)) -> Result<Lsn> {
     ensure!(success, "the sync failed");
     let lsn = printed.strip_suffix('\n').context("a line")?;
     lsn.parse().with_context(|| format!("it printed {printed:?}, not an LSN alone"))
+}
+
+fn sync(scratch: &Scratch, cluster: &Cluster) -> Result<Lsn> {
+    printed(run(scratch, &cluster.safekeepers, &[])?)
 }
 
 fn flush_lsns(cluster: &Cluster) -> Result<Vec<Lsn>> {
@@ -121,6 +147,35 @@ fn a_node_that_is_down_is_not_waited_for_and_follows_later() {
         ensure!(tails.get(1) == Some(&lsn), "safekeepers 2 and 3 have up to {:?}, not {lsn}", tails.get(1));
         cluster.safekeeper(0)?.start()?;
         ensure!(sync(scratch, &cluster)? == lsn, "what was committed meanwhile wins over the longer tail");
+        assert_equal(&cluster, lsn)?;
+        cluster.compare_all(lsn)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_safekeeper_with_an_emptied_disk_does_not_vote_away_what_it_had() {
+    scenario("sync-emptied", |scratch| {
+        let (mut cluster, tails) = wreck(scratch)?;
+        // Of those that had what was committed one is away and the other forgot it; the third is behind.
+        cluster.safekeeper(0)?.kill()?;
+        let emptied = cluster.safekeeper(1)?;
+        emptied.kill()?;
+        std::fs::remove_dir_all(emptied.data_dir())?;
+        std::fs::create_dir(emptied.data_dir())?;
+        emptied.start()?;
+        let ttid = cluster.ttid().to_owned();
+        let args = ["--tenant-id", ttid.as_str(), "--timeline-id", ttid.as_str()];
+        let mut sync = Sync::start(scratch, &cluster.safekeepers, &args)?;
+        wait_for(secs(60), "the emptied safekeeper to be found out", || {
+            let log = std::fs::read_to_string(scratch.log("sync"))?;
+            ensure!(!sync.has_ended()?, "it ended without anybody who has what was committed");
+            Ok(ensure!(log.contains("no such timeline"), "nothing in the log"))
+        })?;
+        cluster.safekeeper(0)?.start()?;
+        let lsn = printed(sync.end()?)?;
+        ensure!(tails.first() == Some(&lsn), "{lsn} of {tails:?}");
+        // The emptied one was filled once a leader was elected without it.
         assert_equal(&cluster, lsn)?;
         cluster.compare_all(lsn)?;
         Ok(())

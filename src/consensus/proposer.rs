@@ -304,6 +304,11 @@ impl Proposer {
         self.peers.get(peer.0).map_or(PeerState::Offline, |p| p.state)
     }
 
+    /// Whether the members are those of a configuration, not simply the listed acceptors.
+    pub fn has_configuration(&self) -> bool {
+        self.config.configuration.generation != Generation(0)
+    }
+
     /// Node id of a peer, once known.
     pub fn node_id(&self, peer: PeerIndex) -> Option<NodeId> {
         self.peers.get(peer.0).and_then(|p| p.node_id)

@@ -65,6 +65,12 @@ pub enum ConnectError {
         /// The timeline's.
         there: SystemId,
     },
+    /// The safekeeper doesn't have the timeline, and it isn't the time to create one there.
+    #[error(
+        "it has no such timeline. Its disk may have been emptied, so it must not help to elect a leader; it gets the \
+         timeline once one is elected, or a majority of the safekeepers has none"
+    )]
+    NoTimeline,
     /// An authentication method that isn't spoken here, or a missing password.
     #[error("{0}")]
     Authentication(String),

@@ -9,6 +9,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -24,6 +25,7 @@ use super::peer::{self, Event, Link, PeerDown};
 use super::status::{PeerReport, Status};
 use super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
 use super::{PrimaryFacts, Settings};
+use crate::consensus::membership::majority;
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
 use crate::metrics::walproposer as metrics;
 use crate::retry::Backoff;
@@ -90,6 +92,8 @@ pub(super) struct Driver {
     peers: Vec<PeerSlot>,
     buffer: WalBuffer,
     elected_at: Option<Instant>,
+    /// Whether safekeepers that lack the timeline shall create it.
+    may_create: Arc<AtomicBool>,
     /// When the followers last got on towards the start of the term, and the sum of their positions then.
     got_on: (Instant, u64),
     /// When everybody was told the last news before a sync ends.
@@ -127,9 +131,16 @@ impl Driver {
         let (peer_events, peers_inbox) = mpsc::channel(256);
         let (donor_events, donors_inbox) = mpsc::channel(64);
         let (upstream_events, upstream_inbox) = mpsc::channel(1);
+        let may_create = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
         for (index, address) in status.safekeepers().iter().enumerate() {
-            tasks.spawn(peer::run(PeerIndex(index), address.clone(), facts, peer_events.clone()));
+            tasks.spawn(peer::run(
+                PeerIndex(index),
+                address.clone(),
+                facts,
+                Arc::clone(&may_create),
+                peer_events.clone(),
+            ));
         }
         let now = Instant::now();
         let slot = |_| PeerSlot::new(None, now);
@@ -139,6 +150,7 @@ impl Driver {
             peers: status.safekeepers().iter().map(slot).collect(),
             buffer: WalBuffer::new(Lsn::INVALID, buffer_size),
             elected_at: None,
+            may_create,
             got_on: (now, 0),
             farewell_at: None,
             commit_news: Box::pin(tokio::time::sleep(COMMIT_NEWS_DELAY)),
@@ -193,10 +205,12 @@ impl Driver {
     }
 
     /// The LSN to which the safekeepers were brought, once everybody who isn't offline is there and heard the last news.
-    /// Whoever was not tried yet may be there too.
+    /// Not offline are also those not tried yet, and those about to get the timeline.
     fn synced(&mut self) -> Option<Lsn> {
         let lsn = self.proposer.synced()?;
-        if !self.peers.iter().all(|slot| slot.link.is_some() || slot.down.is_some()) {
+        let may_create = self.may_create.load(Ordering::Acquire);
+        let offline = |down: &PeerDown| !(down.lacks_timeline && may_create);
+        if !self.peers.iter().all(|slot| slot.link.is_some() || slot.down.as_ref().is_some_and(offline)) {
             return None;
         }
         let Some(farewell_at) = self.farewell_at else {
@@ -237,6 +251,7 @@ impl Driver {
             }
             Event::Disconnected(index, down) => {
                 self.disconnected(index, Some(down));
+                self.review_creation();
                 Ok(())
             }
         }
@@ -257,6 +272,7 @@ impl Driver {
                     metrics::elected();
                     self.elected_at = Some(Instant::now());
                     self.got_on = (Instant::now(), 0);
+                    self.review_creation();
                     self.buffer = WalBuffer::new(start, self.buffer_size);
                     self.connect_upstream();
                 }
@@ -297,11 +313,25 @@ impl Driver {
         }
     }
 
+    /// A safekeeper without the timeline is new, or was emptied and forgot what it had acknowledged: it must not help to
+    /// elect a leader who then lacks that (spec: semantics 21.4). So it gets the timeline only once a leader was elected
+    /// without it, or when a majority has none, which is how a timeline begins. With a membership configuration a node comes
+    /// in by a change of that alone.
+    fn review_creation(&self) {
+        let lacks =
+            |slot: &&PeerSlot| slot.link.is_none() && slot.down.as_ref().is_some_and(|down| down.lacks_timeline);
+        let begins = self.peers.iter().filter(lacks).count() >= majority(self.peers.len());
+        let led = self.proposer.term_start().is_some();
+        self.may_create.store((begins || led) && !self.proposer.has_configuration(), Ordering::Release);
+    }
+
     /// A lost connection and each new reason for not getting one are worth a warning, the same reason again is not.
     fn log_down(&self, index: PeerIndex, down: &PeerDown) {
         let (safekeeper, reason) = (self.address(index), &down.reason);
         let known = self.peers.get(index.0).and_then(|slot| slot.down.as_ref());
-        if self.link(index).is_some() {
+        if down.lacks_timeline {
+            tracing::info!(%safekeeper, %reason, "no connection yet");
+        } else if self.link(index).is_some() {
             tracing::warn!(%safekeeper, %reason, "connection lost");
         } else if known.is_none_or(|known| known.reason != *reason) {
             tracing::warn!(%safekeeper, %reason, "no connection; trying again and again");
@@ -639,6 +669,32 @@ mod tests {
             let wal = Bytes::from(vec![0; 64 * 1024]);
             let event = UpstreamEvent::Wal { start: driver.buffer.end(), wal };
             driver.on_upstream(Ok(event)).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
+        let mut driver = driver();
+        let lacks = |driver: &mut Driver, index| {
+            let down = PeerDown { reason: "no timeline".to_owned(), lacks_timeline: true, next_retry_at: None };
+            driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
+            driver.may_create.load(Ordering::Acquire)
+        };
+        let _first = follow(&mut driver, 0);
+        assert!(!lacks(&mut driver, 2), "one of three: it may have forgotten what it acknowledged");
+        let _second = follow(&mut driver, 1);
+        vote(&mut driver, 0);
+        vote(&mut driver, 1);
+        assert!(lacks(&mut driver, 2), "the leader has what the others have, and fills it");
+    }
+
+    #[tokio::test]
+    async fn a_timeline_begins_where_a_majority_has_none() {
+        let mut driver = driver();
+        for (index, may_create) in [(0, false), (2, true)] {
+            let down = PeerDown { reason: "no timeline".to_owned(), lacks_timeline: true, next_retry_at: None };
+            driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
+            assert_eq!(driver.may_create.load(Ordering::Acquire), may_create);
         }
     }
 

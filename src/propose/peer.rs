@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use bytes::{BufMut, BytesMut};
-use pgproto::backend::BackendMessage;
+use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
 use pgproto::{SystemId, frame};
 use tokio::io::AsyncWriteExt;
@@ -52,6 +52,8 @@ pub(super) enum Event {
 #[derive(Debug, Clone)]
 pub(super) struct PeerDown {
     pub(super) reason: String,
+    /// It answers, and has no such timeline.
+    pub(super) lacks_timeline: bool,
     pub(super) next_retry_at: Option<Instant>,
 }
 
@@ -88,13 +90,23 @@ impl Link {
     }
 }
 
-/// Keeps a connection to the safekeeper until the driver is gone.
-pub(super) async fn run(index: PeerIndex, address: HostPort, facts: PrimaryFacts, events: mpsc::Sender<Event>) {
+/// Keeps a connection to the safekeeper until the driver is gone. The timeline is created there only while `may_create`.
+pub(super) async fn run(
+    index: PeerIndex,
+    address: HostPort,
+    facts: PrimaryFacts,
+    may_create: Arc<AtomicBool>,
+    events: mpsc::Sender<Event>,
+) {
     let mut backoff = Backoff::for_peers();
     loop {
         tokio::time::sleep(backoff.wait(Instant::now())).await;
-        let reason = match connect(&address, &facts).await {
-            Err(error) => error.to_string(),
+        let mut lacks_timeline = false;
+        let reason = match connect(&address, &facts, may_create.load(Ordering::Acquire)).await {
+            Err(error) => {
+                lacks_timeline = matches!(error, ConnectError::NoTimeline);
+                error.to_string()
+            }
             Ok(connection) => {
                 let (queue, outgoing) = mpsc::channel(OUTBOUND_QUEUE);
                 let wants_room = Arc::new(AtomicBool::new(false));
@@ -115,28 +127,29 @@ pub(super) async fn run(index: PeerIndex, address: HostPort, facts: PrimaryFacts
             }
         };
         backoff.failed(Instant::now());
-        let down = PeerDown { reason, next_retry_at: backoff.next_retry_at() };
+        let down = PeerDown { reason, lacks_timeline, next_retry_at: backoff.next_retry_at() };
         if events.send(Event::Disconnected(index, down)).await.is_err() {
             return;
         }
     }
 }
 
-async fn connect(address: &HostPort, facts: &PrimaryFacts) -> Result<Connection, ConnectError> {
+async fn connect(address: &HostPort, facts: &PrimaryFacts, may_create: bool) -> Result<Connection, ConnectError> {
     let mut connection = safekeepers::connect(address, facts.ttid, Some("walproposer")).await?;
-    check_cluster(&mut connection, facts.server.system_id).await?;
-    connection.start_copy("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'true')").await?;
+    check_timeline(&mut connection, facts.server.system_id, may_create).await?;
+    let push = format!("START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}')");
+    connection.start_copy(&push).await?;
     Ok(connection)
 }
 
 /// A safekeeper takes WAL of whatever cluster a proposer names, as a compute may change its identifier. A stock primary
 /// never does, so one that comes with another cluster's timeline is stopped here, before it asks for a vote.
-async fn check_cluster(connection: &mut Connection, expected: SystemId) -> Result<(), ConnectError> {
-    if !expected.is_known() {
-        return Ok(());
-    }
+async fn check_timeline(connection: &mut Connection, expected: SystemId, may_create: bool) -> Result<(), ConnectError> {
     let rows = match connection.query("IDENTIFY_SYSTEM").await {
         Ok(rows) => rows,
+        Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT && !may_create => {
+            return Err(ConnectError::NoTimeline);
+        }
         // It has no such timeline, or no WAL of it.
         Err(ConnectError::Server(_)) => return Ok(()),
         Err(error) => return Err(error),
@@ -144,7 +157,9 @@ async fn check_cluster(connection: &mut Connection, expected: SystemId) -> Resul
     let value = rows.first().and_then(|row| row.first()?.as_ref());
     let known = value.and_then(|value| std::str::from_utf8(value).ok()?.parse().ok()).map(SystemId);
     match known {
-        Some(there) if there.is_known() && there != expected => Err(ConnectError::WrongCluster { expected, there }),
+        Some(there) if there.is_known() && expected.is_known() && there != expected => {
+            Err(ConnectError::WrongCluster { expected, there })
+        }
         _ => Ok(()),
     }
 }
@@ -246,7 +261,7 @@ mod tests {
     use std::time::Duration;
 
     use bytes::Bytes;
-    use pgproto::backend::{ErrorFields, SqlState, encode};
+    use pgproto::backend::{ErrorFields, encode};
     use pgproto::walproposer::AppendRequest;
     use pgproto::{Generation, Lsn, TenantTimelineId, Term};
     use tokio::io::AsyncReadExt;
@@ -296,7 +311,7 @@ mod tests {
         let server =
             ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: pgproto::SegmentSize::DEFAULT };
         let facts = PrimaryFacts { ttid, server, initial_start: Lsn(0x100_0000) };
-        tasks.spawn(run(PeerIndex(0), address, facts, events));
+        tasks.spawn(run(PeerIndex(0), address, facts, Arc::new(AtomicBool::new(true)), events));
         let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };
         // Full, and not emptied although asked to tell: the writer waits for the socket.
         loop {
