@@ -43,7 +43,7 @@ mod trace;
 
 use std::time::Duration;
 
-use pgproto::{TenantId, TenantTimelineId, TimelineId};
+use pgproto::{Lsn, TenantId, TenantTimelineId, TimelineId};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -132,7 +132,6 @@ struct Cluster {
     trace: Trace,
     /// For the look at everything at the end.
     inspector: reader::Setup,
-    damaged: usize,
 }
 
 impl Cluster {
@@ -174,7 +173,7 @@ impl Cluster {
         };
         let inspector = reader(scenario.readers);
         let (oracle, trace) = (oracle.clone(), trace.clone());
-        Self { nemesis, readers, oracle, trace, inspector, damaged: (scenario.nodes - 1) / 2 }
+        Self { nemesis, readers, oracle, trace, inspector }
     }
 
     async fn live(&mut self) {
@@ -212,35 +211,30 @@ impl Cluster {
         }
     }
 
+    /// A node without damage that lacks what is committed, or can't go on.
     fn first_behind(&self, goal: u64) -> Option<String> {
-        self.nemesis.nodes.iter().enumerate().find_map(|(number, node)| {
-            let has = node.timeline().map(|timeline| (timeline.progress().commit_lsn, timeline.failure()));
-            let may_be_damaged = self.nemesis.stats.bit_flips > 0 && number < self.damaged;
-            match has {
-                Ok((commit, _)) if commit.0 >= goal => None,
-                _ if may_be_damaged => None,
-                other => Some(format!("node{number}: {other:?}")),
-            }
+        let undamaged = self.nemesis.nodes.iter().filter(|node| !node.is_damaged());
+        undamaged.clone().find_map(Node::complaint).or_else(|| {
+            let has = |node: &Node| node.timeline().map_or(Lsn::INVALID, |timeline| timeline.progress().commit_lsn);
+            let behind = undamaged.clone().find(|node| has(node).0 < goal);
+            behind.map(|node| format!("{} has only {}", node.host(), has(node)))
         })
     }
 
-    /// Every node must show all that is committed there, or say that it can't; only a damaged one may do that.
+    /// Every node must show all that is committed there; only a damaged one may say that it can't.
     async fn inspect(&mut self) {
         self.nemesis.proposers.kill(0, false);
-        for number in 0..self.nemesis.nodes.len() {
-            let Ok(timeline) = self.nemesis.nodes[number].timeline() else {
-                self.nemesis.stats.nodes_at_fault += 1;
-                continue;
-            };
+        for (number, node) in self.nemesis.nodes.iter().enumerate() {
+            self.nemesis.stats.nodes_at_fault += u64::from(node.complaint().is_some());
+            let Ok(timeline) = node.timeline() else { continue };
             let end = timeline.progress().commit_lsn;
             if let Err(reason) = reader::read_all(&self.inspector, number, end).await {
                 note!(self.trace, "node{number} doesn't show all it has: {reason}");
-                if number >= self.damaged || self.nemesis.stats.bit_flips == 0 {
-                    self.oracle.violate(format!("node{number} without damage: {reason}"));
+                if !node.is_damaged() {
+                    self.oracle.violate(format!("node{number}, undamaged, doesn't show all it has: {reason}"));
                 }
-                self.nemesis.stats.reads_refused += 1;
-                self.nemesis.stats.nodes_at_fault += 1;
             }
         }
+        self.nemesis.stats.reads_refused = self.nemesis.nodes.iter().map(Node::reads_refused).sum();
     }
 }

@@ -240,6 +240,7 @@ impl Nemesis {
             disk.flip_bit(path, byte, u8::try_from(bit).unwrap()).expect("the file is as long as that");
         }
         note!(self.trace, "{bits} bits flip in {} of node{index}", path.display());
+        self.nodes[index].set_damaged();
         self.stats.bit_flips += bits;
     }
 

@@ -3,16 +3,18 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
 use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage};
 use pgproto::{Lsn, NodeId, SegmentSize, Term};
+use safekeeper::consensus::health::Health;
 use safekeeper::consensus::state::{ControlState, ServerInfo};
 use safekeeper::lanes::Lanes;
 use safekeeper::server::{Horizon, cut};
-use safekeeper::storage::DataDir;
 use safekeeper::storage::simdisk::{SimDisk, Survivors};
+use safekeeper::storage::{DataDir, ReadError};
 use safekeeper::timeline::push::{Ack, PushSession};
 use safekeeper::timeline::registry::{LookupError, Registry};
 use safekeeper::timeline::{Timeline, TimelineError};
@@ -43,6 +45,9 @@ struct Shared {
     trace: Trace,
     sabotage: Sabotage,
     running: Mutex<Option<Running>>,
+    /// Bits of its files were flipped.
+    damaged: AtomicBool,
+    reads_refused: AtomicU64,
 }
 
 /// One life of the process.
@@ -57,7 +62,17 @@ impl Node {
     pub fn new(number: usize, network: Network, oracle: Oracle, trace: Trace, sabotage: Sabotage) -> Self {
         let disk = SimDisk::with_dir(Path::new(DATA_DIR));
         disk.set_lying(sabotage == Sabotage::SyncsThatDoNothing);
-        Self(Arc::new(Shared { number, disk, network, oracle, trace, sabotage, running: Mutex::new(None) }))
+        Self(Arc::new(Shared {
+            number,
+            disk,
+            network,
+            oracle,
+            trace,
+            sabotage,
+            running: Mutex::new(None),
+            damaged: AtomicBool::new(false),
+            reads_refused: AtomicU64::new(0),
+        }))
     }
 
     /// Its place in the network.
@@ -68,6 +83,34 @@ impl Node {
     /// Its disk.
     pub fn disk(&self) -> &SimDisk {
         &self.0.disk
+    }
+
+    /// Notes that its files were damaged: from now on it may refuse what others must do.
+    pub fn set_damaged(&self) {
+        self.0.damaged.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether its files were ever damaged.
+    pub fn is_damaged(&self) -> bool {
+        self.0.damaged.load(Ordering::Relaxed)
+    }
+
+    /// Reads of committed WAL that it refused because of damage.
+    pub fn reads_refused(&self) -> u64 {
+        self.0.reads_refused.load(Ordering::Relaxed)
+    }
+
+    /// What is wrong with it that nothing but damage excuses.
+    pub fn complaint(&self) -> Option<String> {
+        let host = self.host();
+        match self.timeline() {
+            Ok(timeline) => match (timeline.failure(), &*timeline.health()) {
+                (Some(reason), _) => Some(format!("{host} takes no writes: {reason}")),
+                (None, Health::Sound) => None,
+                (None, health) => Some(format!("{host} is {}: {health:?}", health.name())),
+            },
+            Err(reason) => Some(format!("{host}: {reason}")),
+        }
     }
 
     /// Whether its process runs.
@@ -94,7 +137,7 @@ impl Node {
         note!(shared.trace, "{} started", self.host());
         let mut tasks = JoinSet::new();
         let accept = shared.network.listen(self.host());
-        let seen = Seen { node: self.clone(), registry: Arc::clone(&registry) };
+        let seen = Seen { node: self.clone(), life: Arc::clone(&life), registry: Arc::clone(&registry) };
         tasks.spawn(seen.clone().listen(accept));
         tasks.spawn(seen.watch_itself());
         *shared.running.lock() = Some(Running { life, registry, tasks });
@@ -124,6 +167,7 @@ impl Node {
 #[derive(Clone)]
 struct Seen {
     node: Node,
+    life: Arc<Life>,
     registry: Arc<Registry>,
 }
 
@@ -165,6 +209,10 @@ impl Seen {
         loop {
             if let Ok(timeline) = self.registry.get(TTID) {
                 self.shared().oracle.looked_at(self.shared().number, &timeline.progress());
+                let health = timeline.health();
+                if !health.is_sound() && !self.node.is_damaged() {
+                    self.shared().oracle.violate(format!("{}, undamaged, is {health:?}", self.node.host()));
+                }
             }
             sleep(Duration::from_millis(20)).await;
         }
@@ -297,6 +345,17 @@ impl Seen {
         }
     }
 
+    /// Only damage is a reason for not having what is committed. What a leader may see can be cut off meanwhile.
+    fn refused(&self, at: Lsn, term: Option<Term>, error: ReadError) -> String {
+        let host = self.node.host();
+        if self.node.is_damaged() {
+            self.shared().reads_refused.fetch_add(1, Ordering::Relaxed);
+        } else if term.is_none() && !self.life.has_ended() {
+            self.shared().oracle.violate(format!("{host}, undamaged, can't read committed WAL at {at}: {error}"));
+        }
+        error.to_string()
+    }
+
     /// As `server::start_replication` does.
     async fn read(
         &self,
@@ -319,7 +378,8 @@ impl Seen {
             let horizon_end = horizon.end().map_err(|error| format!("{error:?}"))?;
             let end = self.shared().sabotage.horizon(&timeline, horizon_end);
             if at < end {
-                let bytes = timeline.read_wal(&mut wal, at, cut(at, end)).await.map_err(|error| error.to_string())?;
+                let read = timeline.read_wal(&mut wal, at, cut(at, end)).await;
+                let bytes = read.map_err(|error| self.refused(at, term, error))?;
                 horizon.confirm().map_err(|error| format!("{error:?}"))?;
                 let next = Lsn(at.0 + bytes.len() as u64);
                 if !sender.send(Reply::Wal { start: at, wal: bytes }).await {

@@ -22,8 +22,13 @@ impl Life {
         self.ended.store(true, Ordering::Relaxed);
     }
 
+    /// Whether it did.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
     fn check(&self) -> io::Result<()> {
-        if self.ended.load(Ordering::Relaxed) { Err(io::Error::other("the process is dead")) } else { Ok(()) }
+        if self.has_ended() { Err(io::Error::other("the process is dead")) } else { Ok(()) }
     }
 }
 

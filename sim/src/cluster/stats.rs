@@ -47,7 +47,7 @@ pub struct Stats {
     pub bit_flips: u64,
     /// Reads refused by nodes because of damage.
     pub reads_refused: u64,
-    /// Nodes that at the end were in a state of fault.
+    /// Nodes that at the end said of themselves that they are damaged.
     pub nodes_at_fault: u64,
 }
 
