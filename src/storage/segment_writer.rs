@@ -79,6 +79,8 @@ pub(super) struct SegmentWriter {
     /// Every position from the end of WAL up to here has a file with space for it.
     room_to: Lsn,
     touched: Touched,
+    /// The names of all segments are durable, as far as this writer knows.
+    named: bool,
     /// Preparation of the next segment, under way or done.
     next: Option<Preparation>,
 }
@@ -88,7 +90,15 @@ impl SegmentWriter {
     pub fn new(files: TimelineFiles, size: SegmentSize, end: Lsn) -> Result<Self, DiskError> {
         files.remove_prepared()?;
         let mut writer =
-            Self { files, size, current: None, room_to: Lsn::INVALID, touched: Touched::default(), next: None };
+            Self {
+                files,
+                size,
+                current: None,
+                room_to: Lsn::INVALID,
+                touched: Touched::default(),
+                named: false,
+                next: None,
+            };
         writer.forget_room(end);
         Ok(writer)
     }
@@ -118,7 +128,7 @@ impl SegmentWriter {
                 // A replay writes again what filled the segment before.
                 Some(_) => {
                     self.files.rename(number, true, self.size)?;
-                    self.touched.names = true;
+                    self.renamed();
                 }
                 None => drop(self.create(number)?),
             }
@@ -153,7 +163,7 @@ impl SegmentWriter {
         self.touched.segments.entry(number).or_insert_with(|| segment.clone());
         if begin + length == self.size.bytes() {
             self.files.rename(number, false, self.size)?;
-            self.touched.names = true;
+            self.renamed();
             return Ok(());
         }
         self.current = Some(segment);
@@ -163,9 +173,19 @@ impl SegmentWriter {
         Ok(())
     }
 
-    /// Makes durable what this writer changed since it was last asked. Older changes are somebody else's.
+    /// Makes durable what this writer changed since it was last asked, and the names that lead there. Older changes of
+    /// bytes are somebody else's.
     pub fn sync(&mut self) -> Result<(), DiskError> {
-        self.touched.sync(&self.files)
+        // Whoever took over an older change of a name may not have come to its sync.
+        self.touched.names |= !self.named;
+        self.touched.sync(&self.files)?;
+        self.named = true;
+        Ok(())
+    }
+
+    fn renamed(&mut self) {
+        self.touched.names = true;
+        self.named = false;
     }
 
     /// Durably removes every byte from `end` on (spec: semantics 8.4); what is there before `end` becomes durable too.
@@ -179,7 +199,7 @@ impl SegmentWriter {
         if let Some(file) = self.find(current)? {
             if !file.partial {
                 self.files.rename(current, true, self.size)?;
-                self.touched.names = true;
+                self.renamed();
             }
             self.erase(SegmentFile { number: current, partial: true }, end)?;
         } else if !at_boundary {
@@ -209,7 +229,7 @@ impl SegmentWriter {
         self.current = None;
         for file in self.files.list(self.size)?.into_iter().rev() {
             self.files.remove(file, self.size)?;
-            self.touched.names = true;
+            self.renamed();
         }
         let mut head = vec![0; usize::try_from(offset(start, self.size)).unwrap_or_default()];
         if !head.is_empty() {
@@ -261,7 +281,7 @@ impl SegmentWriter {
             prepared?;
         }
         self.files.adopt_prepared(number, self.size)?;
-        self.touched.names = true;
+        self.renamed();
         let path = self.partial_path(number);
         let file = self.files.disk().open(&path).during("open", &path)?;
         Ok(OpenSegment { number, file, path })
@@ -309,7 +329,7 @@ impl SegmentWriter {
     fn remove_after(&mut self, last: SegmentNumber) -> Result<(), DiskError> {
         for file in self.files.list(self.size)?.into_iter().rev().take_while(|file| file.number > last) {
             self.files.remove(file, self.size)?;
-            self.touched.names = true;
+            self.renamed();
         }
         Ok(())
     }
@@ -325,7 +345,7 @@ impl SegmentWriter {
                 continue;
             }
             self.files.rename(file.number, false, self.size)?;
-            self.touched.names = true;
+            self.renamed();
         }
         Ok(())
     }

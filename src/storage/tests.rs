@@ -559,6 +559,29 @@ async fn large_appends_go_to_the_segments_and_are_believed_because_of_the_journa
     }
 }
 
+/// The name of a segment was noted for a checkpoint that didn't come; the bulk append's own sync left it out.
+#[tokio::test]
+async fn a_bulk_append_makes_names_durable_that_an_earlier_append_made() {
+    let root = std::path::Path::new("/data");
+    let disk = simdisk::SimDisk::with_dir(root);
+    let open = || DataDir::open_on(std::sync::Arc::new(disk.clone()), root, Some(NodeId(1))).unwrap();
+    let data_dir = open();
+    let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
+    store.init_first_segment(START).await.unwrap();
+    store.persist(&elected(recovered.control, 1, START)).await.unwrap();
+    let mut wal = WalWriter::new(START);
+    wal.record(950_000, 1);
+    let middle = store.append(START, &[wal.since(START)]).await.unwrap();
+    assert!(middle > Lsn(0x40_0000));
+    wal.record(timeline_store::BULK, 2);
+    let end_lsn = store.append(middle, &[wal.since(middle)]).await.unwrap();
+    drop((store, data_dir));
+    disk.crash(simdisk::Survivors::Nothing);
+    let (_, recovered) = TimelineStore::open(&open(), TTID).await.unwrap();
+    assert_eq!(recovered.fault, None);
+    assert_eq!(end(recovered), end_lsn);
+}
+
 #[tokio::test]
 async fn a_parked_timeline_holds_no_file_open() {
     let mut fx = Fixture::started_at(START).await;

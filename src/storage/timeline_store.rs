@@ -17,7 +17,7 @@ use super::forks::{self, ForkHeader};
 use super::journal::{Entry, Journal, Record};
 use super::ledger::Ledger;
 use super::opening;
-use super::segment_writer::{FirstSegmentError, SegmentWriter};
+use super::segment_writer::{FirstSegmentError, SegmentWriter, Touched};
 use super::segments::{TimelineFiles, offset};
 use crate::consensus::health::Fault;
 use crate::consensus::state::ControlState;
@@ -26,6 +26,10 @@ use crate::metrics::{self, StorageOperation};
 /// Appends of this many bytes and more are written to the segments and synced there, and only their checksum goes through
 /// the journal: writing them twice would take longer than the second sync (see docs/performance.md).
 pub const BULK: usize = 1 << 20;
+
+/// Complete blocks that may wait for a checkpoint: of 256 MiB of WAL. Bulk writes hardly fill the journal, so nothing else
+/// bounds what a restart has to read again.
+const MAX_UNSETTLED_BLOCKS: usize = 4096;
 
 /// Writes the WAL and the state of one timeline. There must be one per timeline at most.
 ///
@@ -164,7 +168,7 @@ impl TimelineStore {
         let Some(mut chain) = self.chain else { return Err(StorageError::NotAtEnd { at, end: Lsn::INVALID }) };
         let mut entries = Vec::new();
         wal.iter().for_each(|piece| chain.extend(piece, self.term, &mut entries));
-        let batch = if length < BULK {
+        let batch = if length < BULK && length <= self.journal.max_data() {
             let record = Record::Append { at, term: self.term, chain: chain.value(), wal: wal.to_vec() };
             let started = Instant::now();
             let batch = self.commit(record).await?;
@@ -174,7 +178,15 @@ impl TimelineStore {
         } else {
             self.append_bulk(at, to, chain.value(), wal).await?
         };
-        self.note(chain, entries, batch);
+        let unsettled = self.note(chain, entries, batch);
+        if unsettled >= MAX_UNSETTLED_BLOCKS {
+            let settled = blocking(|| self.behind.settle().map_err(StorageError::from));
+            match self.remember(settled) {
+                Err(error) if error.is_fatal() => return Err(error),
+                // It is tried again after the next append; what was appended is durable anyway.
+                _ => {}
+            }
+        }
         Ok(to)
     }
 
@@ -203,6 +215,8 @@ impl TimelineStore {
         let started = Instant::now();
         let synced = blocking(|| self.segments.sync().map_err(StorageError::from));
         self.remember(synced)?;
+        // A checkpoint has nothing to sync of this.
+        *self.segments.touched() = Touched::default();
         let batch = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await?;
         metrics::wal_flushed(started.elapsed());
         Ok(batch)
@@ -216,8 +230,8 @@ impl TimelineStore {
         Ok(())
     }
 
-    /// Tells the checkpoint what was written.
-    fn note(&mut self, chain: Chain, mut entries: Vec<LedgerEntry>, batch: u64) {
+    /// Tells the checkpoint what was written; returns how many blocks wait for one.
+    fn note(&mut self, chain: Chain, mut entries: Vec<LedgerEntry>, batch: u64) -> usize {
         self.chain = Some(chain);
         let mut noted = self.behind.noted();
         noted.chain = Some(chain);
@@ -225,6 +239,7 @@ impl TimelineStore {
         noted.touched.absorb(self.segments.touched());
         noted.batch = batch;
         noted.changed = true;
+        noted.entries.len()
     }
 
     /// Makes `state` durable in place of what was persisted before (D8).
