@@ -564,16 +564,24 @@ async fn large_appends_go_to_the_segments_and_are_believed_because_of_the_journa
 async fn a_bulk_append_makes_names_durable_that_an_earlier_append_made() {
     let root = std::path::Path::new("/data");
     let disk = simdisk::SimDisk::with_dir(root);
-    let open = || DataDir::open_on(std::sync::Arc::new(disk.clone()), root, Some(NodeId(1))).unwrap();
+    // What doesn't fit into a batch goes the way of bulk appends, so that a small one can open the segment before.
+    let limits = journal::JournalLimits { batch: 256 << 10, ..Default::default() };
+    let open = || {
+        let options = DataDirOptions { journal: limits, ..Default::default() };
+        DataDir::open_with(std::sync::Arc::new(disk.clone()), root, Some(NodeId(1)), options).unwrap()
+    };
     let data_dir = open();
     let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
     store.init_first_segment(START).await.unwrap();
     store.persist(&elected(recovered.control, 1, START)).await.unwrap();
     let mut wal = WalWriter::new(START);
-    wal.record(950_000, 1);
-    let middle = store.append(START, &[wal.since(START)]).await.unwrap();
+    let mut middle = START;
+    for seed in 0..10 {
+        wal.record(95_000, seed);
+        middle = store.append(middle, &[wal.since(middle)]).await.unwrap();
+    }
     assert!(middle > Lsn(0x40_0000));
-    wal.record(timeline_store::BULK, 2);
+    wal.record(600_000, 99);
     let end_lsn = store.append(middle, &[wal.since(middle)]).await.unwrap();
     drop((store, data_dir));
     disk.crash(simdisk::Survivors::Nothing);
