@@ -1,42 +1,46 @@
-//! WAL and control files on disk: what the rest of the house may believe after a call returned.
+//! WAL and state on disk: what the rest of the house may believe after a call returned.
 //!
 //! # NAME
 //!
-//! storage - one data directory per node, one directory of plain Postgres segments and a control file per timeline
+//! storage - one journal per node; behind it, per timeline, plain Postgres segments, their checksums, and the state, twice
 //!
 //! # FILES
 //!
 //! ```text
-//! safekeeper.pid                      exclusive lock of the running process, and its pid
+//! safekeeper.pid                      exclusive lock of the running process, and its pid          data_dir
 //! safekeeper.id                       node id, decimal text
+//! journal/                            what was acknowledged last, of all timelines                journal
 //! tmp/                                timelines under construction; emptied at start
 //! <tenant>/<timeline>/
-//!     safekeeper.control              durable state, Neon's format         control_file
-//!     000000010000000000000003        full segment
+//!     safekeeper.control[.copy]       durable state and checkpoint                                control_copies
+//!     safekeeper.control.ledger       a checksum for every 64 KiB of WAL                          ledger, chain
+//!     safekeeper.control.fork.N       WAL that a leader cut off                                   forks
+//!     000000010000000000000003        full segment                                                segments
 //!     000000010000000000000004.partial    segment being written, full length, zeros behind the WAL
-//!     waltmp                          next segment, being prepared         segments
 //! ```
 //!
 //! # PROMISES
 //!
-//! * [`TimelineStore::append`] with `sync` returns when bytes and file names are durable, and says up to which LSN.
-//!   Several appends may share one sync: write them with `sync` false, the last one with true.
-//! * [`TimelineStore::persist`] and [`TimelineStore::truncate`] return when their effect is durable. A crash at any
-//!   point in between leaves the old state, the new one or, for a truncation, a log that ends somewhere between the two
-//!   ends.
-//! * After a start nothing can be appended before one truncation was completed: what lies behind the end of WAL is a
-//!   torn tail that must not be joined to new records.
-//! * WAL below the persisted commit LSN is never truncated.
-//! * The first failed write, sync or rename poisons the store ([`StorageError::Poisoned`]): nobody knows what is on
-//!   disk then, and a later sync that succeeds proves nothing. Only a restart, which reads what is really there, ends
-//!   that.
-//! * A timeline that isn't used costs a few hundred bytes: [`TimelineStore::park`] closes its file.
+//! * [`TimelineStore::append`], [`TimelineStore::persist`] and [`TimelineStore::truncate`] return when their effect is
+//!   durable. A crash at any point leaves the old state or the new one.
+//! * What was acknowledged is found again after a crash, or the timeline is in fault. It is never silently less.
+//! * WAL is given out as it was received or not at all.
+//! * WAL below the persisted commit LSN is never truncated, and what is truncated is set aside first.
+//! * The first failed write, sync or rename poisons what it touched, a store ([`StorageError::Poisoned`]) or the journal and
+//!   with it all: nobody knows what is on disk then, and a later sync that succeeds proves nothing. Only a restart, which
+//!   reads what is really there, ends that.
+//! * A full disk is met before anything is changed ([`StorageError::DiskFull`]), and waited out.
+//! * A timeline that isn't used costs a few hundred bytes: [`TimelineStore::park`] closes its files.
 //!
 //! # INSIDE
 //!
-//! [`Disk`] is the seam to the operating system, replaced in tests by one that crashes. [`DataDir`] owns the lock and
-//! finds the timelines. [`TimelineStore`] is the single writer's handle; behind it are the segments and the search for
-//! the end of WAL. [`WalReader`] reads beside the writer, over nothing but the files' names.
+//! [`Disk`] is the seam to the operating system, replaced in tests by one that forgets, tears, fails and lies. [`DataDir`]
+//! owns the lock, finds the timelines and replays the journal into their files (`replay`). `opening` judges a timeline's
+//! files and finds the end of its WAL; `import` takes over older layouts. [`TimelineStore`] is the single writer's handle:
+//! it commits to the [`journal`], writes the segments (`segment_writer`) and notes what it wrote (`behind`), which a
+//! checkpoint makes durable. [`WalReader`] reads beside the writer and checks what this process didn't write itself.
+//!
+//! Formats, orders and verdicts are in `docs/file-formats.md`.
 //!
 //! Disk calls block. All go through one helper that tells the runtime so.
 
