@@ -232,6 +232,35 @@ async fn a_fault_is_shown() {
 }
 
 #[tokio::test]
+async fn wal_that_was_set_aside_is_shown() {
+    let server = safekeeper_server().await;
+    server.post("/v1/tenant/timeline", &create_request().to_string()).await;
+    assert_eq!(server.get(&timeline_path()).await.json()["forks"], json!([]));
+    // As docs/file-formats.md says.
+    let mut page = hex::decode(
+        "534b464f524b45440100000000001000109802000101010101010101010101010101010102020202020202020202020202020202\
+         583412000000000000351200000000005b341200000000000400000000000000050000000000000000f1536500000000b73f4b3603000000\
+         637574",
+    )
+    .unwrap();
+    page.resize(4092, 0);
+    page.extend(hex::decode("e66e6452616263").unwrap());
+    let dir = server._dir.as_ref().unwrap().path().join(TENANT).join(TIMELINE);
+    std::fs::write(dir.join("safekeeper.control.fork.0000000000000001"), page).unwrap();
+    std::fs::write(dir.join("safekeeper.control.fork.0000000000000002"), b"rubbish").unwrap();
+    let expected = json!([{
+        "file": "safekeeper.control.fork.0000000000000001",
+        "from_lsn": "0/123458",
+        "to_lsn": "0/123500",
+        "kept_to_lsn": "0/12345B",
+        "term": 4,
+        "cut_by_term": 5,
+        "unix_time": 1_700_000_000,
+    }]);
+    assert_eq!(server.get(&timeline_path()).await.json()["forks"], expected);
+}
+
+#[tokio::test]
 async fn no_term_is_taken_from_which_there_is_no_way_on() {
     let server = safekeeper_server().await;
     server.post("/v1/tenant/timeline", &create_request().to_string()).await;

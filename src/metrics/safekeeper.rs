@@ -21,6 +21,7 @@ struct Metrics {
     persist_control_file_seconds: Histogram,
     wal_storage_operation_seconds: HistogramVec,
     wal_disk_io_errors: IntCounter,
+    damage_mended: IntCounterVec,
     forks_set_aside: IntCounter,
     fork_bytes_set_aside: IntCounter,
     proposer_acceptor_messages: IntCounterVec,
@@ -41,6 +42,27 @@ pub enum StorageOperation {
     InitializeFirstSegment,
     /// WAL after some LSN was cut off.
     TruncateWal,
+}
+
+/// What can be made again when it is damaged on disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mendable {
+    /// One of the two copies of the control state.
+    ControlCopy,
+    /// One of the two copies of the ledger's header.
+    LedgerHeader,
+    /// Checksums of WAL blocks that are proved by later ones.
+    LedgerEntries,
+}
+
+impl Mendable {
+    fn label(self) -> &'static str {
+        match self {
+            Mendable::ControlCopy => "control_copy",
+            Mendable::LedgerHeader => "ledger_header",
+            Mendable::LedgerEntries => "ledger_entries",
+        }
+    }
 }
 
 /// A command whose runs are counted.
@@ -151,6 +173,11 @@ impl Metrics {
                 "safekeeper_wal_disk_io_errors_total",
                 "Failed reads, writes and syncs of WAL and control files.",
             ),
+            damage_mended: counter_vec(
+                "safekeeper_damage_mended_total",
+                "Times that something damaged on disk was made again from what there is twice.",
+                &["what"],
+            ),
             forks_set_aside: counter(
                 "safekeeper_forks_set_aside_total",
                 "Times that WAL which a leader cut off was set aside.",
@@ -193,10 +220,13 @@ impl Metrics {
     }
 }
 
-pub(super) fn collectors() -> [Box<dyn Collector>; 15] {
+pub(super) fn collectors() -> [Box<dyn Collector>; 16] {
     // A series that exists from the start makes rate() right for its first event.
     for outcome in ["success", "error"] {
         METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
+    }
+    for what in [Mendable::ControlCopy, Mendable::LedgerHeader, Mendable::LedgerEntries] {
+        METRICS.damage_mended.with_label_values(&[what.label()]);
     }
     [
         Box::new(METRICS.write_wal_bytes.clone()),
@@ -205,6 +235,7 @@ pub(super) fn collectors() -> [Box<dyn Collector>; 15] {
         Box::new(METRICS.persist_control_file_seconds.clone()),
         Box::new(METRICS.wal_storage_operation_seconds.clone()),
         Box::new(METRICS.wal_disk_io_errors.clone()),
+        Box::new(METRICS.damage_mended.clone()),
         Box::new(METRICS.forks_set_aside.clone()),
         Box::new(METRICS.fork_bytes_set_aside.clone()),
         Box::new(METRICS.proposer_acceptor_messages.clone()),
@@ -248,6 +279,11 @@ pub fn storage_operation(operation: StorageOperation, took: Duration) {
 /// Reading, writing or syncing WAL or a control file failed.
 pub fn disk_io_error() {
     METRICS.wal_disk_io_errors.inc();
+}
+
+/// Something damaged on disk was made again.
+pub fn damage_mended(what: Mendable) {
+    METRICS.damage_mended.with_label_values(&[what.label()]).inc();
 }
 
 /// WAL that a leader cut off was set aside.

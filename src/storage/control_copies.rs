@@ -25,6 +25,7 @@ use super::chain::Chain;
 use super::control_file::{self, CONTROL_FILE_NAME, ControlFile, ControlFileError};
 use super::disk::{Disk, DiskError, DiskFile, During, replace_file};
 use crate::consensus::health::Fault;
+use crate::metrics::{self, Mendable};
 
 /// Name of the second copy in a timeline's directory.
 pub const CONTROL_COPY_NAME: &str = "safekeeper.control.copy";
@@ -78,10 +79,17 @@ pub struct Loaded {
     pub copy: ControlCopy,
     /// To write the next one with.
     pub copies: ControlCopies,
+}
+
+/// What had to be done to the files for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mended {
+    /// Nothing.
+    Nothing,
     /// One copy was missing, damaged or older, and was written again.
-    pub repaired: bool,
+    Copy,
     /// There was one file in Neon's own format, which was converted: sequence and checkpoint are zero.
-    pub imported: bool,
+    Layout,
 }
 
 /// What is wrong with one copy.
@@ -195,11 +203,15 @@ impl ControlCopies {
     /// # Errors
     /// See [`LoadError`]. A full disk can be in the way of mending; nothing was lost by that.
     pub fn load(disk: &dyn Disk, dir: &Path) -> Result<Loaded, LoadError> {
+        Self::load_and_mend(disk, dir).map(|(loaded, _)| loaded)
+    }
+
+    fn load_and_mend(disk: &dyn Disk, dir: &Path) -> Result<(Loaded, Mended), LoadError> {
         let [first, second] = NAMES.map(|name| Found::read(disk, &dir.join(name)));
         match (first?, second?) {
             (Found::Whole(one), Found::Whole(two)) if one.writes == two.writes => {
                 if one.copy == two.copy {
-                    Ok(one.loaded(false))
+                    Ok((one.loaded(), Mended::Nothing))
                 } else {
                     Err(LoadError::Contradiction)
                 }
@@ -320,17 +332,25 @@ impl Found {
 }
 
 impl Whole {
-    fn loaded(self, repaired: bool) -> Loaded {
-        let copies = ControlCopies { writes: self.writes, poisoned: false };
-        Loaded { copy: self.copy, copies, repaired, imported: false }
+    fn loaded(self) -> Loaded {
+        Loaded { copy: self.copy, copies: ControlCopies { writes: self.writes, poisoned: false } }
     }
 
     /// Writes the copy that is `bad` (an index of [`NAMES`]) again: older than this one, or for the reason given.
-    fn mend(self, disk: &dyn Disk, dir: &Path, bad: usize, why: Option<CopyError>) -> Result<Loaded, LoadError> {
+    fn mend(
+        self,
+        disk: &dyn Disk,
+        dir: &Path,
+        bad: usize,
+        why: Option<CopyError>,
+    ) -> Result<(Loaded, Mended), LoadError> {
         let [first, second] = NAMES.map(|name| dir.join(name));
         let (bad, good) = if bad == 0 { (first, second) } else { (second, first) };
         match why {
-            Some(why) => tracing::warn!("\"{}\" is written again from the other copy: {why}", bad.display()),
+            Some(why) => {
+                metrics::damage_mended(Mendable::ControlCopy);
+                tracing::warn!("\"{}\" is written again from the other copy: {why}", bad.display());
+            }
             None => tracing::info!("\"{}\" is older than the other copy and written again", bad.display()),
         }
         // The good one may be readable only because it is in memory.
@@ -338,13 +358,13 @@ impl Whole {
         file.sync_all().during("sync", &good)?;
         overwrite(disk, &bad, &encode(&self.copy, self.writes))?;
         disk.sync_dir(dir).during("sync directory", dir)?;
-        Ok(self.loaded(true))
+        Ok((self.loaded(), Mended::Copy))
     }
 }
 
 /// Turns a single file in Neon's format into two copies. There is a file to start from at every moment: Neon's until the
 /// second copy is durable, that one while the first is replaced.
-fn import(disk: &dyn Disk, dir: &Path, control: ControlFile, second: Found) -> Result<Loaded, LoadError> {
+fn import(disk: &dyn Disk, dir: &Path, control: ControlFile, second: Found) -> Result<(Loaded, Mended), LoadError> {
     let copy = ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control, fault: None };
     match second {
         Found::Bad(CopyError::Disk(error)) if error.is_not_found() => {}
@@ -356,7 +376,7 @@ fn import(disk: &dyn Disk, dir: &Path, control: ControlFile, second: Found) -> R
     let content = encode(&copy, 1);
     replace_file(disk, dir, CONTROL_COPY_NAME, &content)?;
     replace_file(disk, dir, CONTROL_FILE_NAME, &content)?;
-    Ok(Loaded { copy, copies: ControlCopies { writes: 1, poisoned: false }, repaired: false, imported: true })
+    Ok((Loaded { copy, copies: ControlCopies { writes: 1, poisoned: false } }, Mended::Layout))
 }
 
 /// What is tried when a file that is there doesn't give its bytes.

@@ -28,6 +28,7 @@ use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
 use super::chain::{BLOCK, BLOCK_LEN, Chain, ENTRY_LEN, EntryState, LedgerEntry, block_end, block_start};
 use super::disk::{DiskError, DiskFile, During};
 use super::segments::TimelineFiles;
+use crate::metrics::{self, Mendable};
 
 /// Name of the ledger in a timeline's directory.
 pub const LEDGER_FILE_NAME: &str = "safekeeper.control.ledger";
@@ -40,8 +41,6 @@ const HEADER_PLACES: [u64; 2] = [0, 2048];
 /// The header's page; entries begin behind it, and the file grows in such steps.
 const PAGE: u64 = 4096;
 const ZEROS: &[u8] = &[0; BLOCK_LEN];
-/// Entries of removed WAL that are worth rewriting the file for: those of 512 MiB.
-const TRIM_BYTES: u64 = 256 * 1024;
 /// Most lost entries in a row that are rebuilt together (1 GiB of WAL): more isn't a lost sector but a lost file.
 const MAX_REBUILD: usize = 16 * 1024;
 
@@ -151,8 +150,14 @@ impl Ledger {
     /// Makes an empty ledger for a log that begins at `base`, replacing one that is there. Durable on return.
     pub fn create(files: TimelineFiles, base: Lsn) -> Result<Self, LedgerError> {
         let header = Header { ttid: files.ttid(), base, seed: 0 };
-        let (file, partial) = begin_file(&files, &header)?;
-        put_in_place(&files, &*file, &partial)?;
+        let partial = files.dir().join(PARTIAL_NAME);
+        let file = files.disk().create(&partial, true).during("create", &partial)?;
+        file.write_at(&mut [IoSlice::new(prefix(ZEROS, PAGE))], 0).during("write", &partial)?;
+        header.write(&*file, &partial)?;
+        file.sync_all().during("sync", &partial)?;
+        let path = files.dir().join(LEDGER_FILE_NAME);
+        files.disk().rename(&partial, &path).during("rename into place", &path)?;
+        files.sync_dir()?;
         Ok(Self { files, state: RwLock::new(State { file, header, len: PAGE, cuts: 0 }) })
     }
 
@@ -170,6 +175,7 @@ impl Ledger {
         let header = match copies {
             [Ok(one), Ok(two)] if one == two => one,
             [Ok(good), Err(HeaderError::Damaged)] | [Err(HeaderError::Damaged), Ok(good)] => {
+                metrics::damage_mended(Mendable::LedgerHeader);
                 tracing::warn!("one copy of the header of \"{}\" was damaged and is written again", path.display());
                 good.write(&*file, &path)?;
                 file.sync_data().during("sync", &path)?;
@@ -356,7 +362,10 @@ impl Ledger {
             return Err(Fault::Run { from: lost.from, to: lost.to }.into());
         }
         self.write_locked(&state, &entries)?;
-        tracing::warn!("rebuilt the ledger entries of {} to {} from the WAL", lost.from, lost.to);
+        if !entries.is_empty() {
+            metrics::damage_mended(Mendable::LedgerEntries);
+            tracing::warn!("rebuilt the ledger entries of {} to {} from the WAL", lost.from, lost.to);
+        }
         Ok(entries)
     }
 
@@ -387,34 +396,6 @@ impl Ledger {
             _ => seed,
         };
         Ok(LostRun { from, seed, to, next_seed })
-    }
-
-    /// Gives back the places of blocks below `keep_from`, when these are worth the work and as many as are kept, which the
-    /// file is written anew for.
-    /// Durable on return; says whether anything was done. When the disk is too full for it, all is as before.
-    pub fn trim(&self, keep_from: Lsn) -> Result<bool, LedgerError> {
-        let Some(seed) = self.seed_of(keep_from) else { return Ok(false) };
-        let mut state = self.state.write();
-        let base = state.header.block_of(keep_from);
-        match state.header.place(base) {
-            Some(place) if place < state.len && place - PAGE >= TRIM_BYTES.max(state.len - place) => {}
-            _ => return Ok(false),
-        }
-        let header = Header { ttid: state.header.ttid, base, seed };
-        let (file, partial) = begin_file(&self.files, &header)?;
-        let mut len = PAGE;
-        let mut offset = state.header.place(base).unwrap_or(state.len);
-        let mut bytes = vec![0; BLOCK_LEN];
-        while offset < state.len {
-            let bytes = prefix_mut(&mut bytes, state.len - offset);
-            state.file.read_at(bytes, offset).during("read", &self.path())?;
-            file.write_at(&mut [IoSlice::new(bytes)], len).during("write", &partial)?;
-            offset += bytes.len() as u64;
-            len += bytes.len() as u64;
-        }
-        put_in_place(&self.files, &*file, &partial)?;
-        *state = State { file, header, len, cuts: state.cuts };
-        Ok(true)
     }
 
     fn path(&self) -> PathBuf {
@@ -493,24 +474,6 @@ impl Header {
         let ttid = TenantTimelineId::new(TenantId(tenant_id), TimelineId(timeline_id));
         Ok(Self { ttid, base: Lsn(rest.get_u64_le()), seed })
     }
-}
-
-/// Starts a new ledger under a temporary name: its header page.
-fn begin_file(files: &TimelineFiles, header: &Header) -> Result<(Arc<dyn DiskFile>, PathBuf), DiskError> {
-    let partial = files.dir().join(PARTIAL_NAME);
-    let file = files.disk().create(&partial, true).during("create", &partial)?;
-    let page = ZEROS.get(..4096).unwrap_or_default();
-    file.write_at(&mut [IoSlice::new(page)], 0).during("write", &partial)?;
-    header.write(&*file, &partial)?;
-    Ok((file, partial))
-}
-
-/// Makes it the ledger, durably.
-fn put_in_place(files: &TimelineFiles, file: &dyn DiskFile, partial: &Path) -> Result<(), DiskError> {
-    file.sync_all().during("sync", partial)?;
-    let path = files.dir().join(LEDGER_FILE_NAME);
-    files.disk().rename(partial, &path).during("rename into place", &path)?;
-    files.sync_dir()
 }
 
 /// At most `len` of the bytes.

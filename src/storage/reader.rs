@@ -139,10 +139,14 @@ impl WalReader {
             return Ok(Bytes::new());
         }
         let to = Lsn(at.0.saturating_add(wanted as u64));
-        match self.files.trusted() {
-            Some(trusted) if at >= trusted.end() => self.read_stored(at, wanted),
-            trusted => self.read_checked(at, trusted.map_or(to, |trusted| to.min(trusted.end())), trusted),
-        }
+        let files = self.files.clone();
+        unless_cut(
+            || files.trusted(),
+            |trusted| match trusted {
+                Some(trusted) if at >= trusted.end() => self.read_stored(at, wanted),
+                _ => self.read_checked(at, trusted.map_or(to, |trusted| to.min(trusted.end())), trusted),
+            },
+        )
     }
 
     fn read_stored(&mut self, at: Lsn, wanted: usize) -> Result<Bytes, ReadError> {
@@ -185,9 +189,14 @@ impl WalReader {
         while block < past {
             let length = usize::try_from(block_end(block).saturating_sub(block)).unwrap_or_default();
             let bytes = rest.split_to(length.min(rest.len()));
-            match ledger.verify_block(block, &bytes) {
+            let mut verdict = ledger.verify_block(block, &bytes);
+            if verdict == Verdict::EntryLost {
+                self.rebuild(&ledger, block, trusted)?;
+                verdict = ledger.verify_block(block, &bytes);
+            }
+            match verdict {
                 Verdict::Good => {}
-                Verdict::EntryLost => self.rebuild(&ledger, block, trusted)?,
+                Verdict::EntryLost => return Err(damaged(block, "its entry in the ledger is missing".to_owned())),
                 Verdict::Fault(fault) => return Err(damaged(block, fault.to_string())),
             }
             block = block_end(block);
@@ -239,5 +248,47 @@ impl WalReader {
 
     fn name(&self, number: SegmentNumber) -> String {
         number.file_name(PG_TIMELINE, self.segment_size)
+    }
+}
+
+/// Reads, and again when a leader cut the log meanwhile and what was read looks damaged: the cut lowers the `mark` before it
+/// touches a byte that the mark vouched for.
+fn unless_cut<T>(
+    mark: impl Fn() -> Option<Chain>,
+    mut read: impl FnMut(Option<Chain>) -> Result<T, ReadError>,
+) -> Result<T, ReadError> {
+    loop {
+        let before = mark();
+        match read(before) {
+            Err(ReadError::Damaged { .. } | ReadError::ShortSegment { .. }) if mark() != before => {}
+            read => return read,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_cut_while_a_block_is_read_is_not_taken_for_damage() {
+        let mark = Cell::new(Some(Chain::new(Lsn(1 << 20))));
+        let damaged = || ReadError::Damaged { at: Lsn(1), reason: "bytes that were cut off".to_owned() };
+        let mut reads = 0;
+        let read = |before: Option<Chain>| {
+            reads += 1;
+            assert_eq!(before, mark.get());
+            match reads {
+                1 => mark.set(Some(Chain::new(Lsn(1 << 16)))),
+                2 => mark.set(None),
+                _ => return Ok(7),
+            }
+            Err(damaged())
+        };
+        assert_eq!(unless_cut(|| mark.get(), read).unwrap(), 7);
+        let damaged = unless_cut::<()>(|| mark.get(), |_| Err(damaged()));
+        assert!(matches!(damaged, Err(ReadError::Damaged { .. })), "without a cut it is");
     }
 }

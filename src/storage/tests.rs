@@ -523,13 +523,13 @@ async fn what_a_leader_cuts_off_is_set_aside() {
     let gone = fx.wal.since(cut);
     let end_lsn = fx.append_new().await;
     fx.store().truncate(cut).await.unwrap();
-    let kept = forks::list(fx.store().files()).unwrap();
+    let kept = fx.store().files().forks().unwrap();
     assert_eq!((kept.len(), kept[0].header.from, kept[0].header.to), (1, cut, end_lsn));
     let mut found = Vec::new();
     forks::read_back(fx.store().files(), &kept[0], |piece| found.extend_from_slice(piece)).unwrap();
     assert!(found == gone);
     assert_eq!(end(fx.restart().await.unwrap()), cut);
-    assert_eq!(forks::list(fx.store().files()).unwrap().len(), 1);
+    assert_eq!(fx.store().files().forks().unwrap().len(), 1);
 }
 
 #[tokio::test]

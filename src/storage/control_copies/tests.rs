@@ -68,6 +68,11 @@ fn load(disk: &SimDisk) -> Loaded {
     ControlCopies::load(disk, dir()).unwrap()
 }
 
+fn load_and_mend(disk: &SimDisk) -> (ControlCopy, Mended) {
+    let (loaded, mended) = ControlCopies::load_and_mend(disk, dir()).unwrap();
+    (loaded.copy, mended)
+}
+
 /// How many of the copies could be started from. Only what is durable counts after a crash without survivors.
 fn valid_copies(disk: &SimDisk) -> usize {
     let valid = |path: &PathBuf| matches!(Found::read(disk, path), Ok(Found::Whole(_) | Found::Neon(_)));
@@ -77,8 +82,7 @@ fn valid_copies(disk: &SimDisk) -> usize {
 #[test]
 fn what_is_written_is_loaded_from_either_copy() {
     let (disk, mut copies) = created(&state(1, 0));
-    let loaded = load(&disk);
-    assert_eq!((loaded.copy, loaded.repaired, loaded.imported), (state(1, 0), false, false));
+    assert_eq!(load_and_mend(&disk), (state(1, 0), Mended::Nothing));
     let newest = state(2, 5);
     copies.write(&disk, dir(), &newest).unwrap();
     assert!(content(&disk, 0) == content(&disk, 1));
@@ -86,10 +90,9 @@ fn what_is_written_is_loaded_from_either_copy() {
     for lost in [0, 1] {
         disk.remove_file(&path(lost)).unwrap();
         disk.sync_dir(dir()).unwrap();
-        let loaded = load(&disk);
-        assert_eq!((loaded.copy, loaded.repaired, loaded.imported), (newest.clone(), true, false));
+        assert_eq!(load_and_mend(&disk), (newest.clone(), Mended::Copy));
         disk.crash(Survivors::Nothing);
-        assert!(content(&disk, 0) == content(&disk, 1) && !load(&disk).repaired);
+        assert!(content(&disk, 0) == content(&disk, 1) && load_and_mend(&disk).1 == Mended::Nothing);
     }
     let mut without_wal = state(3, 0);
     without_wal.checkpoint = Checkpoint::default();
@@ -107,8 +110,8 @@ fn the_newer_copy_counts_though_its_number_of_the_state_is_the_same() {
     copies.write(&disk, dir(), &newer).unwrap();
     for stale in [0, 1] {
         put(&disk, stale, &old);
-        let loaded = load(&disk);
-        assert!(loaded.repaired && loaded.copy == newer);
+        let (loaded, mended) = ControlCopies::load_and_mend(&disk, dir()).unwrap();
+        assert!(mended == Mended::Copy && loaded.copy == newer);
         let mut next = newer.clone();
         next.sequence = 9;
         let mut copies = loaded.copies;
@@ -119,6 +122,20 @@ fn the_newer_copy_counts_though_its_number_of_the_state_is_the_same() {
 }
 
 #[test]
+fn a_fault_is_kept_with_the_state() {
+    let (disk, mut copies) = created(&state(1, 0));
+    let mut copy = state(2, 3);
+    copy.fault = Some(Fault { from: Lsn(0x10), acked_end: Lsn(0x20), reason: "ü".repeat(400).into() });
+    copies.write(&disk, dir(), &copy).unwrap();
+    let found = load(&disk).copy;
+    let fault = found.fault.clone().unwrap();
+    assert_eq!((fault.from, fault.acked_end, &*fault.reason), (Lsn(0x10), Lsn(0x20), &*"ü".repeat(256)));
+    assert_eq!(ControlCopy { fault: None, ..found }, state(2, 3));
+    copies.write(&disk, dir(), &state(3, 3)).unwrap();
+    assert_eq!(load(&disk).copy, state(3, 3));
+}
+
+#[test]
 fn a_real_disk_does_as_well() {
     let root = tempfile::tempdir().unwrap();
     let disk = crate::storage::disk::RealDisk::new(true);
@@ -126,8 +143,7 @@ fn a_real_disk_does_as_well() {
     copies.write(&disk, root.path(), &state(2, 300)).unwrap();
     copies.write(&disk, root.path(), &state(3, 0)).unwrap();
     std::fs::write(root.path().join(CONTROL_FILE_NAME), b"rubbish").unwrap();
-    let loaded = ControlCopies::load(&disk, root.path()).unwrap();
-    assert!(loaded.repaired && loaded.copy == state(3, 0));
+    assert_eq!(ControlCopies::load(&disk, root.path()).unwrap().copy, state(3, 0));
     let [one, two] = NAMES.map(|name| std::fs::read(root.path().join(name)).unwrap());
     assert!(two.starts_with(&one) && one.len() == 4096 && two.len() == 3 * 4096);
 }
@@ -237,8 +253,8 @@ fn a_full_disk_leaves_both_copies_as_they_were() {
         assert!(content(&disk, 0).starts_with(&before) && content(&disk, 1).starts_with(&before));
         if step % 2 == 0 {
             disk.crash(Survivors::Some(step));
-            let loaded = load(&disk);
-            assert!(loaded.copy == state(1, 0) && !loaded.repaired);
+            let (loaded, mended) = ControlCopies::load_and_mend(&disk, dir()).unwrap();
+            assert!(loaded.copy == state(1, 0) && mended == Mended::Nothing);
             copies = loaded.copies;
         }
         copies.write(&disk, dir(), &state(3, 1)).unwrap();
@@ -334,13 +350,12 @@ fn neon_file(disk: &SimDisk) -> ControlFile {
 fn a_file_in_neons_format_is_converted_once() {
     let disk = SimDisk::with_dir(dir());
     let control = neon_file(&disk);
-    let mut loaded = load(&disk);
-    assert!(loaded.imported && !loaded.repaired);
+    let (mut loaded, mended) = ControlCopies::load_and_mend(&disk, dir()).unwrap();
+    assert_eq!(mended, Mended::Layout);
     assert_eq!(loaded.copy, ControlCopy { sequence: 0, checkpoint: Checkpoint::default(), control, fault: None });
     assert!(content(&disk, 0) == content(&disk, 1));
     loaded.copies.write(&disk, dir(), &state(1, 3)).unwrap();
-    let again = load(&disk);
-    assert!(!again.imported && again.copy == state(1, 3));
+    assert_eq!(load_and_mend(&disk), (state(1, 3), Mended::Nothing));
     assert_eq!(disk.read_dir(dir()).unwrap().len(), 2, "nothing temporary is left");
 }
 
@@ -404,8 +419,7 @@ fn a_flipped_bit_in_one_copy_is_mended_and_in_both_is_an_error() {
     for bit in 0..length * 8 {
         let number = bit % 2;
         put(&disk, number, &flip(&good, bit));
-        let loaded = load(&disk);
-        assert!(loaded.repaired && loaded.copy == state(1, 2), "bit {bit}");
+        assert!(load_and_mend(&disk) == (state(1, 2), Mended::Copy), "bit {bit}");
         assert!(content(&disk, number) == good, "bit {bit}");
         put(&disk, number, &flip(&good, bit));
         put(&disk, 1 - number, &flip(&good, (bit * 7 + 5) % (length * 8)));
@@ -414,7 +428,7 @@ fn a_flipped_bit_in_one_copy_is_mended_and_in_both_is_an_error() {
         put(&disk, number, &good);
     }
     put(&disk, 0, &flip(&good, length * 8));
-    assert!(!load(&disk).repaired, "behind the content nothing counts");
+    assert_eq!(load_and_mend(&disk).1, Mended::Nothing, "behind the content nothing counts");
 }
 
 /// Computed by another program from the description of the format.

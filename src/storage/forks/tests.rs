@@ -71,7 +71,7 @@ fn what_is_set_aside_comes_back() {
     let long = ForkHeader { reason: "ü".repeat(2000), ..header(200_000, 6) };
     let forks = [set_aside_all(&files, header(10, 5)), set_aside_all(&files, long.clone())];
     disk.crash(Survivors::Nothing);
-    assert_eq!(list(&files).unwrap(), forks);
+    assert_eq!(files.forks().unwrap(), forks);
     for fork in &forks {
         assert!(content(&files, fork).unwrap() == wal(FROM, fork.header.to));
         assert!(raw(&files, &fork.path)[4096..] == wal(FROM, fork.header.to), "the bytes as they were, behind a page");
@@ -110,7 +110,7 @@ fn the_oldest_forks_go_first() {
     let (_, files) = TimelineFiles::simulated();
     let limits = Limits { forks: 3, bytes: 1000 };
     let numbers =
-        || list(&files).unwrap().iter().map(|fork| (fork.number, fork.header.to.0 - FROM.0)).collect::<Vec<_>>();
+        || files.forks().unwrap().iter().map(|fork| (fork.number, fork.header.to.0 - FROM.0)).collect::<Vec<_>>();
     let add = |length, term| set_aside_within(limits, &files, header(length, term), read).unwrap().unwrap();
     for term in 1..=5 {
         add(100, term);
@@ -133,7 +133,7 @@ fn forks_that_cannot_be_read_count_and_go_too() {
     for name in ["0000000000000001", "00000000000000ff", "0000000000000100.gz", "ffffffffffffffff", "FF", "partial"] {
         put(&files, &files.dir().join(format!("{NAME_PREFIX}{name}")), b"no fork");
     }
-    assert_eq!(list(&files).unwrap(), []);
+    assert_eq!(files.forks().unwrap(), []);
     assert_eq!(set_aside_within(limits, &files, header(10, 5), read).unwrap().unwrap().number, 0x100);
     let mut left = names(&files);
     left.sort();
@@ -183,7 +183,7 @@ fn a_crash_at_any_operation_leaves_a_whole_fork_or_none() {
             disk.crash(survivors);
             remove_leftovers(&files).unwrap();
             remove_leftovers(&files).unwrap();
-            let forks = list(&files).unwrap();
+            let forks = files.forks().unwrap();
             assert_eq!(forks.len(), names(&files).len(), "every file is a fork that can be read");
             for fork in &forks {
                 assert!(content(&files, fork).unwrap() == wal(FROM, fork.header.to));
@@ -249,7 +249,7 @@ proptest! {
         let bit = bit.index(damaged.len() * 8);
         damaged[bit / 8] ^= 1 << (bit % 8);
         put(&files, &fork.path, &damaged);
-        let found = list(&files).unwrap().iter().any(|fork| content(&files, fork).is_ok());
+        let found = files.forks().unwrap().iter().any(|fork| content(&files, fork).is_ok());
         prop_assert!(!found && content(&files, &fork).is_err());
     }
 
@@ -266,7 +266,7 @@ proptest! {
             page[PAGE - 4..].copy_from_slice(&crc);
         }
         put(&files, &path, &page);
-        for fork in list(&files).unwrap() {
+        for fork in files.forks().unwrap() {
             let _ = content(&files, &fork);
         }
         set_aside_all(&files, header(10, 1));

@@ -340,55 +340,6 @@ fn a_ledger_of_another_version_timeline_or_base_is_refused() {
     assert!(Ledger::open(files).unwrap().is_none());
 }
 
-#[test]
-fn trimming_gives_back_the_places_of_removed_wal() {
-    let (disk, files) = TimelineFiles::simulated();
-    let base = Lsn(BLOCK * 16);
-    let mut ledger = Ledger::create(files.clone(), base).unwrap();
-    // No bytes are needed for this: values that link will do.
-    let blocks = u32::try_from(TRIM_BYTES / ENTRY_LEN as u64 * 2 + 100).unwrap();
-    let entry = |n: u32| LedgerEntry {
-        start: Lsn(base.0 + u64::from(n) * BLOCK),
-        len: 65536,
-        term: Term(1),
-        seed: n,
-        chain: n + 1,
-    };
-    let entries: Vec<_> = (0..blocks).map(entry).collect();
-    ledger.reserve(Lsn(base.0 + u64::from(blocks) * BLOCK)).unwrap();
-    ledger.write(&entries).unwrap();
-    ledger.sync().unwrap();
-    let size = |ledger: &Ledger| ledger.state.read().file.len().unwrap();
-    let full = size(&ledger);
-
-    assert!(!ledger.trim(entry(100).start).unwrap(), "not worth it");
-    assert!(!ledger.trim(entry(blocks / 2 - 300).start).unwrap(), "more is kept than given back");
-    assert!(!ledger.trim(Lsn(0)).unwrap() && !ledger.trim(Lsn::MAX).unwrap());
-    let kept = blocks / 2 + 60;
-    for step in 0.. {
-        disk.fail_at(disk.operations() + step, ErrorKind::StorageFull);
-        let done = ledger.trim(entry(kept).start);
-        // Whatever happened, nothing that is to be kept is missing.
-        disk.crash(Survivors::Some(step));
-        ledger = Ledger::open(files.clone()).unwrap().unwrap();
-        for n in [kept, kept + 1, blocks - 1] {
-            assert_eq!(ledger.read(entry(n).start), EntryState::Good(entry(n)), "step {step}");
-        }
-        if ledger.base() == entry(kept).start {
-            assert!(step > 4, "done before the file was written and renamed");
-            break;
-        }
-        assert!(done.is_err(), "step {step}");
-    }
-    assert_eq!((ledger.base(), ledger.seed_of(ledger.base())), (entry(kept).start, Some(kept)));
-    assert_eq!(ledger.read(entry(kept - 1).start), EntryState::Missing);
-    assert!(size(&ledger) < full / 2 + 8192);
-    let next = entry(blocks);
-    ledger.reserve(next.end()).unwrap();
-    ledger.write(&[next]).unwrap();
-    assert_eq!(ledger.read(next.start), EntryState::Good(next));
-}
-
 /// Creates, fills and cuts a ledger, up to the first failure; says up to which block it was synced, and which blocks may
 /// be missing because they were cut.
 fn live(
