@@ -6,14 +6,15 @@ use super::life::{Life, Promise, check_and_go_on};
 use super::node::{Node, ROOT};
 use super::rounds;
 use super::script::{Script, TIMELINES};
-use crate::storage::simdisk::{SimDisk, Survivors};
+use crate::storage::simdisk::{OperationKind, SimDisk, Survivors};
 
 /// A whole life on a disk that remembers how it stood in each operation.
 async fn recorded<'a>(script: &'a Script, disk: &SimDisk) -> Life<'a> {
     disk.record();
     let mut life = Life::new(script, disk);
     life.live().await;
-    assert!(life.start_failure.is_none() && life.failures.iter().all(Option::is_none), "{:?}", life.failures);
+    assert!(life.start_failure.is_none(), "{:?}", life.start_failure);
+    assert!(life.failures.iter().all(Option::is_none), "{:?}", life.failures);
     life
 }
 
@@ -28,7 +29,7 @@ async fn a_crash_at_any_operation_breaks_no_promise() {
     let mut crashes = 0;
     for at in 0..disk.operations() {
         let promises = life.promised_at(at);
-        let chosen = (0..2 * rounds()).map(|round| Survivors::Some(at.wrapping_mul(0x9E37_79B9) ^ round));
+        let chosen = (0..rounds()).map(|round| Survivors::Some(at.wrapping_mul(0x9E37_79B9) ^ round));
         for survivors in [Survivors::Nothing, Survivors::Everything].into_iter().chain(chosen) {
             let stopped = disk.stopped_in(at);
             stopped.crash(survivors);
@@ -85,14 +86,14 @@ async fn a_disk_that_lies_is_found_out() {
     assert_eq!(broken, "timeline 0: it was acknowledged and is gone");
 }
 
-/// One sync that does nothing is found out by the crash that follows what it was for.
+/// One write of the journal that isn't durable when it returns is found out by the crash that follows.
 #[tokio::test]
 async fn a_single_lie_is_found_out() {
     let (script, disk) = (Script::new(), new_disk());
     recorded(&script, &disk).await;
     let (mut lies, mut found_out) = (0, 0);
     for (at, operation) in (0u64..).zip(disk.log()) {
-        if !operation.kind.makes_durable() || at % 4 != 0 {
+        if !matches!(operation.kind, OperationKind::DurableWrite { .. }) || at % 5 >= rounds() {
             continue;
         }
         lies += 1;
@@ -101,7 +102,6 @@ async fn a_single_lie_is_found_out() {
         liar.record();
         let mut life = Life::new(&script, &liar);
         life.live().await;
-        // Two answers later at most, the lie has let somebody down.
         for after in (at + 1..liar.operations()).take(8) {
             let stopped = liar.stopped_in(after);
             stopped.crash(Survivors::Nothing);
@@ -111,6 +111,7 @@ async fn a_single_lie_is_found_out() {
             }
         }
     }
-    println!("{found_out} of {lies} single lies found out");
-    assert!(found_out * 2 > lies, "{found_out} of {lies}");
+    // Those that carry nothing but what is saved lazily are lost without loss.
+    println!("{found_out} of {lies} lies found out");
+    assert!(found_out * 3 > lies * 2, "{found_out} of {lies}");
 }

@@ -36,6 +36,9 @@ impl Promise {
     }
 }
 
+/// After this many refusals the next one counts as a failure.
+const MAX_REFUSED: u64 = 3;
+
 /// A life in progress.
 pub struct Life<'a> {
     script: &'a Script,
@@ -46,6 +49,8 @@ pub struct Life<'a> {
     log: Vec<(u64, [Promise; TIMELINES])>,
     /// Why each timeline stopped.
     pub failures: [Option<Failure>; TIMELINES],
+    /// How often something was refused and tried again.
+    pub refused: u64,
     /// Why the node did not start.
     pub start_failure: Option<Failure>,
 }
@@ -59,6 +64,7 @@ impl<'a> Life<'a> {
             promises: Default::default(),
             log: Vec::new(),
             failures: Default::default(),
+            refused: 0,
             start_failure: None,
         }
     }
@@ -71,7 +77,7 @@ impl<'a> Life<'a> {
         }
         for step in self.script.steps.clone() {
             if let Step::Restart = step {
-                if self.failures.iter().any(Option::is_some) || !self.restart().await {
+                if self.anything_stopped() || !self.restart().await {
                     return;
                 }
             } else {
@@ -79,6 +85,12 @@ impl<'a> Life<'a> {
             }
             self.note();
         }
+    }
+
+    /// Also a timeline that nobody asked for anything since may have stopped.
+    fn anything_stopped(&self) -> bool {
+        let slots = self.node.iter().flat_map(|node| node.slots.iter().flatten());
+        self.failures.iter().any(Option::is_some) || slots.into_iter().any(|slot| slot.store.poisoned().is_some())
     }
 
     async fn restart(&mut self) -> bool {
@@ -111,7 +123,7 @@ impl<'a> Life<'a> {
         match step {
             Step::AppendTogether(first, second) => return self.append_together(first, second).await,
             // A timeline that could not be brought up to date says so itself.
-            Step::Checkpoint => return drop(self.node.as_ref().unwrap().checkpoint()),
+            Step::Checkpoint => return self.node.as_ref().unwrap().checkpoint(),
             _ => {}
         }
         let number = match step {
@@ -119,10 +131,19 @@ impl<'a> Life<'a> {
             Step::Elect(n, _) | Step::Append(n, _) | Step::SaveLazily(n) | Step::Park(n) => n,
             Step::Restart | Step::Checkpoint | Step::AppendTogether(..) => unreachable!(),
         };
-        if self.failures[number].is_none()
-            && let Err(failure) = self.try_step(number, step).await
-        {
-            self.failures[number] = Some(failure);
+        // What was refused, but not for good, is tried again.
+        while self.failures[number].is_none() {
+            match self.try_step(number, step.clone()).await {
+                Ok(()) => return,
+                Err(Failure::Storage(error)) if !error.is_fatal() && self.refused < MAX_REFUSED => {
+                    self.refused += 1;
+                    // The connection ended; the leader introduces itself again.
+                    if let Step::Append(_, term) = step {
+                        self.failures[number] = self.try_step(number, Step::Elect(number, term)).await.err();
+                    }
+                }
+                Err(failure) => self.failures[number] = Some(failure),
+            }
         }
     }
 
@@ -197,7 +218,12 @@ impl<'a> Life<'a> {
         let part =
             async |number: usize, slot: &mut Option<Slot>, promise: &mut Promise, failure: &mut Option<Failure>| {
                 let (Some(term), None) = (wanted(number), &failure) else { return };
-                *failure = append(&lines[number], slot.as_mut().unwrap(), promise, term).await.err();
+                let (line, slot) = (&lines[number], slot.as_mut().unwrap());
+                let appended = match append(line, slot, promise, term).await {
+                    Err(Failure::Storage(error)) if !error.is_fatal() => append_again(line, slot, promise, term).await,
+                    appended => appended,
+                };
+                *failure = appended.err();
             };
         tokio::join!(part(0, s0, p0, f0), part(1, s1, p1, f1), part(2, s2, p2, f2));
     }
@@ -229,6 +255,13 @@ pub(super) use ensure;
 
 /// A promise that was broken, and how.
 pub type Broken = String;
+
+/// Same, after the first try was refused: the connection ended, and the leader introduces itself again.
+async fn append_again(line: &Line, slot: &mut Slot, promise: &mut Promise, term: Term) -> Result<(), Failure> {
+    let history = TermHistory::new(line.leaders[&term].history.clone()).unwrap();
+    slot.elect(line, &history).await?;
+    append(line, slot, promise, term).await
+}
 
 /// Starts the node after a fault that is over, checks every promise, and goes on living for a while.
 pub async fn check_and_go_on(script: &Script, disk: &SimDisk, promises: &[Promise; TIMELINES]) -> Result<(), Broken> {

@@ -91,9 +91,11 @@ impl Node {
         failures
     }
 
-    /// Brings all timelines up to date with the journal; false when one could not be.
-    pub fn checkpoint(&self) -> bool {
-        self.dir.journal().checkpoint_now().is_empty()
+    /// Brings all timelines up to date with the journal. A timeline that can't be says so itself.
+    pub fn checkpoint(&self) {
+        for (_, error) in self.dir.journal().checkpoint_now() {
+            tracing::debug!("{error}");
+        }
     }
 
     pub async fn create(&mut self, line: &Line, number: usize) -> Result<(), Failure> {

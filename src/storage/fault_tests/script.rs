@@ -127,8 +127,8 @@ impl Script {
         let mut bulk = Line::new(1, Lsn(0x32_4028));
         let mut small = Line::new(2, Lsn(0x20_0028));
         let mut voter = Line::new(3, Lsn(0x50_2000));
-        let fork = bulk.lead(2, None, &[1_100_000, 100, 210_000, 24, 210_000, 210_000, 0, 50, 20_000, 1_200_000], 7);
-        bulk.lead(3, Some((2, fork)), &[90_000, 1_100_000, 300, 70_000, 200_000, 230_000, 40, 200_000], usize::MAX);
+        let fork = bulk.lead(2, None, &[210_000, 100, 210_000, 24, 210_000, 210_000, 0, 50, 20_000, 1_060_000], 7);
+        bulk.lead(3, Some((2, fork)), &[90_000, 1_060_000, 300, 70_000, 200_000, 230_000, 40, 200_000], usize::MAX);
         let fork = small.lead(4, None, &[40, 4_000, 24, 9_000, 512, 100, 64_000, 300, 33], 6);
         small.lead(6, Some((4, fork)), &[77, 12_000, 30_000, 8_192, 25, 50_000, 50_000, 24], usize::MAX);
         voter.lead(9, None, &[200, 100_000], usize::MAX);

@@ -63,13 +63,6 @@ pub enum OperationKind {
     SyncFs,
 }
 
-impl OperationKind {
-    /// Whether something is durable when it returned.
-    pub fn makes_durable(self) -> bool {
-        matches!(self, Self::DurableWrite { .. } | Self::Sync | Self::SyncDir | Self::SyncFs)
-    }
-}
-
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:?} {}", self.kind, self.path.display())
