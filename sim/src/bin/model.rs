@@ -25,7 +25,7 @@ struct Options {
     /// Times that a node loses power.
     #[arg(long, default_value_t = 0)]
     crashes: u8,
-    /// Times that a connection breaks.
+    /// Times that a connection breaks (exchange) or is made again (streams, datagrams).
     #[arg(long, default_value_t = 0)]
     breaks: u8,
     /// Times that a message arrives twice (datagrams only).
@@ -34,6 +34,12 @@ struct Options {
     /// Times that a term is raised by hand.
     #[arg(long, default_value_t = 0)]
     bumps: u8,
+    /// Nodes make WAL durable as they get it, not some time later.
+    #[arg(long)]
+    sync: bool,
+    /// Peer horizons and saved commit LSNs travel along.
+    #[arg(long)]
+    hints: bool,
     /// Appends under way to one node (streams and datagrams).
     #[arg(long, default_value_t = 1)]
     in_flight: usize,
@@ -80,6 +86,8 @@ fn main() -> ExitCode {
         breaks: options.breaks,
         duplicates: options.duplicates,
         bumps: options.bumps,
+        sync: options.sync,
+        hints: options.hints,
         in_flight: options.in_flight,
         members: options.members,
         reconfigurations: if options.new_members.is_empty() { 0 } else { options.reconfigurations },

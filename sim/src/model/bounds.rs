@@ -24,12 +24,16 @@ pub struct Bounds {
     pub records: usize,
     /// Times that a node loses power.
     pub crashes: u8,
-    /// Times that a connection breaks.
+    /// Times that a connection breaks (exchanges), or is made again (streams and datagrams).
     pub breaks: u8,
     /// Times that a message arrives twice.
     pub duplicates: u8,
     /// Times that somebody raises a term by hand.
     pub bumps: u8,
+    /// Nodes make WAL durable as they get it. Otherwise some time later, for several appends at once.
+    pub sync: bool,
+    /// Peer horizons and saved commit LSNs travel with the messages. No decision depends on them, but states do.
+    pub hints: bool,
     /// What the network does.
     pub network: Network,
     /// Appends under way to one node.
@@ -52,6 +56,8 @@ impl Bounds {
             breaks: 0,
             duplicates: 0,
             bumps: 0,
+            sync: false,
+            hints: false,
             network,
             in_flight: 1,
             members: vec![1, 2, 3],

@@ -16,6 +16,8 @@ use super::wal::Log;
 pub struct Link {
     /// Whether the proposer believes in it.
     pub up: bool,
+    /// It was made before, so the next time is a reconnect.
+    pub used: bool,
     /// A first append is due, even an empty one.
     pub fresh: bool,
     /// To the node, oldest first.

@@ -3,8 +3,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use pgproto::walproposer::{AcceptorMessage, Configuration, Member, ProposerMessage};
-use pgproto::{Generation, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::walproposer::{AcceptorMessage, AppendResponse, Configuration, Member, ProposerMessage, TermLsn};
+use pgproto::{Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
 use safekeeper::consensus::acceptor::AcceptorError;
 use safekeeper::consensus::proposer::{AppendSpec, Effect, PeerIndex, PeerState, Proposer, ProposerConfig};
 use safekeeper::consensus::state::ControlState;
@@ -135,7 +135,10 @@ impl Next<'_> {
             Step::Tell { candidate, node } => self.tell(candidate, node),
             Step::Flush { node } => self.flush(node),
             Step::Break { candidate, node, stale } => {
-                self.state.budget.breaks -= 1;
+                // Elsewhere the new connection is what counts.
+                if self.cluster.bounds.network == Network::Exchange {
+                    self.state.budget.breaks -= 1;
+                }
                 self.disconnect(candidate, node, stale);
                 Ok(())
             }
@@ -186,14 +189,26 @@ impl Next<'_> {
     }
 
     fn connect(&mut self, index: usize, node: usize) -> Done {
-        self.candidate(index, |candidate| candidate.links[node].up = true);
+        let exchange = self.cluster.bounds.network == Network::Exchange;
+        let again = self.candidate(index, |candidate| {
+            candidate.links[node].up = true;
+            std::mem::replace(&mut candidate.links[node].used, true)
+        });
+        if again && !exchange {
+            self.state.budget.breaks -= 1;
+        }
         let effects = self.proposer(index, |proposer| proposer.connected(PeerIndex(node)))?;
         self.effects(index, effects)?;
-        if self.cluster.bounds.network == Network::Exchange {
-            let message = Envelope { candidate: index, node, queue: Queue::Current, at: 0 };
-            self.deliver(message, Fate::Plain)?;
+        if self.cluster.bounds.network == Network::Streams {
+            return Ok(());
         }
-        Ok(())
+        // A greeting changes nothing at a node, so there is no need to tell apart when it arrives.
+        let at = self.state.candidates[index].candidate.links[node].requests.len() - 1;
+        self.deliver(Envelope { candidate: index, node, queue: Queue::Current, at }, Fate::Plain)?;
+        match self.candidate(index, |candidate| candidate.links[node].replies.pop()) {
+            Some(reply) => self.answer(index, node, reply),
+            None => Ok(()),
+        }
     }
 
     fn take_request(&mut self, message: Envelope, fate: Fate) -> Result<ProposerMessage, Stop> {
@@ -259,7 +274,7 @@ impl Next<'_> {
                     node.expect_flush(candidate, append.term);
                     node.is_dirty()
                 })?;
-                if !dirty {
+                if !dirty || self.cluster.bounds.sync {
                     return self.flush(node);
                 }
             }
@@ -315,6 +330,12 @@ impl Next<'_> {
 
     /// A proposer handles an answer.
     fn answer(&mut self, candidate: usize, node: usize, reply: AcceptorMessage) -> Done {
+        let reply = match reply {
+            AcceptorMessage::AppendResponse(response) if !self.cluster.bounds.hints => {
+                AcceptorMessage::AppendResponse(AppendResponse { commit_lsn: Lsn::INVALID, ..response })
+            }
+            other => other,
+        };
         let effects = self.proposer(candidate, |proposer| proposer.handle(PeerIndex(node), reply))?;
         self.effects(candidate, effects)
     }
@@ -358,8 +379,8 @@ impl Next<'_> {
         &mut self,
         index: usize,
         term: Term,
-        start: pgproto::Lsn,
-        inherited: &[pgproto::walproposer::TermLsn],
+        start: Lsn,
+        inherited: &[TermLsn],
     ) -> Done {
         self.cluster.saw(Event::Election);
         let length = index_of(start).ok_or("a term starts inside of a record")?;
@@ -377,7 +398,7 @@ impl Next<'_> {
         self.write(index)
     }
 
-    fn committed(&mut self, index: usize, lsn: pgproto::Lsn) -> Done {
+    fn committed(&mut self, index: usize, lsn: Lsn) -> Done {
         let candidate = &self.state.candidates[index].candidate;
         let length = index_of(lsn).ok_or("committed inside of a record")?;
         let (log, (term, _)) = (candidate.log, candidate.elected.ok_or("committed before it was elected")?);
@@ -488,7 +509,10 @@ impl Next<'_> {
         self.append(index, node, spec.ok_or(Stop::Impossible)?, bytes::Bytes::new())
     }
 
-    fn append(&mut self, index: usize, node: usize, spec: AppendSpec, wal: bytes::Bytes) -> Done {
+    fn append(&mut self, index: usize, node: usize, mut spec: AppendSpec, wal: bytes::Bytes) -> Done {
+        if !self.cluster.bounds.hints {
+            spec.truncate_lsn = Lsn::INVALID;
+        }
         let at = self.candidate(index, |candidate| {
             let link = &mut candidate.links[node];
             link.fresh = false;

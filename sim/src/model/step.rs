@@ -50,7 +50,7 @@ pub enum Fate {
 #[allow(missing_docs, reason = "the fields are what their names say")]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// A proposer starts, knowing this configuration of those issued. In exchanges it greets these nodes at once, as bits.
+    /// A proposer starts, knowing this configuration of those issued. But for streams it greets these nodes at once, as bits.
     Start { candidate: usize, configuration: usize, greets: u32 },
     /// A proposer connects to a node and greets.
     Connect { candidate: usize, node: usize },
@@ -119,7 +119,8 @@ impl Cluster {
         }
         for (node, link) in candidate.links.iter().enumerate() {
             if !link.up {
-                if state.node(node).is_some() {
+                let free = !link.used || self.bounds.network == Network::Exchange;
+                if state.node(node).is_some() && (free || state.budget.breaks > 0) {
                     steps.push(Step::Connect { candidate: index, node });
                 }
                 continue;
@@ -140,13 +141,13 @@ impl Cluster {
         }
     }
 
-    /// With the oldest configuration or the newest. Exchanges save the states in which some nodes were greeted and others not
+    /// With the oldest configuration or the newest. But for streams this saves the states in which some nodes were greeted and others not
     /// yet: a greeting changes nothing at a node, and whoever was not greeted now may be later.
     fn starts(&self, state: &State, candidate: usize, steps: &mut Vec<Step>) {
         let newest = state.issued.len() - 1;
         let choices = match self.bounds.network {
-            Network::Exchange => 1..1u32 << state.nodes.len(),
-            Network::Streams | Network::Datagrams => 0..1,
+            Network::Exchange | Network::Datagrams => 1..1u32 << state.nodes.len(),
+            Network::Streams => 0..1,
         };
         for greets in choices {
             if (0..state.nodes.len()).any(|node| greets >> node & 1 == 1 && state.node(node).is_none()) {
