@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 
 /// What writes to a file opened by [`Disk::open_durable`] are aligned to, in bytes.
 pub const DURABLE_ALIGNMENT: usize = 4096;
@@ -78,6 +78,11 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn write_at(&self, slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()>;
     /// Cuts the file, or extends it with zeros.
     fn set_len(&self, len: u64) -> io::Result<()>;
+    /// Gives a new, empty file `len` bytes that read as zeros and have their space on the disk, so that writing them won't
+    /// find it full. Not durable before a sync.
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        fill_with_zeros(self, len)
+    }
     /// Makes the content durable, and as much metadata as is needed to read it.
     fn sync_data(&self) -> io::Result<()>;
     /// Makes content and metadata durable.
@@ -86,6 +91,17 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn drop_cache(&self) -> io::Result<()>;
     /// Takes the exclusive lock on the file for as long as it is open; false when another process holds it.
     fn try_lock(&self) -> io::Result<bool>;
+}
+
+/// Takes space by writing to all of it.
+fn fill_with_zeros<F: DiskFile + ?Sized>(file: &F, len: u64) -> io::Result<()> {
+    const CHUNK: usize = 256 * 1024;
+    let zeros = [0; CHUNK];
+    for offset in (0..len).step_by(CHUNK) {
+        let missing = usize::try_from(len - offset).unwrap_or(CHUNK);
+        file.write_at(&mut [IoSlice::new(zeros.get(..missing).unwrap_or(&zeros))], offset)?;
+    }
+    Ok(())
 }
 
 /// The operating system's file system.
@@ -222,6 +238,17 @@ impl DiskFile for RealFile {
 
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.file.set_len(len)
+    }
+
+    /// By the file system's own means if it has them, which writes nothing.
+    fn reserve(&self, len: u64) -> io::Result<()> {
+        loop {
+            match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => return fill_with_zeros(self, len),
+                Err(rustix::io::Errno::INTR) => {}
+                reserved => return Ok(reserved?),
+            }
+        }
     }
 
     fn sync_data(&self) -> io::Result<()> {

@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::io::IoSlice;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 
 use bytes::Bytes;
@@ -61,14 +60,6 @@ struct OpenSegment {
     path: PathBuf,
 }
 
-/// The next segment being prepared by another thread.
-#[derive(Debug)]
-struct Preparation {
-    done: Receiver<Result<(), DiskError>>,
-    /// Somebody waits for it: no more pauses.
-    wanted: Arc<AtomicBool>,
-}
-
 /// The writer's side of a timeline's segments.
 #[derive(Debug)]
 pub(super) struct SegmentWriter {
@@ -81,8 +72,8 @@ pub(super) struct SegmentWriter {
     touched: Touched,
     /// The names of all segments are durable, as far as this writer knows.
     named: bool,
-    /// Preparation of the next segment, under way or done.
-    next: Option<Preparation>,
+    /// The next segment, being prepared by another thread or ready.
+    next: Option<Receiver<Result<(), DiskError>>>,
 }
 
 impl SegmentWriter {
@@ -273,7 +264,7 @@ impl SegmentWriter {
 
     fn create(&mut self, number: SegmentNumber) -> Result<OpenSegment, DiskError> {
         if !self.take_prepared() {
-            let prepared = self.files.prepare_segment(self.size, || false);
+            let prepared = self.files.prepare_segment(self.size);
             if prepared.is_err() {
                 // What there is of it takes space that may be what others wait for.
                 let _ = self.files.remove_prepared();
@@ -299,23 +290,17 @@ impl SegmentWriter {
         let Ok(runtime) = Handle::try_current() else { return };
         let (finished, done) = sync_channel(1);
         let (files, size) = (self.files.clone(), self.size);
-        let wanted = Arc::new(AtomicBool::new(false));
-        self.next = Some(Preparation { done, wanted: Arc::clone(&wanted) });
+        self.next = Some(done);
         runtime.spawn_blocking(move || {
-            let gently = || !wanted.load(Ordering::Relaxed);
             // Nobody listens only when the store is gone, and then nobody wants the segment.
-            let _ = finished.send(files.prepare_segment(size, gently).map(drop));
+            let _ = finished.send(files.prepare_segment(size));
         });
     }
 
     /// Whether a prepared segment is there, waiting for one that is about to be. A failure to prepare ahead harms
     /// nothing: the same is tried again now, and that one counts.
     fn take_prepared(&mut self) -> bool {
-        let wait = |next: Preparation| {
-            next.wanted.store(true, Ordering::Relaxed);
-            next.done.recv()
-        };
-        match self.next.take().map(wait) {
+        match self.next.take().map(|next| next.recv()) {
             Some(Ok(Ok(()))) => true,
             Some(Ok(Err(error))) => {
                 tracing::warn!(timeline = %self.files.ttid(), "could not prepare the next WAL segment: {error}");

@@ -1,15 +1,16 @@
 //! The files of one timeline: their names, how a segment comes into being and how it gets its final name.
 //!
 //! A segment is `<24 hex digits>.partial` while it is written and loses the suffix when it is full. Either way the file
-//! has the length of a segment from the start, filled with zeros that are really on disk: writing then never changes a
-//! file's size nor its allocation, which makes a sync cheaper (spec: dependencies, section 6). Filling takes time, so
-//! the next segment is prepared ahead, under the name `waltmp`, and only renamed when it is needed.
+//! has the length of a segment from the start, with space for all of it on the disk: writing then never finds the disk full.
+//! The space is reserved, not filled with zeros, which would write every byte twice: nobody waits for a segment to be
+//! synced except bulk loads, and those are faster this way. The next segment is prepared ahead, under the name `waltmp`,
+//! and only renamed when it is needed.
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, TenantTimelineId};
@@ -23,10 +24,8 @@ use crate::metrics::{self, StorageOperation};
 const PARTIAL_SUFFIX: &str = ".partial";
 /// A segment that has no name yet.
 const PREPARED_NAME: &str = "waltmp";
-/// Zeros are written and checked in pieces of this many bytes; written and synced in about a millisecond.
+/// Zeros are checked and written in pieces of this many bytes.
 const ZERO_CHUNK: usize = 256 * 1024;
-/// Pause between two such pieces while there is time: 16 MiB take a third of a second then.
-const GENTLE_PAUSE: Duration = Duration::from_millis(4);
 
 /// Where a timeline's files are. Cheap to clone; writer and readers share it.
 #[derive(Clone, Debug)]
@@ -191,29 +190,15 @@ impl TimelineFiles {
         self.disk.sync_dir(&dir).during("sync directory", &dir)
     }
 
-    /// Writes a segment full of zeros, durably, under the temporary name. What was there before is replaced.
-    ///
-    /// While `gently` says so, it goes in small steps with pauses: the zeros of a whole segment in one go would hold up
-    /// every sync of WAL on the same disk.
-    pub(super) fn prepare_segment(
-        &self,
-        size: SegmentSize,
-        gently: impl Fn() -> bool,
-    ) -> Result<Arc<dyn DiskFile>, DiskError> {
+    /// Makes a segment of zeros, durably, under the temporary name. What was there before is replaced.
+    pub(super) fn prepare_segment(&self, size: SegmentSize) -> Result<(), DiskError> {
         let started = Instant::now();
         let path = self.dir().join(PREPARED_NAME);
         let file = self.disk.create(&path, true).during("create", &path)?;
-        let zeros = vec![0; ZERO_CHUNK];
-        for offset in (0..size.bytes()).step_by(ZERO_CHUNK) {
-            file.write_at(&mut [IoSlice::new(&zeros)], offset).during("fill with zeros", &path)?;
-            if gently() {
-                file.sync_data().during("sync", &path)?;
-                std::thread::sleep(GENTLE_PAUSE);
-            }
-        }
+        file.reserve(size.bytes()).during("reserve space for", &path)?;
         file.sync_all().during("sync", &path)?;
         metrics::storage_operation(StorageOperation::InitializeSegment, started.elapsed());
-        Ok(file)
+        Ok(())
     }
 
     /// Gives the prepared segment its partial name, not durably; the caller syncs the directory.
@@ -297,7 +282,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let files = files(root.path());
         std::fs::write(files.dir().join("waltmp"), b"left over").unwrap();
-        files.prepare_segment(size(), || false).unwrap();
+        files.prepare_segment(size()).unwrap();
         files.adopt_prepared(SegmentNumber(5), size()).unwrap();
         let path = files.dir().join("000000010000000000000005.partial");
         assert_eq!(std::fs::read(&path).unwrap(), vec![0; 1 << 20]);
