@@ -159,6 +159,7 @@ async fn create_list_status() {
         "walsenders": [],
         "walreceivers": [],
         "health": {"state": "sound"},
+            "forks": [],
     });
     assert_eq!(server.get(&timeline_path()).await.json(), expected);
 
