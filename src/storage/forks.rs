@@ -159,15 +159,13 @@ fn set_aside_within<E: std::error::Error + 'static>(
     Ok(Some(fork))
 }
 
-impl TimelineFiles {
-    /// All forks of the timeline that can be read, the oldest first. Others are left out, with a line in the log.
-    pub fn forks(&self) -> Result<Vec<Fork>, DiskError> {
-        let readable = |found: FoundFile| {
-            let fork = open(self, &found);
-            fork.inspect_err(|error| tracing::warn!("\"{}\": {error}", found.path.display())).ok().map(|(fork, _)| fork)
-        };
-        Ok(find(self)?.into_iter().filter_map(readable).collect())
-    }
+/// All forks of the timeline that can be read, the oldest first. Others are left out, with a line in the log.
+pub fn list(files: &TimelineFiles) -> Result<Vec<Fork>, DiskError> {
+    let readable = |found: FoundFile| {
+        let fork = open(files, &found);
+        fork.inspect_err(|error| tracing::warn!("\"{}\": {error}", found.path.display())).ok().map(|(fork, _)| fork)
+    };
+    Ok(find(files)?.into_iter().filter_map(readable).collect())
 }
 
 /// Reads the WAL of a fork, in pieces that `sink` gets in order, and checks it: when it returns an error, what `sink` got is

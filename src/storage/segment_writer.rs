@@ -80,16 +80,15 @@ impl SegmentWriter {
     /// A writer that goes on at `end`, 0 while there is no WAL.
     pub fn new(files: TimelineFiles, size: SegmentSize, end: Lsn) -> Result<Self, DiskError> {
         files.remove_prepared()?;
-        let mut writer =
-            Self {
-                files,
-                size,
-                current: None,
-                room_to: Lsn::INVALID,
-                touched: Touched::default(),
-                named: false,
-                next: None,
-            };
+        let mut writer = Self {
+            files,
+            size,
+            current: None,
+            room_to: Lsn::INVALID,
+            touched: Touched::default(),
+            named: false,
+            next: None,
+        };
         writer.forget_room(end);
         Ok(writer)
     }
