@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use super::life::{Life, Promise, check_and_go_on};
+use super::life::Life;
 use super::node::{Node, ROOT};
+use super::promises::{Promise, check_and_go_on};
 use super::rounds;
 use super::script::{Script, TIMELINES};
 use crate::storage::simdisk::{OperationKind, SimDisk, Survivors};

@@ -6,8 +6,9 @@ use std::path::Path;
 
 use bytes::Bytes;
 
-use super::life::{Broken, Life, check_and_go_on, ensure};
+use super::life::Life;
 use super::node::{Failure, ROOT, Slot};
+use super::promises::{Broken, check_and_go_on, ensure};
 use super::rounds;
 use super::script::{Line, Script, TIMELINES};
 use crate::storage::StorageError;

@@ -1,40 +1,12 @@
-//! Lives the script on a disk, writes down what was promised when, and checks promises after a fault.
+//! Lives the script on a disk, and writes down what was promised when.
 
-use pgproto::{Generation, Lsn, Term};
+use pgproto::{Generation, Term};
 
 use super::node::{Failure, Node, Slot};
+use super::promises::{Cut, Promise, check_answers};
 use super::script::{Line, Script, Step, TIMELINES};
 use crate::consensus::history::TermHistory;
-use crate::storage::simdisk::{SimDisk, Survivors};
-use crate::storage::test_wal::WalWriter;
-
-/// What a timeline told anybody so far, and what it was asked.
-#[derive(Clone, Debug, Default)]
-pub struct Promise {
-    /// It exists.
-    pub created: bool,
-    /// Highest term in an answer.
-    pub term: Term,
-    /// Highest term that got its vote.
-    pub voted: Term,
-    /// Highest term that it can know.
-    pub asked: Term,
-    /// Its configuration's generation.
-    pub generation: Generation,
-    /// End of the WAL that it acknowledged and no later leader may have cut off.
-    pub flush: Lsn,
-    /// Term of the last leader it accepted.
-    pub log_term: Term,
-    /// Commit LSN that it said is saved.
-    pub commit: Lsn,
-}
-
-impl Promise {
-    fn heard(&mut self, term: Term) {
-        self.term = self.term.max(term);
-        self.asked = self.asked.max(term);
-    }
-}
+use crate::storage::simdisk::SimDisk;
 
 /// After this many refusals the next one counts as a failure.
 const MAX_REFUSED: u64 = 3;
@@ -51,6 +23,9 @@ pub struct Life<'a> {
     pub failures: [Option<Failure>; TIMELINES],
     /// How often something was refused and tried again.
     pub refused: u64,
+    /// Before which step the disk gets how full: this many more bytes fit, until something is refused.
+    pub full_before: Option<(usize, u64)>,
+    is_full: bool,
     /// Why the node did not start.
     pub start_failure: Option<Failure>,
 }
@@ -65,6 +40,8 @@ impl<'a> Life<'a> {
             log: Vec::new(),
             failures: Default::default(),
             refused: 0,
+            full_before: None,
+            is_full: false,
             start_failure: None,
         }
     }
@@ -75,13 +52,17 @@ impl<'a> Life<'a> {
             Ok(node) => self.node = Some(node),
             Err(failure) => return self.start_failure = Some(failure),
         }
-        for step in self.script.steps.clone() {
-            if let Step::Restart = step {
-                if self.anything_stopped() || !self.restart().await {
-                    return;
-                }
-            } else {
-                self.step(step).await;
+        for (index, step) in self.script.steps.clone().into_iter().enumerate() {
+            if let Some((_, left)) = self.full_before.filter(|(before, _)| *before == index) {
+                self.disk.set_capacity(Some(self.disk.used() + left));
+                self.is_full = true;
+            }
+            match step {
+                Step::Restart if self.anything_stopped() || !self.restart().await => return,
+                Step::Restart => {}
+                Step::AppendTogether(first, second) => self.append_together(first, second).await,
+                Step::Checkpoint => self.node.as_ref().unwrap().checkpoint(),
+                step => self.try_until_done(step).await,
             }
             self.note();
         }
@@ -89,24 +70,42 @@ impl<'a> Life<'a> {
 
     /// Also a timeline that nobody asked for anything since may have stopped.
     fn anything_stopped(&self) -> bool {
-        let slots = self.node.iter().flat_map(|node| node.slots.iter().flatten());
-        self.failures.iter().any(Option::is_some) || slots.into_iter().any(|slot| slot.store.poisoned().is_some())
+        let mut slots = self.node.iter().flat_map(|node| node.slots.iter().flatten());
+        self.failures.iter().any(Option::is_some) || slots.any(|slot| slot.store.poisoned().is_some())
     }
 
     async fn restart(&mut self) -> bool {
         self.node = None;
-        let mut node = match Node::start(&self.disk) {
-            Ok(node) => node,
+        let mut started = self.start_and_load().await;
+        if self.is_full && !matches!(&started, Ok((_, failures)) if failures.is_empty()) {
+            // For want of space, perhaps.
+            drop(started);
+            self.space_returns();
+            started = self.start_and_load().await;
+        }
+        match started {
+            Ok((node, failures)) => {
+                self.node = Some(node);
+                failures.into_iter().for_each(|(number, failure)| self.failures[number] = Some(failure));
+                true
+            }
             Err(failure) => {
                 self.start_failure = Some(failure);
-                return false;
+                false
             }
-        };
-        for (number, failure) in node.load(self.script).await {
-            self.failures[number] = Some(failure);
         }
-        self.node = Some(node);
-        true
+    }
+
+    async fn start_and_load(&self) -> Result<(Node, Vec<(usize, Failure)>), Failure> {
+        let mut node = Node::start(&self.disk)?;
+        let failures = node.load(self.script).await;
+        Ok((node, failures))
+    }
+
+    fn space_returns(&mut self) {
+        self.refused += 1;
+        self.is_full = false;
+        self.disk.set_full(false);
     }
 
     /// What was promised when operation number `at` began.
@@ -119,31 +118,42 @@ impl<'a> Life<'a> {
         self.log.push((self.disk.operations(), self.promises.clone()));
     }
 
-    async fn step(&mut self, step: Step) {
-        match step {
-            Step::AppendTogether(first, second) => return self.append_together(first, second).await,
-            // A timeline that could not be brought up to date says so itself.
-            Step::Checkpoint => return self.node.as_ref().unwrap().checkpoint(),
-            _ => {}
-        }
+    /// Until it is done, or refused for good.
+    async fn try_until_done(&mut self, step: Step) {
         let number = match step {
             Step::Create(n) | Step::Greet(n) | Step::Vote(n, _) | Step::Configure(n, _) | Step::BumpTerm(n) => n,
             Step::Elect(n, _) | Step::Append(n, _) | Step::SaveLazily(n) | Step::Park(n) => n,
             Step::Restart | Step::Checkpoint | Step::AppendTogether(..) => unreachable!(),
         };
-        // What was refused, but not for good, is tried again.
         while self.failures[number].is_none() {
             match self.try_step(number, step.clone()).await {
                 Ok(()) => return,
-                Err(Failure::Storage(error)) if !error.is_fatal() && self.refused < MAX_REFUSED => {
-                    self.refused += 1;
-                    // The connection ended; the leader introduces itself again.
-                    if let Step::Append(_, term) = step {
-                        self.failures[number] = self.try_step(number, Step::Elect(number, term)).await.err();
-                    }
-                }
+                Err(failure) if self.passes(&failure) => self.after_refusal(number, &step).await,
                 Err(failure) => self.failures[number] = Some(failure),
             }
+        }
+    }
+
+    /// Whether it is worth another try.
+    fn passes(&self, failure: &Failure) -> bool {
+        match failure {
+            Failure::Storage(error) => !error.is_fatal() && self.refused < MAX_REFUSED,
+            Failure::Create(_) => self.is_full,
+            _ => false,
+        }
+    }
+
+    /// Everything else goes on; then space returns, and the leader, whose connection ended, introduces itself again.
+    async fn after_refusal(&mut self, number: usize, step: &Step) {
+        let slots = &mut self.node.as_mut().unwrap().slots;
+        for ((line, slot), promise) in self.script.lines.iter().zip(slots).zip(&self.promises) {
+            let Some(slot) = slot.as_mut().filter(|slot| slot.store.poisoned().is_none()) else { continue };
+            let checked = check_answers(line, slot, promise).await;
+            checked.unwrap_or_else(|broken| panic!("while something is refused: {broken}"));
+        }
+        self.space_returns();
+        if let Step::Append(_, term) = step {
+            self.failures[number] = self.try_step(number, Step::Elect(number, *term)).await.err();
         }
     }
 
@@ -159,10 +169,14 @@ impl<'a> Life<'a> {
         }
         if let Step::Elect(_, term) = step {
             let history = TermHistory::new(line.leaders[&Term(term)].history.clone()).unwrap();
-            let start = self.slot(number).start_of(line, &history);
-            // From here on nothing behind is promised any more.
-            let flush = &mut self.promises[number].flush;
-            *flush = (*flush).min(start);
+            let slot = self.node.as_ref().unwrap().slots[number].as_ref().unwrap();
+            let (from, term_before) = (slot.start_of(line, &history), slot.acceptor.last_log_term());
+            let promise = &mut self.promises[number];
+            if promise.flush > from {
+                // From here on nothing behind is promised any more, except that it is set aside.
+                promise.cuts.push(Cut { term: term_before, from, to: promise.flush, new_term: Term(term) });
+                promise.flush = from;
+            }
         }
         self.note();
         if let Step::Create(_) = step {
@@ -200,10 +214,6 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    fn slot(&self, number: usize) -> &Slot {
-        self.node.as_ref().unwrap().slots[number].as_ref().unwrap()
-    }
-
     async fn append_together(&mut self, first: (usize, u64), second: (usize, u64)) {
         self.note();
         let wanted = |number| match number {
@@ -218,14 +228,17 @@ impl<'a> Life<'a> {
         let part =
             async |number: usize, slot: &mut Option<Slot>, promise: &mut Promise, failure: &mut Option<Failure>| {
                 let (Some(term), None) = (wanted(number), &failure) else { return };
-                let (line, slot) = (&lines[number], slot.as_mut().unwrap());
-                let appended = match append(line, slot, promise, term).await {
-                    Err(Failure::Storage(error)) if !error.is_fatal() => append_again(line, slot, promise, term).await,
-                    appended => appended,
-                };
-                *failure = appended.err();
+                *failure = append(&lines[number], slot.as_mut().unwrap(), promise, term).await.err();
             };
         tokio::join!(part(0, s0, p0, f0), part(1, s1, p1, f1), part(2, s2, p2, f2));
+        for (number, term) in [first, second] {
+            // Refused, but not for good: once more, alone.
+            if self.failures[number].as_ref().is_some_and(|failure| self.passes(failure)) {
+                self.failures[number] = None;
+                self.after_refusal(number, &Step::Append(number, term)).await;
+                self.try_until_done(Step::Append(number, term)).await;
+            }
+        }
     }
 }
 
@@ -240,123 +253,5 @@ async fn append(line: &Line, slot: &mut Slot, promise: &mut Promise, term: Term)
     promise.heard(answer.term);
     promise.flush = answer.flush_lsn;
     promise.commit = promise.commit.max(answer.commit_lsn);
-    Ok(())
-}
-
-/// Refuses with a message unless a condition holds.
-macro_rules! ensure {
-    ($condition:expr, $($message:tt)*) => {
-        if !$condition {
-            return Err(format!($($message)*));
-        }
-    };
-}
-pub(super) use ensure;
-
-/// A promise that was broken, and how.
-pub type Broken = String;
-
-/// Same, after the first try was refused: the connection ended, and the leader introduces itself again.
-async fn append_again(line: &Line, slot: &mut Slot, promise: &mut Promise, term: Term) -> Result<(), Failure> {
-    let history = TermHistory::new(line.leaders[&term].history.clone()).unwrap();
-    slot.elect(line, &history).await?;
-    append(line, slot, promise, term).await
-}
-
-/// Starts the node after a fault that is over, checks every promise, and goes on living for a while.
-pub async fn check_and_go_on(script: &Script, disk: &SimDisk, promises: &[Promise; TIMELINES]) -> Result<(), Broken> {
-    let mut node = load_all(script, disk).await?;
-    let mut ends = [const { None }; TIMELINES];
-    for (number, promise) in promises.iter().enumerate() {
-        let line = &script.lines[number];
-        match node.slots[number].as_mut() {
-            Some(slot) => {
-                check(line, slot, promise).await.map_err(|broken| format!("timeline {number}: {broken}"))?;
-                let went_on = go_on(line, slot, promise).await;
-                ends[number] = Some(went_on.map_err(|failure| format!("timeline {number}, going on: {failure}"))?);
-            }
-            None => {
-                ensure!(!promise.created, "timeline {number}: it was acknowledged and is gone");
-                node.create(line, number).await.map_err(|failure| format!("timeline {number}: {failure}"))?;
-            }
-        }
-    }
-    drop(node);
-    disk.crash(Survivors::Nothing);
-    let mut node = load_all(script, disk).await.map_err(|broken| format!("after going on: {broken}"))?;
-    for (number, end) in ends.into_iter().enumerate() {
-        ensure!(node.slots[number].is_some(), "timeline {number}: gone after going on");
-        let (Some(slot), Some((wal, term))) = (node.slots[number].as_mut(), end) else { continue };
-        let after = check_end(&script.lines[number], slot, &wal, term).await;
-        after.map_err(|broken| format!("timeline {number}, after going on: {broken}"))?;
-    }
-    Ok(())
-}
-
-async fn load_all(script: &Script, disk: &SimDisk) -> Result<Node, Broken> {
-    let mut node = Node::start(disk).map_err(|failure| format!("no start: {failure}"))?;
-    let failures = node.load(script).await;
-    match failures.into_iter().next() {
-        Some((number, failure)) => Err(format!("timeline {number}: {failure}")),
-        None => Ok(node),
-    }
-}
-
-/// Everything promised holds.
-pub async fn check(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<(), Broken> {
-    ensure!(slot.acceptor.health().is_sound(), "{:?}", slot.acceptor.health());
-    let term = slot.greet(line).await.map_err(|failure| format!("greeting: {failure}"))?;
-    ensure!(promise.term <= term && term <= promise.asked, "{term:?}, promised {promise:?}");
-    ensure!(slot.generation() >= promise.generation, "an older configuration");
-
-    // Also an answer that refuses tells how far the log goes.
-    let answer = slot.vote(promise.voted).await.map_err(|failure| format!("vote: {failure}"))?;
-    ensure!(!answer.vote_given, "a second vote in one term");
-    ensure!(answer.flush_lsn >= promise.flush, "WAL ends at {}, promised {}", answer.flush_lsn, promise.flush);
-    let log_term = slot.acceptor.durable_state().term_history.last_term();
-    ensure!(log_term >= promise.log_term, "log of {log_term:?}, promised {:?}", promise.log_term);
-    let commit = slot.acceptor.durable_state().commit_lsn;
-    ensure!(commit >= promise.commit, "commit LSN {commit}, promised {}", promise.commit);
-
-    // Its log is that of the leader that the visible history ends with.
-    let Some(last) = answer.term_history.last() else {
-        ensure!(!promise.flush.is_valid(), "a log without history");
-        return Ok(());
-    };
-    let Some(leader) = line.leaders.get(&last.term) else { return Err(format!("unknown leader {:?}", last.term)) };
-    ensure!(answer.flush_lsn <= leader.wal.position(), "more WAL than there is");
-    let found = slot.read(line.start, answer.flush_lsn).await.map_err(|error| format!("reading: {error}"))?;
-    ensure!(found == line.wal(last.term, line.start, answer.flush_lsn), "other bytes");
-    Ok(())
-}
-
-/// Another leader comes and continues; nothing left over may join its records. Returns its log and term.
-async fn go_on(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<(WalWriter, Term), Broken> {
-    let say = |failure: Failure| format!("{failure}");
-    let term = promise.asked.max(slot.acceptor.term()).next();
-    let vote = slot.vote(term).await.map_err(say)?;
-    ensure!(vote.vote_given, "no vote for a new term");
-    let end = if vote.flush_lsn.is_valid() { vote.flush_lsn } else { line.start };
-    let mut wal = match vote.term_history.last() {
-        Some(last) => WalWriter::continuing(&line.leaders[&last.term].wal, end),
-        None => WalWriter::new(end),
-    };
-    let history = TermHistory::new(vote.term_history).unwrap().extended((term.0, end.0).into()).unwrap();
-    slot.elect(line, &history).await.map_err(say)?;
-    for body in [24, 5_000] {
-        let at = wal.position();
-        wal.record(body, 10);
-        slot.append(term, wal.since(at), end).await.map_err(say)?;
-    }
-    Ok((wal, term))
-}
-
-/// What the other leader wrote is all there, and so is the vote it got.
-async fn check_end(line: &Line, slot: &mut Slot, wal: &WalWriter, term: Term) -> Result<(), Broken> {
-    let answer = slot.vote(term).await.map_err(|failure| format!("vote: {failure}"))?;
-    ensure!(!answer.vote_given, "a second vote in one term");
-    ensure!(answer.flush_lsn == wal.position(), "WAL ends at {}, promised {}", answer.flush_lsn, wal.position());
-    let found = slot.read(line.start, wal.position()).await.map_err(|error| format!("reading: {error}"))?;
-    ensure!(found == wal.since(line.start), "other bytes");
     Ok(())
 }

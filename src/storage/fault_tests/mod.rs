@@ -5,10 +5,13 @@
 //! and [`failing`] makes every operation fail once. The environment variable
 //! `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
 
+mod bitrot;
 mod crash;
 mod failing;
+mod full;
 mod life;
 mod node;
+mod promises;
 mod script;
 
 /// How many times what is chosen by chance is chosen.
