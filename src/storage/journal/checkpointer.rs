@@ -25,6 +25,15 @@ pub(super) struct Dirty {
     pub kept_from: Option<u64>,
 }
 
+/// Rounds of checkpoints so far, for those who wait for room.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Rounds {
+    pub begun: u64,
+    pub ended: u64,
+    /// Those that freed a file.
+    pub freeing: u64,
+}
+
 #[derive(Debug)]
 struct DirtyTimeline {
     owner: Arc<dyn Behind>,
@@ -39,16 +48,17 @@ impl Dirty {
     }
 
     /// The batch holds something of the timeline.
-    pub fn note(&mut self, owner: Arc<dyn Behind>, batch: u64) {
+    pub fn note(&mut self, owner: &Arc<dyn Behind>, batch: u64) {
         match self.timelines.get_mut(&owner.ttid()) {
             Some(timeline) => {
                 timeline.last = batch;
-                if !Arc::ptr_eq(&timeline.owner, &owner) {
-                    timeline.owner = owner;
+                if !Arc::ptr_eq(&timeline.owner, owner) {
+                    timeline.owner = Arc::clone(owner);
                 }
             }
             None => {
-                self.timelines.insert(owner.ttid(), DirtyTimeline { owner, first: batch, last: batch });
+                let timeline = DirtyTimeline { owner: Arc::clone(owner), first: batch, last: batch };
+                self.timelines.insert(owner.ttid(), timeline);
             }
         }
     }
@@ -89,6 +99,7 @@ impl Inner {
     /// Brings every timeline up to date, and frees what is not needed any more. Returns those that failed.
     pub fn checkpoint_all(&self) -> Vec<(TenantTimelineId, CheckpointError)> {
         let _one_at_a_time = self.round.lock();
+        self.rounds.send_modify(|rounds| rounds.begun += 1);
         let (owners, batch) = {
             let dirty = self.dirty.lock();
             (dirty.owners(), dirty.last_batch)
@@ -108,13 +119,17 @@ impl Inner {
                 }
             }
         }
-        self.free();
+        let freed = self.free();
+        self.rounds.send_modify(|rounds| {
+            rounds.ended += 1;
+            rounds.freeing += u64::from(freed);
+        });
         failures
     }
 
     /// Frees the files that nobody needs. A batch must say durably that they are not needed before they may go, or else
-    /// the next start would miss them; without anything else to write, that is an empty one.
-    fn free(&self) {
+    /// the next start would miss them; without anything else to write, that is an empty one. Tells whether any was freed.
+    fn free(&self) -> bool {
         let (needed_from, is_clean) = {
             let dirty = self.dirty.lock();
             (dirty.needed_from(), dirty.len() == 0)
@@ -137,10 +152,12 @@ impl Inner {
         }
         let written = writer.written_needed_from;
         drop(writer);
-        if self.failed.get().is_none() && self.files.release(written) > 0 {
+        let freed = self.failed.get().is_none() && self.files.release(written) > 0;
+        if freed {
             self.files.trim();
             self.signals.send(Signal::Prepare);
         }
+        freed
     }
 }
 

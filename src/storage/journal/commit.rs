@@ -7,7 +7,7 @@ use std::io::IoSlice;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 
-use super::checkpointer::Signal;
+use super::checkpointer::{Rounds, Signal};
 use super::files::{Files, ReadyFile};
 use super::format::{BATCH_HEADER, BatchHeader, PAGE, disk_len, encode_batch, entry_len};
 use super::record::Entry;
@@ -21,7 +21,7 @@ type Outcome = Arc<OnceLock<Result<u64, CommitError>>>;
 /// A commit in the queue.
 #[derive(Debug)]
 pub(super) struct Pending {
-    entries: Vec<Entry>,
+    entries: Arc<[Entry]>,
     /// Bytes of payload.
     payload: usize,
     may_use_reserve: bool,
@@ -95,7 +95,7 @@ impl Writer {
             previous: self.previous,
             entries_crc: 0,
         };
-        let entries = self.taken.iter().flat_map(|pending| &pending.entries);
+        let entries = self.taken.iter().flat_map(|pending| pending.entries.iter());
         let records = entries.map(|entry| (entry.owner.ttid(), &entry.record));
         let buffer = self.buffer.bytes();
         let (length, checksum) = encode_batch(buffer, &self.file.header, header, records);
@@ -138,6 +138,24 @@ impl Inner {
         if payload > self.max_payload() {
             return Err(CommitError::TooLarge { length: payload, limit: self.max_payload() });
         }
+        let entries: Arc<[Entry]> = entries.into();
+        loop {
+            let before = *self.rounds.borrow();
+            match self.try_commit(Arc::clone(&entries), payload).await {
+                // Writers can be faster than checkpoints. It is full when a round that began now frees nothing.
+                Err(full @ CommitError::Full { .. }) => {
+                    let over = |now: &Rounds| now.freeing != before.freeing || now.ended > before.begun;
+                    let after = self.rounds.subscribe().wait_for(over).await.map(|rounds| *rounds);
+                    if after.map_or(true, |after| after.freeing == before.freeing) {
+                        return Err(full);
+                    }
+                }
+                committed => return committed,
+            }
+        }
+    }
+
+    async fn try_commit(&self, entries: Arc<[Entry]>, payload: usize) -> Result<u64, CommitError> {
         let may_use_reserve = entries.iter().all(|entry| entry.record.may_use_reserve());
         let outcome = Outcome::default();
         let pending = Pending { entries, payload, may_use_reserve, outcome: Arc::clone(&outcome) };
@@ -187,7 +205,7 @@ impl Inner {
         let outcome = writer.write(self.needed_from.load(Ordering::Acquire), 0);
         let outcome = match outcome {
             Ok((number, length)) => {
-                self.note_written(number, length, &mut writer.taken);
+                self.note_written(number, length, &writer.taken);
                 Ok(number)
             }
             Err(error) => Err(CommitError::Failed(self.fail(&error))),
@@ -247,14 +265,14 @@ impl Inner {
     }
 
     /// A batch is durable: its timelines have something here that their own files don't hold.
-    fn note_written(&self, number: u64, length: usize, commits: &mut [Pending]) {
+    fn note_written(&self, number: u64, length: usize, commits: &[Pending]) {
         let (mut entries, mut data) = (0, 0);
         let mut dirty = self.dirty.lock();
         dirty.last_batch = number;
-        for entry in commits.iter_mut().flat_map(|pending| pending.entries.drain(..)) {
+        for entry in commits.iter().flat_map(|pending| pending.entries.iter()) {
             entries += 1;
             data += entry.record.data_len() as u64;
-            dirty.note(entry.owner, number);
+            dirty.note(&entry.owner, number);
         }
         drop(dirty);
         self.counters.batches.fetch_add(1, Ordering::Relaxed);

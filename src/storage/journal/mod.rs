@@ -8,6 +8,8 @@ mod open;
 mod record;
 mod replay;
 #[cfg(test)]
+mod room_tests;
+#[cfg(test)]
 mod tests;
 
 use std::collections::VecDeque;
@@ -16,11 +18,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use checkpointer::{Dirty, Signals, Threads};
+use checkpointer::{Dirty, Rounds, Signals, Threads};
 use commit::{Pending, Writer};
 use files::Files;
 use parking_lot::Mutex;
 use pgproto::TenantTimelineId;
+use tokio::sync::watch;
 
 pub use open::ReadJournal;
 pub use record::{Behind, CheckpointError, Entry, Record};
@@ -156,6 +159,7 @@ struct Inner {
     needed_from: AtomicU64,
     /// One round of checkpoints at a time.
     round: Mutex<()>,
+    rounds: watch::Sender<Rounds>,
     signals: Signals,
     failed: OnceLock<Arc<str>>,
     counters: Counters,
@@ -176,7 +180,7 @@ impl Journal {
     /// is done leaves open whether they become durable; it never harms others.
     ///
     /// On a multi-thread runtime the thread's other tasks move elsewhere while the disk works; on a current-thread runtime
-    /// they wait, and those that queued a commit before find it done.
+    /// they wait, and those that queued a commit before find it done. Waits for room while checkpoints can make some.
     pub async fn commit(&self, entries: Vec<Entry>) -> Result<u64, CommitError> {
         self.inner.commit(entries).await
     }

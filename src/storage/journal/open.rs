@@ -188,6 +188,7 @@ impl ReadJournal {
             dirty: Mutex::new(Dirty::new(last_batch, kept_from)),
             needed_from: AtomicU64::new(needed_from),
             round: Mutex::new(()),
+            rounds: tokio::sync::watch::Sender::default(),
             signals: Signals::default(),
             failed: OnceLock::new(),
             counters: Counters::default(),
