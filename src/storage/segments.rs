@@ -17,6 +17,7 @@ use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::chain::Chain;
 use super::disk::{Disk, DiskError, DiskFile, During};
+use super::forks::{self, Fork};
 use super::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, StorageOperation};
 
@@ -81,6 +82,11 @@ impl TimelineFiles {
     /// The timeline's directory.
     pub fn dir(&self) -> PathBuf {
         self.root.join(self.ttid.tenant_id.to_string()).join(self.ttid.timeline_id.to_string())
+    }
+
+    /// WAL that leaders cut off and that was set aside, the oldest first.
+    pub fn forks(&self) -> Result<Vec<Fork>, DiskError> {
+        super::blocking(|| forks::list(self))
     }
 
     /// The disk they are on.
