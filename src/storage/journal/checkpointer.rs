@@ -136,9 +136,9 @@ impl Inner {
         };
         self.needed_from.fetch_max(needed_from, Ordering::AcqRel);
         let mut writer = self.writer.lock();
-        let worth_it = self.files.would_release(needed_from) || is_clean;
-        if worth_it && writer.written_needed_from < needed_from && self.failed.get().is_none() {
-            match writer.write_mark(needed_from) {
+        let frees = self.files.would_release(needed_from);
+        if (frees || is_clean) && writer.written_needed_from < needed_from && self.failed.get().is_none() {
+            match writer.write_mark(needed_from, frees) {
                 Ok(Some(number)) => {
                     self.dirty.lock().last_batch = number;
                     self.counters.batches.fetch_add(1, Ordering::Relaxed);

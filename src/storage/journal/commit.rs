@@ -77,8 +77,7 @@ impl Writer {
         Self { buffer, file, position: PAGE as u64, sequence, previous, written_needed_from: 0, taken: Vec::new() }
     }
 
-    /// Bytes left for batches. Behind them there is a page for [`Writer::write_mark`], which frees files, and one for
-    /// [`Writer::switch`].
+    /// Bytes left for batches. Behind them there is a page for the mark that frees files, and one for [`Writer::switch`].
     pub fn room(&self) -> u64 {
         self.file.header.file_size.saturating_sub(self.position + 2 * PAGE as u64)
     }
@@ -110,9 +109,11 @@ impl Writer {
         Ok((number, length))
     }
 
-    /// Writes a batch without entries, for what its header says. False when there is no room for it.
-    pub fn write_mark(&mut self, needed_from: u64) -> Result<Option<u64>, DiskError> {
-        if self.position + 2 * PAGE as u64 > self.file.header.file_size {
+    /// Writes a batch without entries, for what its header says; only one that `frees` files may take the page kept for
+    /// it. `None` when there is no room.
+    pub fn write_mark(&mut self, needed_from: u64, frees: bool) -> Result<Option<u64>, DiskError> {
+        let kept = if frees { 1 } else { 2 };
+        if self.position + (kept + 1) * PAGE as u64 > self.file.header.file_size {
             return Ok(None);
         }
         assert!(self.taken.is_empty(), "a mark goes without entries");

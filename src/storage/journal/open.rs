@@ -156,9 +156,10 @@ impl ReadJournal {
             None => {}
         }
         let file = files.take().ok_or(JournalError::Full { limit: self.limits.total })?;
-        let needed_from = if keep_old { self.needed_from } else { sequence };
+        let kept_from = (!kept.is_empty()).then_some(self.needed_from);
+        let needed_from = kept_from.unwrap_or(sequence);
         let mut writer = Writer::new(file, self.limits.batch, sequence, self.previous);
-        writer.write_mark(needed_from)?;
+        writer.write_mark(needed_from, false)?;
         // Only now nobody would miss them.
         for file in released {
             let path = file.path.clone();
@@ -168,7 +169,7 @@ impl ReadJournal {
             }
         }
         files.trim();
-        self.run(files, writer, sequence, keep_old.then_some(needed_from), needed_from)
+        self.run(files, writer, sequence, kept_from)
     }
 
     fn run(
@@ -177,16 +178,15 @@ impl ReadJournal {
         writer: Writer,
         last_batch: u64,
         kept_from: Option<u64>,
-        needed_from: u64,
     ) -> Result<Journal, JournalError> {
         let inner = Arc::new(Inner {
             limits: self.limits,
             deterministic: self.disk.is_deterministic(),
             files,
             queue: Mutex::new(VecDeque::new()),
+            needed_from: AtomicU64::new(writer.written_needed_from),
             writer: Mutex::new(writer),
             dirty: Mutex::new(Dirty::new(last_batch, kept_from)),
-            needed_from: AtomicU64::new(needed_from),
             round: Mutex::new(()),
             rounds: tokio::sync::watch::Sender::default(),
             signals: Signals::default(),

@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 
 use pgproto::{Lsn, TenantTimelineId, Term};
 
-use super::format::{BatchHeader, Body, FileHeader, FileHeaderError, Mark, PAGE, SECTOR, decode_body, mark};
+use super::format::{
+    BatchHeader, Body, FileHeader, FileHeaderError, MAX_FILE_SIZE, Mark, PAGE, SECTOR, decode_body, mark,
+};
 use super::record::Record;
 
 /// A record read back.
@@ -21,6 +23,7 @@ pub struct Replayed {
 }
 
 /// Acknowledged batches that cannot be read, or not completely. A timeline whose checkpoint covers `last` lost nothing.
+/// Where damage is the last thing there is, `last` is a limit: nobody knows how many batches there were.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Damage {
     /// First batch.
@@ -100,8 +103,8 @@ pub(super) struct Reader {
     torn: Option<TornBatch>,
     /// Some of the batch expected, or of one behind it, was written.
     cut_short: bool,
-    /// Something that was completely written cannot be read.
-    suspicious: bool,
+    /// So many batches at most were written where nothing can be read.
+    unreadable: u64,
     /// The file that the batch expected must be in.
     awaited: Option<u64>,
 }
@@ -141,7 +144,7 @@ impl Reader {
             damage: Vec::new(),
             torn: None,
             cut_short: false,
-            suspicious: false,
+            unreadable: 0,
             awaited: None,
         }
     }
@@ -165,7 +168,7 @@ impl Reader {
             Ok(file) if file.generation == generation => file,
             Err(FileHeaderError::Version(version)) => return Err(version),
             _ => {
-                self.suspicious = true;
+                self.unreadable += MOST_PAGES;
                 return Ok(FileSummary { header: None, unused: false });
             }
         };
@@ -174,7 +177,7 @@ impl Reader {
         self.batches_of(&file, pages);
         // Nobody knows what was in a part that was cut off.
         let complete = content.len() >= size;
-        self.suspicious |= !complete;
+        self.unreadable += pages_in(size.saturating_sub(content.len()));
         let marked = |sector: &[u8]| mark(sector, file.marker) != Mark::Old;
         let unused = complete && !pages.chunks_exact(SECTOR).any(marked);
         Ok(FileSummary { header: Some(file), unused })
@@ -188,7 +191,7 @@ impl Reader {
                 Found::Batch(header, checksum) => {
                     if header.sequence < self.expected {
                         // Numbers never go back: this file isn't what it was.
-                        self.suspicious = true;
+                        self.unreadable += pages_in(rest.len());
                         return;
                     }
                     self.batch(&header, checksum, file, rest);
@@ -199,10 +202,16 @@ impl Reader {
                     rest = rest.get(header.disk_len()..).unwrap_or_default();
                 }
                 found => {
-                    self.suspicious |= matches!(found, Found::Unreadable);
                     let is_new = |sector: &[u8]| mark(sector, file.marker) == Mark::New;
                     self.cut_short |= rest.chunks_exact(SECTOR).any(is_new);
-                    rest = self.skip_to_next_batch(rest, file);
+                    let next = self.skip_to_next_batch(rest, file);
+                    if matches!(found, Found::Unreadable) {
+                        let is_written = |sector: &[u8]| mark(sector, file.marker) != Mark::Old;
+                        let skipped = rest.get(..rest.len() - next.len()).unwrap_or(rest);
+                        let written = skipped.chunks_exact(SECTOR).rposition(is_written).unwrap_or(0);
+                        self.unreadable += (written / (PAGE / SECTOR)) as u64 + 1;
+                    }
+                    rest = next;
                 }
             }
         }
@@ -287,17 +296,19 @@ impl Reader {
         }
         self.torn = None;
         self.cut_short = false;
-        self.suspicious = false;
+        self.unreadable = 0;
         self.awaited = None;
     }
 
     /// All files were read.
     pub fn finish(&mut self, is_new: bool) -> Replay {
-        let damaged = self.suspicious || self.awaited.is_some();
+        if self.awaited.is_some() {
+            self.unreadable += MOST_PAGES;
+        }
+        let damaged = self.unreadable > 0;
         let ending = if !damaged && (self.torn.is_some() || self.cut_short) { Ending::Torn } else { Ending::Clean };
         if damaged {
-            let next = self.expected + 1 + u64::from(self.torn.is_some() && self.suspicious);
-            self.settle(next);
+            self.settle(self.expected + self.unreadable + u64::from(self.torn.is_some()));
         }
         let needed_from = self.needed_from;
         let mut timelines: BTreeMap<TenantTimelineId, Vec<Replayed>> = BTreeMap::new();
@@ -313,6 +324,14 @@ impl Reader {
         }
         Replay { timelines, damage, ending, next_batch: self.expected, is_new }
     }
+}
+
+/// How many batches a file can have held at most.
+const MOST_PAGES: u64 = MAX_FILE_SIZE / PAGE as u64;
+
+/// How many batches so many bytes can have held at most.
+fn pages_in(bytes: usize) -> u64 {
+    bytes.div_ceil(PAGE) as u64
 }
 
 /// The header at the beginning of a page, of a batch that fits into what follows.

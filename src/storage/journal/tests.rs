@@ -19,7 +19,7 @@ fn limits() -> JournalLimits {
     JournalLimits {
         file_size: 64 << 10,
         total: 256 << 10,
-        reserve: 8 << 10,
+        reserve: 16 << 10,
         batch: 16 << 10,
         idle_before_checkpoint: Duration::from_millis(20),
     }
@@ -79,8 +79,8 @@ fn open(disk: &SimDisk) -> (Replay, ReadJournal) {
     Journal::open(Arc::new(disk.clone()), Path::new(DIR), limits()).unwrap()
 }
 
-fn start(disk: &SimDisk) -> Journal {
-    open(disk).1.start(false, 0).unwrap()
+fn start(disk: &SimDisk) -> Arc<Journal> {
+    Arc::new(open(disk).1.start(false, 0).unwrap())
 }
 
 /// What a replay says, with the data of each record in one piece, which is how it is given back.
@@ -156,7 +156,7 @@ async fn commit_together(journal: &Arc<Journal>, commits: Vec<Vec<Entry>>) -> Ve
 #[tokio::test]
 async fn commits_made_together_share_one_write() {
     let disk = sim();
-    let journal = Arc::new(start(&disk));
+    let journal = start(&disk);
     let owners: Vec<_> = (0..10).map(Owner::new).collect();
     let (before, operations) = (journal.stats(), disk.operations());
     let commits = owners.iter().map(|owner| vec![owner.append(1, b"x"), owner.control(1)]).collect();
@@ -172,7 +172,7 @@ async fn commits_made_together_share_one_write() {
 #[tokio::test]
 async fn a_commit_that_is_given_up_takes_nobody_with_it() {
     let disk = sim();
-    let journal = Arc::new(start(&disk));
+    let journal = start(&disk);
     let (a, b) = (Owner::new(1), Owner::new(2));
     {
         let mut given_up = Box::pin(journal.commit(vec![a.append(1, b"x")]));
@@ -371,7 +371,7 @@ fn will_need_a_file(journal: &Journal) -> bool {
 #[tokio::test]
 async fn a_failed_write_ends_it_for_everybody() {
     let disk = sim();
-    let journal = Arc::new(start(&disk));
+    let journal = start(&disk);
     let (a, b) = (Owner::new(1), Owner::new(2));
     disk.fail_at(disk.operations(), ErrorKind::StorageFull);
     let commits = vec![vec![a.append(1, b"x")], vec![b.control(1)]];
@@ -384,3 +384,6 @@ async fn a_failed_write_ends_it_for_everybody() {
     assert_eq!(disk.operations(), operations, "the disk was touched again");
     assert!(journal.failed().is_some_and(|reason| reason.contains("write a batch")));
 }
+
+mod damage;
+mod lives;
