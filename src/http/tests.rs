@@ -159,7 +159,7 @@ async fn create_list_status() {
         "walsenders": [],
         "walreceivers": [],
         "health": {"state": "sound"},
-            "forks": [],
+        "forks": [],
     });
     assert_eq!(server.get(&timeline_path()).await.json(), expected);
 

@@ -27,12 +27,13 @@ use super::disk::{DiskError, During};
 use super::errors::{CreateError, OpenError, StorageError};
 use super::forks::{self, SetAsideError};
 use super::import;
-use super::ledger::{LedgerError, Verdict};
-use super::replay::{Damaged, check_blocks};
+use super::ledger::LedgerError;
+use super::replay::{Damaged, check_block, check_blocks};
 use super::segment_writer::SegmentWriter;
 use super::segments::{SegmentFile, TimelineFiles};
 use super::timeline_store::{Recovered, TimelineStore};
 use crate::consensus::health::Fault;
+use crate::consensus::history::TermHistory;
 use crate::consensus::state::{ControlState, ServerInfo};
 
 /// Makes the directory of a new timeline, durably and completely or not at all (D13).
@@ -141,8 +142,13 @@ impl Opening<'_> {
             let at = number.start(self.size);
             let name = number.file_name(pgproto::PG_TIMELINE, self.size);
             self.add_fault(noted, at, chain.end(), format!("segment {name} is missing or too short"));
-        } else if let Some(Damaged { at, reason }) = check_blocks(self.files, chain.block_start(), chain, self.size)? {
-            self.add_fault(noted, at, chain.end(), reason);
+        } else {
+            let history = &noted.control.state.term_history;
+            if let Some(Damaged { at, reason }) =
+                check_blocks(self.files, chain.block_start(), chain, history, self.size)?
+            {
+                self.add_fault(noted, at, chain.end(), reason);
+            }
         }
         match self.files.ledger() {
             Ok(Some(_)) => Ok(()),
@@ -225,7 +231,7 @@ impl Opening<'_> {
                 ledger.reserve(segments.room_to())?;
             }
         } else {
-            let shorter = chain_at(self.files, &chain, record_end, self.size);
+            let shorter = chain_at(self.files, &chain, record_end, &noted.control.state.term_history, self.size);
             noted.chain = Some(shorter.map_err(|error| SettleError::Failed(error.to_string().into()))?);
         }
         noted.entries = entries;
@@ -248,9 +254,14 @@ impl Opening<'_> {
 }
 
 /// Reads all WAL there is and finds the first block that isn't what it was.
-pub(super) fn check_all(files: &TimelineFiles, chain: &Chain, size: SegmentSize) -> Result<Option<Fault>, SettleError> {
+pub(super) fn check_all(
+    files: &TimelineFiles,
+    chain: &Chain,
+    history: &TermHistory,
+    size: SegmentSize,
+) -> Result<Option<Fault>, SettleError> {
     let Some(ledger) = files.ledger()? else { return Ok(None) };
-    let damaged = check_blocks(files, ledger.base(), chain, size)?;
+    let damaged = check_blocks(files, ledger.base(), chain, history, size)?;
     Ok(damaged.map(|Damaged { at, reason }| Fault { from: at, acked_end: chain.end(), reason: reason.into() }))
 }
 
@@ -282,6 +293,7 @@ pub(super) fn chain_at(
     files: &TimelineFiles,
     chain: &Chain,
     end: Lsn,
+    history: &TermHistory,
     size: SegmentSize,
 ) -> Result<Chain, StorageError> {
     let damaged = |at, reason: String| StorageError::Damaged { at, reason };
@@ -300,10 +312,8 @@ pub(super) fn chain_at(
         let good = chain.verify(&block);
         good.then_some(chain.seed()).ok_or_else(|| damaged(start, "its checksum is wrong".to_owned()))?
     } else {
-        match ledger.verify_block(start, &block) {
-            Verdict::Good => {}
-            Verdict::EntryLost => return Err(damaged(start, "its entry in the ledger is missing".to_owned())),
-            Verdict::Fault(fault) => return Err(damaged(start, fault.to_string())),
+        if let Some(reason) = check_block(files, &ledger, (start, &block), chain, history, size)? {
+            return Err(damaged(start, reason));
         }
         ledger.seed_of(start).ok_or_else(|| damaged(start, "its entry in the ledger is missing".to_owned()))?
     };

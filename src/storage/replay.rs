@@ -16,11 +16,14 @@ use super::chain::{Chain, LedgerEntry, block_start};
 use super::control_copies::{ControlCopies, LoadError};
 use super::control_file::ControlFile;
 use super::disk::During;
+use super::errors::StorageError;
 use super::journal::{Damage, Record, Replayed};
-use super::ledger::Verdict;
+use super::ledger::{Ledger, RebuildError, Verdict};
+use super::opening::read_exactly;
 use super::segment_writer::SegmentWriter;
 use super::segments::{SegmentFile, TimelineFiles, offset};
 use crate::consensus::health::Fault;
+use crate::consensus::history::TermHistory;
 
 /// Why a timeline's files could not be brought up to date. The journal must be kept.
 #[derive(Debug, thiserror::Error)]
@@ -235,9 +238,9 @@ impl Replay<'_> {
     fn check_blocks(&mut self) -> Result<(), ReplayError> {
         let (Some(from), Some(chain)) = (self.verify_from, self.noted.chain) else { return Ok(()) };
         let size = self.noted.control.state.server.wal_seg_size;
-        match check_blocks(self.files, from, &chain, size)? {
-            Some(Damaged { at, reason }) => self.fault(at, chain.end(), &reason),
-            None => {}
+        let history = &self.noted.control.state.term_history;
+        if let Some(Damaged { at, reason }) = check_blocks(self.files, from, &chain, history, size)? {
+            self.fault(at, chain.end(), &reason);
         }
         Ok(())
     }
@@ -256,6 +259,7 @@ pub(super) fn check_blocks(
     files: &TimelineFiles,
     from: Lsn,
     chain: &Chain,
+    history: &TermHistory,
     size: pgproto::SegmentSize,
 ) -> Result<Option<Damaged>, SettleError> {
     let ledger = files.ledger()?;
@@ -271,11 +275,7 @@ pub(super) fn check_blocks(
                 (!chain.verify(&block)).then(|| "the checksum of the last block is wrong".to_owned())
             }
             None => Some("the ledger of block checksums is missing".to_owned()),
-            Some(ledger) => match ledger.verify_block(at, &block) {
-                Verdict::Good => None,
-                Verdict::EntryLost => Some("its entry in the ledger is missing".to_owned()),
-                Verdict::Fault(fault) => Some(fault.to_string()),
-            },
+            Some(ledger) => check_block(files, ledger, (at, &block), chain, history, size)?,
         };
         if let Some(reason) = reason {
             return Ok(Some(Damaged { at, reason }));
@@ -283,6 +283,36 @@ pub(super) fn check_blocks(
         at = to;
     }
     Ok(None)
+}
+
+/// What is wrong with the complete block of these bytes, if anything is. A ledger entry that was lost is made again when the
+/// blocks behind prove the bytes right.
+pub(super) fn check_block(
+    files: &TimelineFiles,
+    ledger: &Ledger,
+    (at, block): (Lsn, &[u8]),
+    chain: &Chain,
+    history: &TermHistory,
+    size: pgproto::SegmentSize,
+) -> Result<Option<String>, SettleError> {
+    let mut verdict = ledger.verify_block(at, block);
+    if verdict == Verdict::EntryLost {
+        let read = |at, buffer: &mut [u8]| read_exactly(files, at, buffer, size);
+        match ledger.rebuild(at, chain, |lsn| history.last_term_at(lsn), read) {
+            Ok(_) => {}
+            Err(RebuildError::Fault(fault)) => return Ok(Some(fault.to_string())),
+            Err(RebuildError::Read(StorageError::Damaged { reason, .. })) => return Ok(Some(reason)),
+            Err(RebuildError::Ledger(error)) => return Err(error.into()),
+            Err(RebuildError::Read(error)) => return Err(SettleError::Failed(error.to_string().into())),
+        }
+        ledger.sync()?;
+        verdict = ledger.verify_block(at, block);
+    }
+    Ok(match verdict {
+        Verdict::Good => None,
+        Verdict::EntryLost => Some("its entry in the ledger is missing".to_owned()),
+        Verdict::Fault(fault) => Some(fault.to_string()),
+    })
 }
 
 impl TimelineFiles {

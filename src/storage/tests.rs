@@ -389,6 +389,33 @@ async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
 }
 
 #[tokio::test]
+async fn a_lost_ledger_entry_is_in_the_way_of_neither_a_cut_nor_a_check() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100_000, 1);
+    let cut = fx.append_new().await;
+    fx.wal.record(100_000, 2);
+    fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    fx.restart().await.unwrap();
+    let path = fx.path("safekeeper.control.ledger");
+    let good = std::fs::read(&path).unwrap();
+    let mut damaged = good.clone();
+    // All there are.
+    damaged[4096..].fill(7);
+
+    std::fs::write(&path, &damaged).unwrap();
+    fx.store = None;
+    let verified = super::verify(fx.data_dir.as_ref().unwrap(), TTID).await.unwrap();
+    assert_eq!(verified.fault, None);
+    assert!(std::fs::read(&path).unwrap().starts_with(&good[..4096 + 5 * 32]), "and they are made again");
+
+    std::fs::write(&path, &damaged).unwrap();
+    fx.restart().await.unwrap();
+    fx.store().truncate(cut).await.unwrap();
+    assert_eq!(end(fx.restart().await.unwrap()), cut);
+}
+
+#[tokio::test]
 async fn a_lost_ledger_entry_is_made_again_from_the_wal() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(900_000, 1);

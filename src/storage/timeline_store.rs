@@ -75,8 +75,11 @@ pub async fn verify(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<Verifi
     let (store, recovered) = TimelineStore::open(data_dir, ttid).await?;
     let end = store.end();
     let fault = match (recovered.fault, &store.chain) {
-        (None, Some(chain)) => blocking(|| opening::check_all(&store.files, chain, store.size))
-            .map_err(|error| OpenError::NotUpToDate { ttid, reason: error.to_string().into() })?,
+        (None, Some(chain)) => {
+            let history = store.behind.noted().control.state.term_history.clone();
+            blocking(|| opening::check_all(&store.files, chain, &history, store.size))
+                .map_err(|error| OpenError::NotUpToDate { ttid, reason: error.to_string().into() })?
+        }
         (fault, _) => fault,
     };
     Ok(Verified { end, fault })
@@ -299,7 +302,8 @@ impl TimelineStore {
             return Ok((padded, entries));
         }
         self.behind.settle()?;
-        let shorter = opening::chain_at(&self.files, &chain, end, self.size)?;
+        let history = self.behind.noted().control.state.term_history.clone();
+        let shorter = opening::chain_at(&self.files, &chain, end, &history, self.size)?;
         self.set_aside(end, chain.end())?;
         Ok((shorter, entries))
     }

@@ -375,13 +375,7 @@ impl Next<'_> {
         });
     }
 
-    fn elected(
-        &mut self,
-        index: usize,
-        term: Term,
-        start: Lsn,
-        inherited: &[TermLsn],
-    ) -> Done {
+    fn elected(&mut self, index: usize, term: Term, start: Lsn, inherited: &[TermLsn]) -> Done {
         self.cluster.saw(Event::Election);
         let length = index_of(start).ok_or("a term starts inside of a record")?;
         let log = self.candidate(index, |candidate| {
