@@ -155,7 +155,8 @@ impl ReadJournal {
             }
             None => {}
         }
-        let file = files.take().ok_or(JournalError::Full { limit: self.limits.total })?;
+        let full = || JournalError::Full { limit: self.limits.total, why: files.failure() };
+        let file = files.take().ok_or_else(full)?;
         let needed_from = if keep_old { self.needed_from } else { sequence };
         let mut writer = Writer::new(file, self.limits.batch, sequence, self.previous);
         writer.write_mark(needed_from)?;
