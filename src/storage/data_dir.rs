@@ -19,6 +19,8 @@ const LOCK_FILE_NAME: &str = "safekeeper.pid";
 const ID_FILE_NAME: &str = "safekeeper.id";
 const TEMP_DIR_NAME: &str = "tmp";
 const JOURNAL_DIR_NAME: &str = "journal";
+/// The longest process id.
+const PID_WIDTH: usize = 10;
 /// A decimal number and white space; anything longer is another file.
 const MAX_NUMBER_FILE: usize = 64;
 
@@ -279,8 +281,8 @@ fn lock(disk: &dyn Disk, dir: &Path) -> Result<Arc<dyn DiskFile>, DataDirError> 
         let pid = read_file(disk, &path, MAX_NUMBER_FILE).ok().and_then(|content| number(&content));
         return Err(DataDirError::Locked { path: dir.to_owned(), pid });
     }
-    let pid = format!("{}\n", std::process::id());
-    file.set_len(0).during("empty", &path)?;
+    // Always as long, and written over what was there: a full disk must not keep the node from starting.
+    let pid = format!("{:<PID_WIDTH$}\n", std::process::id());
     file.write_at(&mut [IoSlice::new(pid.as_bytes())], 0).during("write", &path)?;
     Ok(file)
 }
@@ -313,13 +315,17 @@ fn settle_node_id(disk: &dyn Disk, dir: &Path, given: Option<NodeId>) -> Result<
     }
 }
 
-/// An empty `tmp/`: what is in it was never finished.
+/// An empty `tmp/`: what is in it was never finished. Creates nothing that exists, for which a full disk would have no space.
 fn clean_temp(disk: &dyn Disk, dir: &Path) -> Result<(), DiskError> {
     let temp = dir.join(TEMP_DIR_NAME);
-    if disk.exists(&temp).during("look for", &temp)? {
-        disk.remove_dir_all(&temp).during("remove", &temp)?;
+    if !disk.exists(&temp).during("look for", &temp)? {
+        return disk.create_dir(&temp).during("create directory", &temp);
     }
-    disk.create_dir(&temp).during("create directory", &temp)
+    for entry in disk.read_dir(&temp).during("list", &temp)? {
+        let path = temp.join(entry.name);
+        if entry.is_dir { disk.remove_dir_all(&path) } else { disk.remove_file(&path) }.during("remove", &path)?;
+    }
+    Ok(())
 }
 
 fn number<T: std::str::FromStr>(content: &[u8]) -> Option<T> {

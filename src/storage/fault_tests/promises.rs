@@ -146,7 +146,7 @@ pub async fn check_answers(line: &Line, slot: &mut Slot, promise: &Promise) -> R
 /// Whether WAL that was cut off is set aside. An error when what is set aside is something else.
 pub fn find_fork(line: &Line, slot: &Slot, cut: &Cut) -> Result<bool, Broken> {
     let files = slot.store.files();
-    for fork in forks::list(files).map_err(|error| error.to_string())? {
+    for fork in files.forks().map_err(|error| error.to_string())? {
         let header = &fork.header;
         if (header.from, header.term, header.new_term) != (cut.from, cut.term, cut.new_term) || fork.kept_to < cut.to {
             continue;

@@ -195,7 +195,8 @@ impl Inner {
             Ok(()) => {}
             Err(Refusal::Full) => {
                 self.signals.send(Signal::Checkpoint);
-                return first.end(Err(CommitError::Full { used: self.files.usage().used, limit: self.limits.total }));
+                let (used, limit) = (self.files.usage().used, self.limits.total);
+                return first.end(Err(CommitError::Full { used, limit, why: self.files.failure() }));
             }
             Err(Refusal::Failed(error)) => {
                 let reason = self.fail(&error);

@@ -97,8 +97,8 @@ struct State {
     has_current: bool,
     /// Old files that are kept: how many, and their length.
     kept: (u64, u64),
-    /// When the last attempt to prepare a file failed.
-    failed_at: Option<Instant>,
+    /// When the last attempt to prepare a file failed, and why.
+    failure: Option<(Instant, Arc<str>)>,
 }
 
 /// Generation of a journal file's name.
@@ -124,7 +124,7 @@ impl Files {
             released: VecDeque::new(),
             has_current: false,
             kept: (0, 0),
-            failed_at: None,
+            failure: None,
         };
         let (prepared, urgent) = (Condvar::new(), AtomicBool::new(false));
         Self { disk, dir, limits, state: Mutex::new(state), prepared, urgent }
@@ -157,7 +157,7 @@ impl Files {
             self.urgent.store(true, Ordering::Relaxed);
             self.prepared.wait(&mut state);
         }
-        let recently = state.failed_at.is_some_and(|at| at.elapsed() < RETRY);
+        let recently = state.failure.as_ref().is_some_and(|(at, _)| at.elapsed() < RETRY);
         let give_up = recently && !self.disk.is_deterministic();
         drop(state);
         if !give_up {
@@ -165,6 +165,11 @@ impl Files {
             self.prepare();
         }
         self.state.lock().ready.is_some()
+    }
+
+    /// Why no file is ready, when the last attempt to prepare one failed.
+    pub fn failure(&self) -> Option<Arc<str>> {
+        self.state.lock().failure.as_ref().map(|(_, why)| Arc::clone(why))
     }
 
     /// Whether a file is ready or being prepared.
@@ -199,7 +204,7 @@ impl Files {
         let released: Vec<ClosedFile> = state.closed.drain(..count).collect();
         state.released.extend(released.into_iter().map(|file| file.released));
         if count > 0 {
-            state.failed_at = None;
+            state.failure = None;
         }
         count
     }
@@ -238,10 +243,12 @@ impl Files {
         self.urgent.store(false, Ordering::Relaxed);
         let mut state = self.state.lock();
         state.preparing = false;
-        state.failed_at = outcome.is_err().then(Instant::now);
         match outcome {
-            Ok(ready) => state.ready = Some(ready),
-            Err(error) => tracing::warn!("could not prepare a journal file: {error}"),
+            Ok(ready) => (state.ready, state.failure) = (Some(ready), None),
+            Err(error) => {
+                tracing::warn!("could not prepare a journal file: {error}");
+                state.failure = Some((Instant::now(), error.to_string().into()));
+            }
         }
         self.prepared.notify_all();
     }

@@ -93,10 +93,12 @@ pub enum JournalError {
     #[error("journal limits: {0}")]
     Limits(&'static str),
     /// There is neither room for a first file nor an old one to use again.
-    #[error("no journal file can be had: the disk or the journal's limit of {limit} bytes is full")]
+    #[error("no journal file can be had within {limit} bytes{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
     Full {
         /// The limit.
         limit: u64,
+        /// Why there is none, if that is not for the limit.
+        why: Option<Arc<str>>,
     },
     /// A thread could not be started.
     #[error("could not start a thread: {0}")]
@@ -117,12 +119,14 @@ pub enum JournalError {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CommitError {
     /// No room; nothing was written. Timelines that cannot be brought up to date hold it. Worth another try later.
-    #[error("journal full: {used} of {limit} bytes are in use")]
+    #[error("journal full: {used} of {limit} bytes are in use{}", .why.as_ref().map(|why| format!(" ({why})")).unwrap_or_default())]
     Full {
         /// Bytes in use.
         used: u64,
         /// The limit.
         limit: u64,
+        /// Why it cannot grow, if that is not for the limit.
+        why: Option<Arc<str>>,
     },
     /// Nothing was written and never will be.
     #[error("{length} bytes do not fit into a batch of the journal, which takes {limit}")]

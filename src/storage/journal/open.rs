@@ -155,7 +155,8 @@ impl ReadJournal {
             }
             None => {}
         }
-        let file = files.take().ok_or(JournalError::Full { limit: self.limits.total })?;
+        let full = || JournalError::Full { limit: self.limits.total, why: files.failure() };
+        let file = files.take().ok_or_else(full)?;
         let kept_from = (!kept.is_empty()).then_some(self.needed_from);
         let needed_from = kept_from.unwrap_or(sequence);
         let mut writer = Writer::new(file, self.limits.batch, sequence, self.previous);

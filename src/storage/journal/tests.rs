@@ -264,7 +264,7 @@ async fn a_timeline_that_cannot_be_brought_up_to_date_stops_appends_before_contr
             Err(error) => break error,
         }
     };
-    assert!(matches!(full, CommitError::Full { used, limit } if used == limit && limit == limits().total), "{full}");
+    assert!(matches!(full, CommitError::Full { used, limit, why: None } if used == limit && limit == limits().total), "{full}");
     for sequence in 0..3 {
         commit(&journal, &mut expected, good.control(sequence)).await.unwrap();
     }
