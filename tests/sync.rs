@@ -41,7 +41,10 @@ impl Sync {
 
     /// Waits for the end; what was printed on standard output, and whether it succeeded.
     fn end(mut self) -> Result<(String, bool)> {
-        wait_for(secs(120), "the sync to end", || Ok(ensure!(self.has_ended()?, "it still runs")))?;
+        wait_for(secs(120), "the sync to end", || {
+            ensure!(self.has_ended()?, "it still runs");
+            Ok(())
+        })?;
         let output = self.0.take().context("a process")?.wait_with_output()?;
         Ok((String::from_utf8(output.stdout)?, output.status.success()))
     }
@@ -170,7 +173,8 @@ fn a_safekeeper_with_an_emptied_disk_does_not_vote_away_what_it_had() {
         wait_for(secs(60), "the emptied safekeeper to be found out", || {
             let log = std::fs::read_to_string(scratch.log("sync"))?;
             ensure!(!sync.has_ended()?, "it ended without anybody who has what was committed");
-            Ok(ensure!(log.contains("no such timeline"), "nothing in the log"))
+            ensure!(log.contains("no such timeline"), "nothing in the log");
+            Ok(())
         })?;
         cluster.safekeeper(0)?.start()?;
         let lsn = printed(sync.end()?)?;

@@ -26,6 +26,7 @@ use super::error::ApiError;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
 use crate::consensus::history::TermHistory;
+use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo};
 use crate::metrics::{self, Exposition};
 use crate::timeline::Timeline;
@@ -109,6 +110,7 @@ impl CreateRequest {
             Some(bytes) => SegmentSize::new(bytes).map_err(|error| ApiError::BadRequest(error.to_string()))?,
             None => SegmentSize::DEFAULT,
         };
+        membership::check(&self.mconf).map_err(|error| ApiError::BadRequest(error.to_string()))?;
         let start = self.start_lsn;
         if !(14..=18).contains(&(self.pg_version / 10_000)) {
             return bad("pg_version must be the number of a PostgreSQL version from 14 to 18, such as 150004");

@@ -302,6 +302,7 @@ async fn wrong_requests_are_refused_with_a_reason() {
         (with("pg_version", json!(4_000_000_000_u32)), "pg_version"),
         (with("start_lsn", json!("0/14EE151")), "start_lsn"),
         (with("start_lsn", json!("FFFFFFFF/FFFFFFF8")), "start_lsn"),
+        (with("mconf", json!({"generation": 1, "members": []})), "without members"),
         (with("commit_lsn", json!("0/1")), "commit_lsn"),
         (with("commit_lsn", json!("0/2000000")), "commit_lsn"),
     ] {

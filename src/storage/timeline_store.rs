@@ -379,6 +379,10 @@ impl TimelineStore {
 
     /// Durable before the journal says that the log begins.
     fn begin_log(&mut self, start: Lsn) -> Result<(Chain, Vec<LedgerEntry>), StorageError> {
+        if self.chain.is_some() {
+            // Another log was here. Its files go now, so a restart must not need them any more to follow the journal.
+            self.behind.settle()?;
+        }
         let server = self.behind.noted().control.state.server;
         let head = self.segments.init_first_segment(start, server).map_err(|error| match error {
             FirstSegmentError::Disk(error) => StorageError::refused_if_full(error),

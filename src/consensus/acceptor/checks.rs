@@ -9,6 +9,15 @@ use crate::consensus::health::Fault;
 use crate::consensus::history::{TermHistory, highest_common_point};
 use crate::consensus::membership;
 
+/// What becomes of the log here when a leader is accepted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    /// It is cut where the leader starts, and goes on from there.
+    Continue,
+    /// It has nothing in common with the leader's: another one begins in its place.
+    Anew,
+}
+
 impl Acceptor {
     /// Checks what was loaded against the invariants of semantics 5.3.
     pub(super) fn check_loaded(&mut self) {
@@ -97,8 +106,8 @@ impl Acceptor {
         Ok(())
     }
 
-    /// The position at which the leader and this log part, if that is where the leader wants to start.
-    pub(super) fn check_start(&self, history: &TermHistory, wanted: Lsn) -> Result<Lsn, AcceptorError> {
+    /// Whether the leader may start at `wanted`: the position at which its log and the one here part.
+    pub(super) fn check_start(&self, history: &TermHistory, wanted: Lsn) -> Result<Start, AcceptorError> {
         // The log ends where it will end once all of it is flushed, which happens before it is cut.
         let written = self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::last_record_end);
         let end = written.max(self.durable.timeline_start_lsn);
@@ -113,8 +122,8 @@ impl Acceptor {
         }
         // What the flush that comes first will make committed counts already.
         let commit = self.lazy.commit_lsn.max(self.leader_commit_lsn.min(end));
-        if common.is_none() && own.first().is_some() {
-            self.check_unrelated(first, commit)?;
+        if common.is_none() && own.first().is_some() && self.is_unrelated(first, commit)? {
+            return Ok(Start::Anew);
         }
         if wanted < commit {
             return Err(AcceptorError::TruncatesCommitted { start: wanted, commit });
@@ -122,19 +131,24 @@ impl Acceptor {
         if written.is_valid() && wanted > end {
             return Err(AcceptorError::StartBeyondEnd { start: wanted, end });
         }
-        Ok(wanted)
+        Ok(Start::Continue)
     }
 
-    /// A leader whose log has no term in common with the one here (rule 12). If a quorum ever committed any of it, one of
-    /// the leader's voters would have had its first term.
-    fn check_unrelated(&self, theirs: Lsn, commit: Lsn) -> Result<(), AcceptorError> {
+    /// A leader whose log has no term in common with the one here (rule 12): whether that log begins in another place.
+    /// It does when first elections failed and the primary's slot was made anew in between.
+    ///
+    /// Then nothing of the log here was ever committed by a quorum, nor will be: each majority that could have done so has
+    /// one of the leader's voters, who would have told its first term. Is something known to be committed here all the
+    /// same, then some node forgot what it had.
+    fn is_unrelated(&self, theirs: Lsn, commit: Lsn) -> Result<bool, AcceptorError> {
         let ours = self.durable.timeline_start_lsn;
         if commit > ours {
             return Err(AcceptorError::TruncatesCommitted { start: ours, commit });
         }
-        if theirs != ours {
-            return Err(AcceptorError::OtherBeginning { ours, theirs });
+        // Within a process the commit LSN, which is at least the start of the timeline, must not fall.
+        if theirs < ours {
+            return Err(AcceptorError::EarlierBeginning { ours, theirs });
         }
-        Ok(())
+        Ok(theirs > ours)
     }
 }

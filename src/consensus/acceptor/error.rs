@@ -83,13 +83,13 @@ pub enum AcceptorError {
         /// Commit LSN here.
         commit: Lsn,
     },
-    /// Two first elections failed, and the log was begun anew in another place. Nothing of the log here is known to be
-    /// committed, and nothing of it can be.
+    /// The leader's log has nothing in common with the one here and begins before it. Nothing of the log here was ever
+    /// committed.
     #[error(
-        "the log here begins at {ours} and has nothing in common with the leader's, which begins at {theirs}; nothing of \
-         the log here was ever committed: remove this node's copy through a membership change, and add the node again"
+        "the log here begins at {ours} and has nothing in common with the leader's, which begins before it, at {theirs}; \
+         nothing of the log here was ever committed"
     )]
-    OtherBeginning {
+    EarlierBeginning {
         /// Start of the log here.
         ours: Lsn,
         /// Start of the leader's.

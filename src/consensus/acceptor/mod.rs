@@ -14,6 +14,8 @@
 mod checks;
 mod error;
 
+use checks::Start;
+
 use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
@@ -301,10 +303,14 @@ impl Acceptor {
             return Err(AcceptorError::HistoryTermMismatch { term: elected.term, last: history.last_term() });
         }
         Self::check_boundary(history.last().map_or(Lsn::INVALID, |entry| entry.lsn))?;
-        let start = self.check_start(&history, elected.start_streaming_at)?;
+        let start = elected.start_streaming_at;
+        let log = self.check_start(&history, start)?;
         let mut actions = self.flush();
         if self.durable.term < elected.term {
             self.raise_term(elected.term, &mut actions);
+        }
+        if log == Start::Anew {
+            self.forget_log(&mut actions);
         }
         if !self.flush_lsn.is_valid() {
             actions.push(Action::InitFirstSegment { start });
@@ -313,6 +319,20 @@ impl Acceptor {
         actions.push(Action::Truncate { end: start });
         self.adopt(history, start, &mut actions);
         Ok(actions)
+    }
+
+    /// Cuts all of the log off, so that one may begin in another place. The term stays promised. First cut, then forget,
+    /// as when a history is adopted: a crash in between leaves an empty log of the old history.
+    fn forget_log(&mut self, actions: &mut Vec<Action>) {
+        actions.push(Action::Truncate { end: self.durable.local_start_lsn });
+        let [timeline_start_lsn, local_start_lsn, commit_lsn] = [Lsn::INVALID; 3];
+        let [backup_lsn, peer_horizon_lsn, remote_consistent_lsn] = [Lsn::INVALID; 3];
+        self.lazy = LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn };
+        let term_history = TermHistory::default();
+        let next = ControlState { timeline_start_lsn, local_start_lsn, term_history, ..self.durable.clone() };
+        self.persist(next, actions);
+        self.scanner = None;
+        self.flush_lsn = Lsn::INVALID;
     }
 
     /// Makes the leader's history this node's own, its log now ending at `start`.

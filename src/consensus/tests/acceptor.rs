@@ -421,19 +421,43 @@ fn no_message_uses_up_the_terms_there_are() {
     assert_eq!(a.term(), Term(1 + MAX_TERM_STEP));
 }
 
-#[test]
-fn a_log_begun_in_another_place_is_refused_without_alarm_while_nothing_is_committed() {
+/// A node that wrote WAL of the leader of term 1, of which nothing was committed. That leader was the first one.
+fn follower_of_a_failed_first_leader() -> Acceptor {
     let mut a = follower();
     a.handle(append(1, START.0, START.0 + 8192, 0)).unwrap();
     a.handle(vote(2)).unwrap();
-    // The others are new; the primary's slot was made again, so the leader of term 2 begins later, or earlier.
-    for begin in [START.0 + SEGMENT, START.0 - SEGMENT] {
-        let refused = a.handle(elected(2, Lsn(begin), &[(2, begin)]));
-        assert_eq!(refused, Err(AcceptorError::OtherBeginning { ours: START, theirs: Lsn(begin) }));
-    }
-    assert_eq!(a.health(), &Health::Sound);
+    a
+}
+
+#[test]
+fn two_failed_first_elections_do_not_lock_a_node_out() {
+    let mut a = follower_of_a_failed_first_leader();
+    // The others are new; the primary's slot was made again meanwhile, so the leader of term 2 begins later.
+    let begin = START.0 + SEGMENT;
+    assert_eq!(
+        brief(a.handle(elected(2, Lsn(begin), &[(2, begin)])).unwrap()),
+        [
+            "truncate to 800000",
+            "persist term 2 [] commit 0",
+            "lay out segment at 900000",
+            "truncate to 900000",
+            "persist term 2 [2@900000] commit 900000",
+        ],
+        "the log here goes before it is forgotten"
+    );
+    assert_eq!((a.flush_lsn(), a.last_log_term(), a.health()), (Lsn(begin), Term(2), &Health::Sound));
+    assert_eq!(a.durable_state().local_start_lsn, Lsn(begin));
+}
+
+#[test]
+fn another_first_leader_may_begin_in_the_same_place_but_not_before_it() {
+    let mut a = follower_of_a_failed_first_leader();
+    let begin = START.0 - SEGMENT;
+    let refused = a.handle(elected(2, Lsn(begin), &[(2, begin)]));
+    assert_eq!(refused, Err(AcceptorError::EarlierBeginning { ours: START, theirs: Lsn(begin) }));
+    assert_eq!(a.health(), &Health::Sound, "nothing is wrong with what is here");
     let again = brief(a.handle(elected(2, START, &[(2, START.0)])).unwrap());
-    assert_eq!(again, ["truncate to 800000", "persist term 2 [2@800000] commit 800000"], "from the same place");
+    assert_eq!(again, ["truncate to 800000", "persist term 2 [2@800000] commit 800000"]);
 }
 
 #[test]

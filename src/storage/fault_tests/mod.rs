@@ -5,6 +5,7 @@
 //! and [`failing`] makes every operation fail once. The environment variable
 //! `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
 
+mod begun_anew;
 mod bitrot;
 mod crash;
 mod failing;
