@@ -137,7 +137,8 @@ struct Cluster {
 impl Cluster {
     fn new(scenario: &Scenario, dice: &Dice, oracle: &Oracle, trace: &Trace, sabotage: Sabotage) -> Self {
         let network = Network::new(dice.fork(1), scenario.latency.clone(), trace.clone());
-        let node = |number| Node::new(number, network.clone(), oracle.clone(), trace.clone(), sabotage);
+        let node =
+            |number| Node::new(number, network.clone(), oracle.clone(), trace.clone(), scenario.journal, sabotage);
         let proposer = |number: usize| {
             let setup = proposer::Setup {
                 host: Host::Proposer(number),

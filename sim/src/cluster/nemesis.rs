@@ -105,6 +105,8 @@ impl Nemesis {
             self.stats.node_starts += 1;
         } else {
             self.stats.failed_starts += 1;
+            let survivors = self.survivors();
+            self.nodes[index].disk().crash(survivors);
             self.in_a_while(20..3_000, End::Start(index));
         }
     }
@@ -134,15 +136,19 @@ impl Nemesis {
         if !self.nodes[index].is_up() {
             return;
         }
-        let survivors = match self.dice.within(0..3) {
-            0 => Survivors::Everything,
-            1 => Survivors::Nothing,
-            _ => Survivors::Some(self.dice.next()),
-        };
+        let survivors = self.survivors();
         self.stats.node_crashes += 1;
         self.stats.power_cuts += u64::from(survivors != Survivors::Everything);
         let silently = survivors != Survivors::Everything && self.dice.chance(50);
         self.nodes[index].kill(survivors, silently);
+    }
+
+    fn survivors(&mut self) -> Survivors {
+        match self.dice.within(0..3) {
+            0 => Survivors::Everything,
+            1 => Survivors::Nothing,
+            _ => Survivors::Some(self.dice.next()),
+        }
     }
 
     async fn strike(&mut self) {

@@ -13,8 +13,9 @@ use safekeeper::consensus::health::Health;
 use safekeeper::consensus::state::{ControlState, ServerInfo};
 use safekeeper::lanes::Lanes;
 use safekeeper::server::{Horizon, cut};
+use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::simdisk::{SimDisk, Survivors};
-use safekeeper::storage::{DataDir, ReadError};
+use safekeeper::storage::{DataDir, DataDirOptions, ReadError};
 use safekeeper::timeline::push::{Ack, PushSession};
 use safekeeper::timeline::registry::{LookupError, Registry};
 use safekeeper::timeline::{Timeline, TimelineError};
@@ -44,6 +45,7 @@ struct Shared {
     oracle: Oracle,
     trace: Trace,
     sabotage: Sabotage,
+    journal: JournalLimits,
     running: Mutex<Option<Running>>,
     /// Bits of its files were flipped.
     damaged: AtomicBool,
@@ -59,9 +61,15 @@ struct Running {
 
 impl Node {
     /// A node with an empty disk, not started.
-    pub fn new(number: usize, network: Network, oracle: Oracle, trace: Trace, sabotage: Sabotage) -> Self {
+    pub fn new(
+        number: usize,
+        network: Network,
+        oracle: Oracle,
+        trace: Trace,
+        journal: JournalLimits,
+        sabotage: Sabotage,
+    ) -> Self {
         let disk = SimDisk::with_dir(Path::new(DATA_DIR));
-        disk.set_lying(sabotage == Sabotage::SyncsThatDoNothing);
         Self(Arc::new(Shared {
             number,
             disk,
@@ -69,6 +77,7 @@ impl Node {
             oracle,
             trace,
             sabotage,
+            journal,
             running: Mutex::new(None),
             damaged: AtomicBool::new(false),
             reads_refused: AtomicU64::new(0),
@@ -121,9 +130,10 @@ impl Node {
     /// Starts the process. False when it can't, because of its disk.
     pub async fn start(&self) -> bool {
         let shared = &self.0;
-        let (disk, life) = NodeDisk::new(shared.disk.clone());
+        let (disk, life) = NodeDisk::new(shared.disk.clone(), shared.sabotage == Sabotage::SyncsThatDoNothing);
         let node_id = NodeId(shared.number as u64 + 1);
-        let registry = match DataDir::open_on(Arc::new(disk), Path::new(DATA_DIR), Some(node_id)) {
+        let options = DataDirOptions { journal_dir: None, journal: shared.journal };
+        let registry = match DataDir::open_with(Arc::new(disk), Path::new(DATA_DIR), Some(node_id), options) {
             Ok(data_dir) => Registry::load(data_dir, Lanes::none()).await.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -135,6 +145,7 @@ impl Node {
             }
         };
         note!(shared.trace, "{} started", self.host());
+        shared.oracle.started(shared.number);
         let mut tasks = JoinSet::new();
         let accept = shared.network.listen(self.host());
         let seen = Seen { node: self.clone(), life: Arc::clone(&life), registry: Arc::clone(&registry) };
@@ -208,8 +219,8 @@ impl Seen {
     async fn watch_itself(self) {
         loop {
             if let Ok(timeline) = self.registry.get(TTID) {
-                self.shared().oracle.looked_at(self.shared().number, &timeline.progress());
                 let health = timeline.health();
+                self.shared().oracle.looked_at(self.shared().number, &timeline.progress(), health.is_sound());
                 if !health.is_sound() && !self.node.is_damaged() {
                     self.shared().oracle.violate(format!("{}, undamaged, is {health:?}", self.node.host()));
                 }
@@ -298,6 +309,7 @@ impl Seen {
         match push.handle(message).await {
             Ok(reply) => {
                 if let Some(reply) = shared.sabotage.change(push.timeline(), asked, reply) {
+                    shared.oracle.answered(shared.number, &reply);
                     let _ = replies.send(reply).await;
                 }
                 Ok(())
@@ -321,6 +333,7 @@ impl Seen {
         loop {
             let reply = tokio::select! {
                 biased;
+                // Known to the oracle since it was there.
                 reply = replies.recv() => match reply {
                     Some(reply) => reply,
                     None => return Ok(()),
@@ -332,13 +345,19 @@ impl Seen {
                     let ack = acks.borrow_and_update().clone();
                     match ack {
                         Ack::None => continue,
-                        Ack::Response(response) => AcceptorMessage::AppendResponse(response),
+                        Ack::Response(response) => {
+                            let ack = AcceptorMessage::AppendResponse(response);
+                            self.shared().oracle.answered(self.shared().number, &ack);
+                            ack
+                        }
                         Ack::Refused(error) => return Err(error.to_string()),
                     }
                 }
             };
             self.ready().await;
-            self.shared().oracle.replied(self.shared().number, &reply);
+            if self.life.has_ended() {
+                return Ok(());
+            }
             if !sender.send(Reply::Push(reply)).await {
                 return Ok(());
             }

@@ -14,6 +14,8 @@ use safekeeper::storage::{DirEntry, Disk, DiskFile};
 #[derive(Debug, Default)]
 pub struct Life {
     ended: AtomicBool,
+    /// Syncs and durable writes say that they did their work, and didn't.
+    lies: bool,
 }
 
 impl Life {
@@ -41,8 +43,8 @@ pub struct NodeDisk {
 
 impl NodeDisk {
     /// The disk for a new life.
-    pub fn new(disk: SimDisk) -> (Self, Arc<Life>) {
-        let life = Arc::new(Life::default());
+    pub fn new(disk: SimDisk, lies: bool) -> (Self, Arc<Life>) {
+        let life = Arc::new(Life { lies, ..Life::default() });
         (Self { disk, life: Arc::clone(&life) }, life)
     }
 
@@ -69,7 +71,7 @@ impl Disk for NodeDisk {
 
     fn open_durable(&self, path: &Path) -> io::Result<Arc<dyn DiskFile>> {
         self.life.check()?;
-        self.file(self.disk.open_durable(path))
+        self.file(if self.life.lies { self.disk.open(path) } else { self.disk.open_durable(path) })
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -104,12 +106,12 @@ impl Disk for NodeDisk {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         self.life.check()?;
-        self.disk.sync_dir(path)
+        if self.life.lies { Ok(()) } else { self.disk.sync_dir(path) }
     }
 
     fn sync_fs(&self, path: &Path) -> io::Result<()> {
         self.life.check()?;
-        self.disk.sync_fs(path)
+        if self.life.lies { Ok(()) } else { self.disk.sync_fs(path) }
     }
 
     fn is_deterministic(&self) -> bool {
@@ -150,12 +152,12 @@ impl DiskFile for NodeFile {
 
     fn sync_data(&self) -> io::Result<()> {
         self.life.check()?;
-        self.file.sync_data()
+        if self.life.lies { Ok(()) } else { self.file.sync_data() }
     }
 
     fn sync_all(&self) -> io::Result<()> {
         self.life.check()?;
-        self.file.sync_all()
+        if self.life.lies { Ok(()) } else { self.file.sync_all() }
     }
 
     fn drop_cache(&self) -> io::Result<()> {

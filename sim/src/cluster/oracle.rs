@@ -14,7 +14,7 @@ use std::fmt::Display;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use pgproto::walproposer::{AcceptorMessage, ProposerElected, TermLsn, VoteResponse};
+use pgproto::walproposer::{AcceptorMessage, AppendResponse, ProposerElected, TermLsn, VoteResponse};
 use pgproto::{Lsn, Term};
 use safekeeper::timeline::Progress;
 use tokio_util::sync::CancellationToken;
@@ -50,14 +50,30 @@ struct State {
 /// What a node has told and must never take back.
 #[derive(Debug, Default)]
 struct Promises {
+    /// Told in this life or an earlier one. What is told on one connection may be older than what was told on another, so
+    /// only a new life must not begin with less.
     term: Term,
+    /// Told in earlier lives.
+    old_term: Term,
+    /// Of the newest leader that may have been accepted: acknowledgements to older ones count no longer, even where they
+    /// are still under way.
+    leader: Term,
     votes: BTreeSet<Term>,
-    /// The end of its log.
+    /// The end of its log, as told in this life or an earlier one.
     end: LogEnd,
+    /// As told in earlier lives.
+    old_end: LogEnd,
 }
 
 /// Orders logs: the term of the last record, then its end.
 type LogEnd = (Term, Lsn);
+
+/// What a node had promised before a leader came.
+#[derive(Clone, Copy, Debug)]
+pub struct BeforeCut {
+    end: LogEnd,
+    old_end: LogEnd,
+}
 
 impl State {
     /// The furthest commit, and a leader whose log has it.
@@ -114,52 +130,50 @@ impl State {
         self.check_bytes(term, start, wal)
     }
 
-    fn promised_term(&mut self, node: usize, term: Term) -> Result<(), String> {
+    fn told_term(&mut self, node: usize, term: Term) -> Result<(), String> {
         let promises = self.promises.entry(node).or_default();
-        if term < promises.term {
-            return Err(format!("is in term {term}, but had promised {}", promises.term));
+        if term < promises.old_term {
+            return Err(format!("is in term {term}, but had promised {}", promises.old_term));
         }
-        promises.term = term;
-        Ok(())
-    }
-
-    fn promised_end(&mut self, node: usize, end: LogEnd) -> Result<(), String> {
-        let promises = self.promises.entry(node).or_default();
-        if end < promises.end {
-            let ((term, lsn), (had_term, had_lsn)) = (end, promises.end);
-            return Err(format!(
-                "says its log ends in term {term} at {lsn}; had acknowledged {had_lsn} of term {had_term}"
-            ));
-        }
-        promises.end = end;
+        promises.term = promises.term.max(term);
         Ok(())
     }
 
     fn voted(&mut self, node: usize, vote: &VoteResponse) -> Result<(), String> {
-        self.promised_term(node, vote.term)?;
-        if vote.vote_given && !self.promises.entry(node).or_default().votes.insert(vote.term) {
+        self.told_term(node, vote.term)?;
+        let promises = self.promises.entry(node).or_default();
+        if vote.vote_given && !promises.votes.insert(vote.term) {
             return Err(format!("voted twice in term {}", vote.term));
         }
         let last = vote.term_history.last().map_or(Term(0), |entry| entry.term);
-        self.promised_end(node, (last, vote.flush_lsn))
+        promises.told_end((last, vote.flush_lsn), promises.end)
     }
 
-    fn replied(&mut self, node: usize, reply: &AcceptorMessage) -> Result<(), String> {
-        match reply {
-            AcceptorMessage::Greeting(greeting) => self.promised_term(node, greeting.term),
-            AcceptorMessage::VoteResponse(vote) => self.voted(node, vote),
-            AcceptorMessage::AppendResponse(ack) => {
-                self.promised_term(node, ack.term)?;
-                let (_, committed) = self.committed();
-                if ack.commit_lsn > committed {
-                    return Err(format!("takes {} for committed, which is only {committed}", ack.commit_lsn));
-                }
-                if !ack.flush_lsn.is_valid() {
-                    return Ok(());
-                }
-                self.promised_end(node, (self.chronicle.term_at(ack.term, ack.flush_lsn), ack.flush_lsn))
-            }
+    fn acknowledged(&mut self, node: usize, ack: &AppendResponse) -> Result<(), String> {
+        self.told_term(node, ack.term)?;
+        let (_, committed) = self.committed();
+        if ack.commit_lsn > committed {
+            return Err(format!("takes {} for committed, which is only {committed}", ack.commit_lsn));
         }
+        let promises = self.promises.entry(node).or_default();
+        if !ack.flush_lsn.is_valid() || ack.term < promises.term.max(promises.leader) {
+            return Ok(());
+        }
+        let end = (self.chronicle.term_at(ack.term, ack.flush_lsn), ack.flush_lsn);
+        promises.told_end(end, promises.old_end)
+    }
+}
+
+impl Promises {
+    fn told_end(&mut self, end: LogEnd, least: LogEnd) -> Result<(), String> {
+        if end < least {
+            let ((term, lsn), (had_term, had_lsn)) = (end, least);
+            return Err(format!(
+                "says its log ends in term {term} at {lsn}; had acknowledged {had_lsn} of term {had_term}"
+            ));
+        }
+        self.end = self.end.max(end);
+        Ok(())
     }
 }
 
@@ -220,42 +234,57 @@ impl Oracle {
         self.check(who, outcome);
     }
 
-    /// A node says this to a proposer.
-    pub fn replied(&self, node: usize, reply: &AcceptorMessage) {
-        let outcome = self.0.state.lock().replied(node, reply);
+    /// A node begins a new life.
+    pub fn started(&self, node: usize) {
+        let mut state = self.0.state.lock();
+        let promises = state.promises.entry(node).or_default();
+        (promises.old_term, promises.old_end) = (promises.term, promises.end);
+    }
+
+    /// A node has this answer to a proposer's request.
+    pub fn answered(&self, node: usize, answer: &AcceptorMessage) {
+        let mut state = self.0.state.lock();
+        let outcome = match answer {
+            AcceptorMessage::Greeting(greeting) => state.told_term(node, greeting.term),
+            AcceptorMessage::VoteResponse(vote) => state.voted(node, vote),
+            AcceptorMessage::AppendResponse(ack) => state.acknowledged(node, ack),
+        };
+        drop(state);
         self.check(format_args!("node{node}"), outcome);
     }
 
     /// A node is about to be told by a leader where their logs part. It may cut its log there and then crash, so from now
     /// on it may claim less than it had. The result is to be given to [`Self::not_cut`] if the node refuses.
-    pub fn may_cut(&self, node: usize, elected: &ProposerElected) -> (Term, Lsn) {
+    pub fn may_cut(&self, node: usize, elected: &ProposerElected) -> BeforeCut {
         let mut state = self.0.state.lock();
         let at = elected.start_streaming_at;
         let cut = (state.chronicle.term_at(elected.term, at), at);
         let promises = state.promises.entry(node).or_default();
-        let before = promises.end;
+        let before = BeforeCut { end: promises.end, old_end: promises.old_end };
         if elected.term >= promises.term {
-            promises.end = before.min(cut);
+            promises.leader = promises.leader.max(elected.term);
+            (promises.end, promises.old_end) = (promises.end.min(cut), promises.old_end.min(cut));
         }
         before
     }
 
     /// It refused, and changed nothing.
-    pub fn not_cut(&self, node: usize, before: (Term, Lsn)) {
+    pub fn not_cut(&self, node: usize, before: BeforeCut) {
         let mut state = self.0.state.lock();
         let promises = state.promises.entry(node).or_default();
-        promises.end = promises.end.max(before);
+        promises.end = promises.end.max(before.end);
+        promises.old_end = promises.old_end.max(before.old_end);
     }
 
-    /// Where a node stands, in this life.
-    pub fn looked_at(&self, node: usize, progress: &Progress) {
+    /// Where a node stands, in this life. One that says of itself that it lost WAL may know of commits beyond what it has.
+    pub fn looked_at(&self, node: usize, progress: &Progress, is_sound: bool) {
         let mut state = self.0.state.lock();
         let (_, committed) = state.committed();
-        let mut outcome = state.promised_term(node, progress.term);
+        let mut outcome = state.told_term(node, progress.term);
         drop(state);
         // What was written may end before what is flushed: behind a switch record the rest of the segment counts as there.
         let Progress { commit_lsn, flush_lsn, .. } = *progress;
-        if outcome.is_ok() && commit_lsn > flush_lsn && flush_lsn.is_valid() {
+        if outcome.is_ok() && is_sound && commit_lsn > flush_lsn && flush_lsn.is_valid() {
             outcome = Err(format!("commit LSN {commit_lsn} is beyond flush LSN {flush_lsn}"));
         }
         if outcome.is_ok() && commit_lsn > committed {

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::time::Duration;
 
 use pgproto::Lsn;
+use safekeeper::storage::journal::JournalLimits;
 
 use super::dice::Dice;
 
@@ -53,6 +54,8 @@ pub struct Scenario {
     pub buffer: u64,
     /// Longest pause between two batches of records, in milliseconds.
     pub write_pause: u64,
+    /// The journals of the nodes.
+    pub journal: JournalLimits,
     /// How long there is trouble.
     pub trouble: Duration,
     /// Longest pause between two troubles, in milliseconds.
@@ -72,6 +75,7 @@ impl Scenario {
             latency: dice.pick(&[(1, 3), (1, 10), (5, 60)]).into_range(),
             buffer: dice.pick(&[64 << 10, 256 << 10, 4 << 20]),
             write_pause: dice.pick(&[100, 300, 1_000]),
+            journal: journal(dice),
             trouble: Duration::from_secs(dice.within(8..40)),
             calm: dice.pick(&[500, 2_000, 5_000]),
             weights: Weights::of(dice),
@@ -94,9 +98,21 @@ impl Weights {
             clock: weight() / 2,
             failure: weight(),
             slow: weight(),
-            full: 0, // weight() / 2,
-            flip: 0, // weight(),
+            full: weight() / 2,
+            flip: weight(),
         }
+    }
+}
+
+/// Journals so small that they are used again and again, and fill up.
+fn journal(dice: &mut Dice) -> JournalLimits {
+    let file_size = dice.pick(&[512 << 10, 1 << 20]);
+    JournalLimits {
+        file_size,
+        total: file_size * dice.pick(&[2, 4, 8]),
+        reserve: 64 << 10,
+        batch: 256 << 10,
+        idle_before_checkpoint: Duration::from_secs(dice.pick(&[1, 5])),
     }
 }
 
