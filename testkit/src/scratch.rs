@@ -50,13 +50,13 @@ impl Scratch {
         self.path().join("logs").join(format!("{name}.log"))
     }
 
-    /// Makes the sub-directory `name`, owned by the account that PostgreSQL's programs run under.
+    /// Makes the sub-directory `name`, unless it is there, owned by the account that PostgreSQL's programs run under.
     ///
     /// # Errors
     /// When it cannot be made or handed over.
     pub fn postgres_dir(&self, name: &str) -> Result<PathBuf> {
         let path = self.path().join(name);
-        fs::create_dir(&path).with_context(|| format!("create {}", path.display()))?;
+        fs::create_dir_all(&path).with_context(|| format!("create {}", path.display()))?;
         self.hand_to_postgres(&path)?;
         Ok(path)
     }
