@@ -1,4 +1,85 @@
 //! The node's journal: the one file that is written on the way to an acknowledgement.
+//!
+//! # NAME
+//!
+//! journal - what all timelines of a node have to make durable, in batches, one durable write for each
+//!
+//! # SYNOPSIS
+//!
+//! ```text
+//! Journal::open -> what it holds (Replay)      timelines bring their own files up to date
+//!   ReadJournal::start -> Journal              a new file, old ones may be used again
+//!     commit(entries) -> batch number          durable
+//!     Behind::checkpoint(batch)                called when room is wanted or nothing happens
+//! ```
+//!
+//! # FILES
+//!
+//! ```text
+//! journal/<generation, 16 hexadecimal digits>.journal     files of one fixed length, in the order of their use
+//! journal/<generation>.journal.new                        the next one, while it is being prepared
+//! journal/lock                                            locked while a process uses the journal
+//! ```
+//!
+//! The first page of a file is its header. Batches follow, each at a multiple of 4096 bytes: a header, the headers of its
+//! entries, their data. Every sector of 512 bytes holds 511 bytes of that; its last byte is the file's *round marker*, which
+//! is another one each time the file is used again. The bytes are in `format`, and in docs/file-formats.md.
+//!
+//! # PROMISES
+//!
+//! * [`Journal::commit`] returns when its entries are durable, all of them, in one batch. Commits made at the same time share
+//!   a batch. A timeline's entries are given back in the order of its commits.
+//! * What was committed is given back by [`Journal::open`] until the timeline's [`Behind::checkpoint`] said that its own
+//!   files hold it; for a while after that, too.
+//! * What cannot be given back is reported as [`Damage`]: never silently less. Where possible it says what was lost, and
+//!   everything else in the batch is given back.
+//! * A write that was torn by a crash is never reported as damage.
+//! * The first failed write ends it: nobody knows what is on disk then, and nothing is written until a restart. A file that
+//!   cannot be prepared is no failure, only a lack of room.
+//! * Disk and memory are bounded by [`JournalLimits`]. When timelines that cannot be brought up to date hold all the room,
+//!   appends are refused before control states and cuts are.
+//!
+//! # TORN OR DAMAGED
+//!
+//! Replication counts on what this node acknowledged. So no batch that was acknowledged, not even the last one, may be taken
+//! for a torn write; and a torn write should not be taken for damage, or every crash would need a repair. Why this holds:
+//!
+//! 1. *A batch is one write, and the next write begins when that one is durable.* So of all batches only the last may be
+//!    torn, and whatever has a higher number than a batch proves that the batch was whole once. Numbers have no gaps over
+//!    all files; a gap is damage.
+//! 2. *A torn write leaves the marker of some sector as it was.* A disk writes a sector whole or from its beginning up to
+//!    some byte. If any byte is missing, then the last byte of some sector is missing, and that is the marker. Before the
+//!    write it held the marker of the round before, or 0: when a file is used again, what the last round left unused is
+//!    filled with zeros first, durably, so that a marker of the round before the last, which looks like one of this round,
+//!    cannot turn up.
+//! 3. *So a batch whose sectors all bear the new marker was written completely*, and if a checksum in it is wrong, it is
+//!    damaged. A batch that lacks one was not, and nobody was told that it is durable.
+//! 4. *Damage doesn't look like an old marker.* Between the markers and 0 at least four bits differ. A sector whose marker
+//!    is neither new nor old is damaged, unless all others of its page are old: batches write whole pages.
+//! 5. *The header of a batch may itself be unreadable.* It is in the first sector, so that one's marker decides. If it is
+//!    new, at least this sector was written, and it is damage, even though the rest might have been torn: that is the one case in
+//!    which both happened.
+//! 6. *A batch without entries repeats its header in every sector*, since losing one would say that anything may be lost.
+//! 7. *The last batch of a file names the next file*, which must be there, so that a file that vanished is missed. Header
+//!    pages are durable before a file gets its name; an unreadable one is damage.
+//!
+//! What this cannot find is a last write that the disk confirmed and forgot completely, without a trace in any of its
+//! sectors, and the loss of all files: the latter the timelines notice, which know the number of a batch.
+//!
+//! WAL is written by users, and may look like anything, batches included. All checksums begin with the file's salt, a random
+//! number, so no WAL passes for a batch where the reader looks for one behind damage.
+//!
+//! # REUSE
+//!
+//! Every batch says which is the oldest one that is needed; damage before that is none. A file goes when a *durable* batch
+//! says that nothing in it is needed, or else the next start would miss it. For that batch, and for the one that names the next file, each
+//! file keeps a page: a full journal can always be freed.
+//!
+//! # INSIDE
+//!
+//! `commit` gathers and writes batches; `files` has the ring of files; `checkpointer` knows which timelines have something here,
+//! and has the threads; `open` and `replay` read; `format` knows the bytes. On a disk that wants everything in the same order in every run there are no
+//! threads, and the commit that finds no room brings the timelines up to date itself.
 
 mod checkpointer;
 mod commit;
@@ -29,7 +110,7 @@ pub use open::ReadJournal;
 pub use record::{Behind, CheckpointError, Entry, Record};
 pub use replay::{Damage, Ending, Lost, LostRecord, Replay, Replayed};
 
-use super::disk::DiskError;
+use super::disk::{DiskError, DiskFile};
 
 /// Sizes and times of a journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,6 +173,12 @@ pub enum JournalError {
     /// The limits contradict each other.
     #[error("journal limits: {0}")]
     Limits(&'static str),
+    /// Another process has it.
+    #[error("journal \"{dir}\" is in use by another process: every node needs a journal of its own", dir = dir.display())]
+    InUse {
+        /// Where it is.
+        dir: PathBuf,
+    },
     /// There is neither room for a first file nor an old one to use again.
     #[error("no journal file can be had within {limit} bytes{}", .why.as_ref().map(|why| format!(": {why}")).unwrap_or_default())]
     Full {
@@ -167,6 +254,8 @@ struct Inner {
     signals: Signals,
     failed: OnceLock<Arc<str>>,
     counters: Counters,
+    /// Held as long as it is open.
+    _lock: Arc<dyn DiskFile>,
 }
 
 #[derive(Debug, Default)]

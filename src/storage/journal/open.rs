@@ -15,6 +15,7 @@ use super::replay::{FileSummary, Reader, Replay, first_batch, last_needed_from};
 use super::{Counters, Inner, Journal, JournalError, JournalLimits};
 use crate::storage::disk::{Disk, DiskError, DiskFile, During};
 
+const LOCK_NAME: &str = "lock";
 /// Files are read in pieces of this size.
 const READ_CHUNK: usize = 1 << 20;
 
@@ -31,6 +32,7 @@ pub struct ReadJournal {
     needed_from: u64,
     next_batch: u64,
     previous: u32,
+    lock: Arc<dyn DiskFile>,
 }
 
 /// A file of the journal's last life.
@@ -55,6 +57,11 @@ impl Journal {
             let parent = dir.parent().unwrap_or(dir);
             disk.sync_dir(parent).during("sync directory", parent)?;
         }
+        let lock_path = dir.join(LOCK_NAME);
+        let lock = disk.create(&lock_path, false).during("create", &lock_path)?;
+        if !lock.try_lock().during("lock", &lock_path)? {
+            return Err(JournalError::InUse { dir: dir.to_owned() });
+        }
         disk.sync_fs(dir).during("sync the file system of", dir)?;
         let (mut files, unfinished) = find(&*disk, dir)?;
         let read_from = first_needed_file(&*disk, &files)?;
@@ -70,7 +77,7 @@ impl Journal {
         let (needed_from, previous) = (reader.needed_from(), reader.previous());
         let next_batch = replay.next_batch;
         let dir = dir.to_owned();
-        Ok((replay, ReadJournal { disk, dir, limits, files, unfinished, needed_from, next_batch, previous }))
+        Ok((replay, ReadJournal { disk, dir, limits, files, unfinished, needed_from, next_batch, previous, lock }))
     }
 }
 
@@ -149,7 +156,8 @@ impl ReadJournal {
         match spare {
             Some(file) => files.add_ready(file),
             None if !files.ensure_ready() => {
-                // Better than nothing: timelines know from their checkpoints that they need none of these.
+                // Nobody needs these, though no batch says so yet: a crash now would look like damage. Only a disk that became full
+                // while the journal grew, and stayed so over a restart, gets here.
                 files.add_released(released.drain(..).filter_map(|file| file.released(self.limits.file_size)));
                 files.ensure_ready();
             }
@@ -193,6 +201,7 @@ impl ReadJournal {
             signals: Signals::default(),
             failed: OnceLock::new(),
             counters: Counters::default(),
+            _lock: self.lock,
         });
         let threads = Threads::start(&inner).map_err(JournalError::Thread)?;
         inner.signals.send(Signal::Prepare);

@@ -46,9 +46,9 @@ impl World {
         }
         let journal = read.start(false, 0)?;
         for at in 0..batches {
-            let owner = Arc::clone(&self.owners[usize::from(at % 3 == 0)]);
+            let owner = Arc::clone(&self.owners[usize::from(at.is_multiple_of(3))]);
             let length = usize::try_from(at * 977 % 6000).unwrap();
-            let entry = if at % 5 == 0 { owner.control(at) } else { owner.append(at, &wal(length, at)) };
+            let entry = if at.is_multiple_of(5) { owner.control(at) } else { owner.append(at, &wal(length, at)) };
             self.commit(&journal, entry).await?;
             if at % 17 == 16 && !journal.checkpoint_now().is_empty() {
                 return Err("a checkpoint failed".into());
@@ -206,4 +206,14 @@ async fn a_busy_journal_goes_round_its_files() {
     assert_eq!(replay.damage, []);
     let behind = |contents: Contents| contents.into_values().flatten().filter(|(b, _)| *b > done).collect::<Vec<_>>();
     assert!(behind(contents(&replay)).ends_with(&behind(expected)) || replay.timelines.is_empty());
+}
+
+#[test]
+fn two_processes_cannot_share_a_journal() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, journal) = on_real_disk(dir.path(), limits());
+    let open = || Journal::open(Arc::new(RealDisk::new(true)), &dir.path().join("journal"), limits());
+    assert!(matches!(open(), Err(JournalError::InUse { .. })));
+    drop(journal);
+    open().unwrap();
 }
