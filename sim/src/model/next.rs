@@ -142,14 +142,22 @@ impl Next<'_> {
                 self.disconnect(candidate, node, stale);
                 Ok(())
             }
-            Step::Crash { node, keep } => self.crash(node, |node, _| Ok(node.crash(keep))),
+            Step::Crash { node, keep } => self.crash(node, |node, _| Ok(node.crash(keep).then_some(None))).map(drop),
             Step::CrashIn { message, crash } => {
+                let Envelope { candidate, node, .. } = message;
                 let request = self.take_request(message, Fate::Plain)?;
-                self.crash(message.node, |node, wal| node.crash_in(request, crash, wal))?;
+                let vote = matches!(request, ProposerMessage::VoteRequest(_));
+                let reply = self.crash(node, |node, wal| node.crash_in(request, crash, wal))?;
                 self.cluster.saw(Event::CrashInside);
-                Ok(())
+                let Some(reply) = reply else { return Ok(()) };
+                if vote {
+                    self.note_vote(candidate, node);
+                }
+                self.last_answer(candidate, node, reply)
             }
-            Step::CrashInFlush { node, crash } => self.crash(node, |node, wal| node.crash_in_flush(crash, wal)),
+            Step::CrashInFlush { node, crash } => {
+                self.crash(node, |node, wal| node.crash_in_flush(crash, wal)).map(drop)
+            }
             Step::BumpTerm { node } => self.bump_term(node),
             Step::Join | Step::Pull { .. } | Step::Switch { .. } | Step::Finish | Step::Abort => self.reconfigure(step),
         }
@@ -529,17 +537,37 @@ impl Next<'_> {
         Ok(())
     }
 
-    fn crash(&mut self, node: usize, crash: impl FnOnce(&mut Node, &wal::Wal) -> Result<bool, Broken>) -> Done {
+    /// A node starts anew after a crash. What it answered before that is returned.
+    fn crash(
+        &mut self,
+        node: usize,
+        crash: impl FnOnce(&mut Node, &wal::Wal) -> Result<Option<Option<AcceptorMessage>>, Broken>,
+    ) -> Result<Option<AcceptorMessage>, Stop> {
         self.state.budget.crashes -= 1;
-        if !self.node(node, crash)?? {
-            return Err(Stop::Impossible);
+        let reply = self.node(node, crash)??.ok_or(Stop::Impossible)?;
+        if reply.is_some() {
+            return Ok(reply);
         }
+        self.lose_connections(node);
+        Ok(None)
+    }
+
+    fn lose_connections(&mut self, node: usize) {
         for index in 0..self.state.candidates.len() {
             self.disconnect(index, node, false);
             if self.cluster.bounds.network == Network::Streams {
                 self.candidate(index, |candidate| candidate.links[node].stale.clear());
             }
         }
+    }
+
+    /// What a node sent just before it crashed arrives all the same, as the last thing on that connection.
+    fn last_answer(&mut self, index: usize, node: usize, reply: AcceptorMessage) -> Done {
+        let candidate = &self.state.candidates[index].candidate;
+        if candidate.proposer.is_some() && candidate.links[node].up {
+            self.answer(index, node, reply)?;
+        }
+        self.lose_connections(node);
         Ok(())
     }
 

@@ -120,11 +120,16 @@ impl Node {
         }
     }
 
-    /// Loses power while it handles a message; false if it can't that way.
-    pub fn crash_in(&mut self, message: ProposerMessage, crash: Crash, wal: &Wal) -> Result<bool, Broken> {
+    /// Loses power while it handles a message; `None` if it can't that way. An answer may have left before.
+    pub fn crash_in(
+        &mut self,
+        message: ProposerMessage,
+        crash: Crash,
+        wal: &Wal,
+    ) -> Result<Option<Option<AcceptorMessage>>, Broken> {
         match guarded(&mut self.acceptor, |acceptor| acceptor.handle(message))? {
             Ok(actions) => self.crash_while_performing(actions, crash, wal),
-            Err(_) => Ok(false),
+            Err(_) => Ok(None),
         }
     }
 
@@ -134,8 +139,8 @@ impl Node {
         self.perform(actions, usize::MAX, wal).map(drop)
     }
 
-    /// Loses power in a flush; false if it can't that way.
-    pub fn crash_in_flush(&mut self, crash: Crash, wal: &Wal) -> Result<bool, Broken> {
+    /// Loses power in a flush; `None` if it can't that way.
+    pub fn crash_in_flush(&mut self, crash: Crash, wal: &Wal) -> Result<Option<Option<AcceptorMessage>>, Broken> {
         let actions = guarded(&mut self.acceptor, Acceptor::flush)?;
         self.crash_while_performing(actions, crash, wal)
     }
@@ -185,18 +190,23 @@ impl Node {
         self.restart(keep, self.flushed)
     }
 
-    fn crash_while_performing(&mut self, actions: Vec<Action>, crash: Crash, wal: &Wal) -> Result<bool, Broken> {
+    fn crash_while_performing(
+        &mut self,
+        actions: Vec<Action>,
+        crash: Crash,
+        wal: &Wal,
+    ) -> Result<Option<Option<AcceptorMessage>>, Broken> {
         // After the last action the message is handled: an ordinary crash.
         if crash.after >= actions.len() {
-            return Ok(false);
+            return Ok(None);
         }
         let interrupted = actions.get(crash.after).cloned();
-        self.perform(actions, crash.after, wal)?;
+        let handled = self.perform(actions, crash.after, wal)?;
         let lowest = match interrupted {
             Some(Action::Truncate { end }) => index_of(end).unwrap_or_default().min(self.flushed),
             _ => self.flushed,
         };
-        Ok(self.restart(crash.keep, lowest))
+        Ok(self.restart(crash.keep, lowest).then_some(handled.reply))
     }
 
     /// Starts anew with `keep` records, if at least the `lowest` and at most those written may be found.

@@ -38,6 +38,9 @@ pub fn all() -> Vec<Property<Cluster>> {
         Property::always("23 terms are in order", |_, state: &State| terms_are_in_order(state)),
         Property::always("26 a term begins at one place", |_, state: &State| term_starts_are_unique(state)),
         Property::always("28 what was acknowledged is durable", |_, state: &State| acknowledged_is_durable(state)),
+        Property::always("D7 a commit that reaches the term start is saved", |_, state: &State| {
+            commits_are_saved(state)
+        }),
         Property::always("24 no step breaks a promise", |_, state: &State| state.broken.is_none()),
     ]
 }
@@ -182,6 +185,14 @@ fn term_starts_are_unique(state: &State) -> bool {
             let mut won = state.candidates().filter_map(|candidate| candidate.elected);
             won.all(|(term, start)| term != entry.term || start == entry.lsn)
         })
+    })
+}
+
+/// A server that starts relies on it.
+fn commits_are_saved(state: &State) -> bool {
+    state.present().all(|(_, node)| {
+        let (commit, start) = (node.acceptor().lazy_lsns().commit_lsn, node.acceptor().term_start_lsn());
+        commit < start || node.control().commit_lsn >= start
     })
 }
 
