@@ -258,12 +258,14 @@ impl Oracle {
     pub fn may_cut(&self, node: usize, elected: &ProposerElected) -> BeforeCut {
         let mut state = self.0.state.lock();
         let at = elected.start_streaming_at;
-        let cut = (state.chronicle.term_at(elected.term, at), at);
-        let promises = state.promises.entry(node).or_default();
+        let State { chronicle, promises, .. } = &mut *state;
+        let promises = promises.entry(node).or_default();
         let before = BeforeCut { end: promises.end, old_end: promises.old_end };
+        // Cut, and the leader's history not adopted yet.
+        let cut = |(term, lsn): LogEnd| if lsn > at { (chronicle.term_at(term, at), at) } else { (term, lsn) };
         if elected.term >= promises.term {
             promises.leader = promises.leader.max(elected.term);
-            (promises.end, promises.old_end) = (promises.end.min(cut), promises.old_end.min(cut));
+            (promises.end, promises.old_end) = (cut(promises.end), cut(promises.old_end));
         }
         before
     }
