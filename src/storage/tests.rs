@@ -186,6 +186,32 @@ async fn what_never_reached_the_segments_comes_from_the_journal() {
 }
 
 #[tokio::test]
+async fn what_was_appended_ahead_is_durable_and_no_checkpoint_claims_to_have_it() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(300, 1);
+    fx.append_new().await;
+    let path = fx.path("000000010000000000000003.partial");
+    let before = std::fs::read(&path).unwrap();
+    let (at, wal) = (fx.store().end(), fx.wal.record(50_000, 2).position());
+    let bytes = fx.wal.since(at);
+    assert_eq!(fx.store().append_ahead(at, &[bytes]).await.unwrap(), wal);
+    assert_eq!(fx.store().end(), wal);
+    assert!(std::fs::read(&path).unwrap() == before, "not written yet");
+    assert_eq!(fx.data_dir.as_ref().unwrap().journal().checkpoint_now(), []);
+    let recovered = fx.restart().await.unwrap();
+    assert_eq!(recovered.fault, None);
+    assert_eq!(end(recovered), wal);
+    // And everything else writes it first.
+    let at = fx.store().end();
+    fx.wal.record(70_000, 3);
+    let bytes = fx.wal.since(at);
+    fx.store().append_ahead(at, &[bytes]).await.unwrap();
+    fx.store().settle().await.unwrap();
+    assert_eq!(fx.store().unwritten(), 0);
+    assert_eq!(end(fx.restart().await.unwrap()), fx.wal.position());
+}
+
+#[tokio::test]
 async fn an_incomplete_record_is_cut_off_before_the_next_append() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(300, 1);

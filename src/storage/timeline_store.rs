@@ -34,7 +34,8 @@ const MAX_UNSETTLED_BLOCKS: usize = 4096;
 /// Writes the WAL and the state of one timeline. There must be one per timeline at most.
 ///
 /// Everything is durable when the call returns: in the journal first, then, not synced, in the timeline's own files. The
-/// calls wait for the journal alone; dropping one half done leaves a store that must not be used any more.
+/// calls wait for the journal alone; dropping one half done leaves a store that must not be used any more. Only
+/// [`Self::append_ahead`] leaves the second part for later, at the latest for the next call.
 #[derive(Debug)]
 pub struct TimelineStore {
     files: TimelineFiles,
@@ -48,6 +49,20 @@ pub struct TimelineStore {
     term: Term,
     /// While in use.
     ledger: Option<Arc<Ledger>>,
+    /// Durable in the journal, and not in the segments yet.
+    unwritten: Option<Unwritten>,
+}
+
+/// An append that only the journal holds.
+#[derive(Debug)]
+struct Unwritten {
+    at: Lsn,
+    wal: Vec<Bytes>,
+    length: usize,
+    /// Behind it.
+    chain: Chain,
+    entries: Vec<LedgerEntry>,
+    batch: u64,
 }
 
 /// What was found on disk.
@@ -108,7 +123,7 @@ impl TimelineStore {
         let noted = behind.noted();
         let (chain, term, size) = (noted.chain, noted.control.state.term, noted.control.state.server.wal_seg_size);
         drop(noted);
-        Self { files, journal, behind, segments, size, chain, term, ledger: None }
+        Self { files, journal, behind, segments, size, chain, term, ledger: None, unwritten: None }
     }
 
     /// Where the files are; readers are built over it.
@@ -128,6 +143,7 @@ impl TimelineStore {
 
     /// State and WAL as they are durable: what an acceptor has to go on from when it is ahead of a refused write.
     pub async fn reload(&mut self) -> Result<Recovered, StorageError> {
+        self.write_behind()?;
         let noted = self.behind.noted();
         let (control, fault, from) = (noted.control.state.clone(), noted.fault.clone(), noted.record_end);
         drop(noted);
@@ -161,6 +177,14 @@ impl TimelineStore {
 
     /// Appends `wal` at the end of the log, which must be `at`, durably. The result is the new end.
     pub async fn append(&mut self, at: Lsn, wal: &[Bytes]) -> Result<Lsn, StorageError> {
+        let end = self.append_ahead(at, wal).await?;
+        self.write_behind()?;
+        Ok(end)
+    }
+
+    /// Same, but readers don't find the bytes before the next call of [`Self::write_behind`] or of anything else.
+    pub async fn append_ahead(&mut self, at: Lsn, wal: &[Bytes]) -> Result<Lsn, StorageError> {
+        self.write_behind()?;
         self.alive()?;
         let length: usize = wal.iter().map(Bytes::len).sum();
         let to = self.check_append(at, length as u64)?;
@@ -171,26 +195,32 @@ impl TimelineStore {
         let Some(mut chain) = self.chain else { return Err(StorageError::NotAtEnd { at, end: Lsn::INVALID }) };
         let mut entries = Vec::new();
         wal.iter().for_each(|piece| chain.extend(piece, self.term, &mut entries));
-        let batch = if length < BULK && length <= self.journal.max_data() {
-            let record = Record::Append { at, term: self.term, chain: chain.value(), wal: wal.to_vec() };
+        if length < BULK && length <= self.journal.max_data() {
+            let wal = wal.to_vec();
+            let record = Record::Append { at, term: self.term, chain: chain.value(), wal: wal.clone() };
             let started = Instant::now();
             let batch = self.commit(record).await?;
             metrics::wal_flushed(started.elapsed());
-            self.write(at, wal, length)?;
-            batch
+            self.chain = Some(chain);
+            self.unwritten = Some(Unwritten { at, wal, length, chain, entries, batch });
         } else {
-            self.append_bulk(at, to, chain.value(), wal).await?
-        };
-        let unsettled = self.note(chain, entries, batch);
-        if unsettled >= MAX_UNSETTLED_BLOCKS {
-            let settled = blocking(|| self.behind.settle().map_err(StorageError::from));
-            match self.remember(settled) {
-                Err(error) if error.is_fatal() => return Err(error),
-                // It is tried again after the next append; what was appended is durable anyway.
-                _ => {}
-            }
+            let batch = self.append_bulk(at, to, chain.value(), wal).await?;
+            self.note(chain, entries, batch)?;
         }
         Ok(to)
+    }
+
+    /// Bytes that the journal holds and the segments don't.
+    pub fn unwritten(&self) -> usize {
+        self.unwritten.as_ref().map_or(0, |unwritten| unwritten.length)
+    }
+
+    /// Writes to the segments what [`Self::append_ahead`] left for later.
+    pub fn write_behind(&mut self) -> Result<(), StorageError> {
+        let Some(Unwritten { at, wal, length, chain, entries, batch }) = self.unwritten.take() else { return Ok(()) };
+        self.alive()?;
+        self.write(at, &wal, length)?;
+        self.note(chain, entries, batch)
     }
 
     fn check_append(&self, at: Lsn, length: u64) -> Result<Lsn, StorageError> {
@@ -233,20 +263,32 @@ impl TimelineStore {
         Ok(())
     }
 
-    /// Tells the checkpoint what was written; returns how many blocks wait for one.
-    fn note(&mut self, chain: Chain, mut entries: Vec<LedgerEntry>, batch: u64) -> usize {
+    /// Tells the checkpoint what was written; when that has become much, it is due.
+    fn note(&mut self, chain: Chain, mut entries: Vec<LedgerEntry>, batch: u64) -> Result<(), StorageError> {
         self.chain = Some(chain);
-        let mut noted = self.behind.noted();
-        noted.chain = Some(chain);
-        noted.entries.append(&mut entries);
-        noted.touched.absorb(self.segments.touched());
-        noted.batch = batch;
-        noted.changed = true;
-        noted.entries.len()
+        let unsettled = {
+            let mut noted = self.behind.noted();
+            noted.chain = Some(chain);
+            noted.entries.append(&mut entries);
+            noted.touched.absorb(self.segments.touched());
+            noted.batch = batch;
+            noted.changed = true;
+            noted.entries.len()
+        };
+        if unsettled < MAX_UNSETTLED_BLOCKS {
+            return Ok(());
+        }
+        let settled = blocking(|| self.behind.settle().map_err(StorageError::from));
+        match self.remember(settled) {
+            Err(error) if error.is_fatal() => Err(error),
+            // It is tried again after the next append; what was appended is durable anyway.
+            _ => Ok(()),
+        }
     }
 
     /// Makes `state` durable in place of what was persisted before (D8).
     pub async fn persist(&mut self, state: &ControlState) -> Result<(), StorageError> {
+        self.write_behind()?;
         self.alive()?;
         let started = Instant::now();
         let (sequence, control) = {
@@ -267,6 +309,7 @@ impl TimelineStore {
     /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. What was durable is set
     /// aside first.
     pub async fn truncate(&mut self, end: Lsn) -> Result<(), StorageError> {
+        self.write_behind()?;
         self.alive()?;
         let commit_lsn = self.behind.noted().control.state.commit_lsn;
         if end < commit_lsn {
@@ -361,6 +404,7 @@ impl TimelineStore {
     /// Prepares the timeline's first segment for WAL that begins at `start`, with the page headers nobody will send.
     /// Only while there is no WAL.
     pub async fn init_first_segment(&mut self, start: Lsn) -> Result<(), StorageError> {
+        self.write_behind()?;
         self.alive()?;
         // Begun but never adopted is not begun.
         let begun = self.behind.noted().control.state.local_start_lsn.is_valid();
@@ -402,6 +446,7 @@ impl TimelineStore {
 
     /// Closes the files, to cost next to nothing while the timeline is idle. The next call opens them again.
     pub async fn park(&mut self) -> Result<(), StorageError> {
+        self.write_behind()?;
         self.segments.close();
         self.ledger = None;
         Ok(())
@@ -409,6 +454,7 @@ impl TimelineStore {
 
     /// Makes durable in the timeline's own files what so far is durable in the journal.
     pub async fn settle(&mut self) -> Result<(), StorageError> {
+        self.write_behind()?;
         let settled = blocking(|| self.behind.settle().map_err(StorageError::from));
         self.remember(settled).map(drop)
     }
