@@ -155,9 +155,21 @@ impl Inner {
         let freed = self.failed.get().is_none() && self.files.release(written) > 0;
         if freed {
             self.files.trim();
-            self.signals.send(Signal::Prepare);
+            self.prepare_next();
         }
         freed
+    }
+}
+
+impl Inner {
+    /// Has the next file prepared. There is always one if the disk allows it: should it be full later, there are at least
+    /// two to go on with in turn.
+    pub fn prepare_next(&self) {
+        if self.deterministic {
+            self.files.prepare();
+        } else {
+            self.signals.send(Signal::Prepare);
+        }
     }
 }
 

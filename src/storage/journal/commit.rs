@@ -229,7 +229,7 @@ impl Inner {
             self.dirty.lock().last_batch = number;
             self.counters.batches.fetch_add(1, Ordering::Relaxed);
             self.counters.bytes_written.fetch_add(PAGE as u64, Ordering::Relaxed);
-            self.signals.send(Signal::Prepare);
+            self.prepare_next();
             if self.files.usage().used > self.limits.total / 2 {
                 self.signals.send(Signal::Checkpoint);
             }

@@ -7,7 +7,7 @@ use std::sync::{Arc, OnceLock};
 
 use parking_lot::Mutex;
 
-use super::checkpointer::{Dirty, Signal, Signals, Threads};
+use super::checkpointer::{Dirty, Signals, Threads};
 use super::commit::Writer;
 use super::files::{Files, ReadyFile, ReleasedFile, is_unfinished, parse_name};
 use super::format::{MARKERS, MAX_BATCH, MAX_FILE_SIZE, PAGE, UNREADABLE, VERSION};
@@ -204,7 +204,7 @@ impl ReadJournal {
             _lock: self.lock,
         });
         let threads = Threads::start(&inner).map_err(JournalError::Thread)?;
-        inner.signals.send(Signal::Prepare);
+        inner.prepare_next();
         Ok(Journal { inner, _threads: threads })
     }
 
