@@ -34,6 +34,9 @@ struct Options {
     /// Times that a term is raised by hand.
     #[arg(long, default_value_t = 0)]
     bumps: u8,
+    /// A proposer starts when the one before is gone for good.
+    #[arg(long)]
+    successive: bool,
     /// Nodes make WAL durable as they get it, not some time later.
     #[arg(long)]
     sync: bool,
@@ -86,6 +89,7 @@ fn main() -> ExitCode {
         breaks: options.breaks,
         duplicates: options.duplicates,
         bumps: options.bumps,
+        successive: options.successive,
         sync: options.sync,
         hints: options.hints,
         in_flight: options.in_flight,

@@ -30,6 +30,9 @@ pub struct Bounds {
     pub duplicates: u8,
     /// Times that somebody raises a term by hand.
     pub bumps: u8,
+    /// A proposer starts when the one before is gone for good, as when one server is restarted again and again. Without this
+    /// they all go on.
+    pub successive: bool,
     /// Nodes make WAL durable as they get it. Otherwise some time later, for several appends at once.
     pub sync: bool,
     /// Peer horizons and saved commit LSNs travel with the messages. No decision depends on them, but states do.
@@ -56,6 +59,7 @@ impl Bounds {
             breaks: 0,
             duplicates: 0,
             bumps: 0,
+            successive: false,
             sync: false,
             hints: false,
             network,

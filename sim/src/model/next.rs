@@ -12,7 +12,7 @@ use safekeeper::storage::test_wal;
 use stateright::{Model, Property};
 
 use super::bounds::Network;
-use super::candidate::Candidate;
+use super::candidate::{Candidate, Link};
 use super::node::{Broken, Node};
 use super::state::{Budget, CandidateCell, Committed, NodeCell, State};
 use super::step::{Envelope, Fate, Queue, Step};
@@ -186,6 +186,14 @@ impl Next<'_> {
     fn start(&mut self, index: usize, configuration: usize, greets: u32) -> Done {
         let configuration = self.state.issued[configuration].clone();
         let proposer = self.cluster.proposer(configuration);
+        if self.cluster.bounds.successive {
+            for earlier in 0..index {
+                self.step_down(earlier);
+                self.candidate(earlier, |candidate| {
+                    candidate.links.iter_mut().for_each(|link| *link = Link::default());
+                });
+            }
+        }
         self.candidate(index, |candidate| {
             candidate.started = true;
             candidate.proposer = Some(proposer);
