@@ -261,8 +261,11 @@ impl Oracle {
         let State { chronicle, promises, .. } = &mut *state;
         let promises = promises.entry(node).or_default();
         let before = BeforeCut { end: promises.end, old_end: promises.old_end };
-        // Cut, and the leader's history not adopted yet.
-        let cut = |(term, lsn): LogEnd| if lsn > at { (chronicle.term_at(term, at), at) } else { (term, lsn) };
+        // Before the leader's history is adopted the last record is of an own term, afterwards of one of the leader's.
+        let cut = |(term, lsn): LogEnd| match lsn < at {
+            true => (term, lsn),
+            false => (chronicle.term_at(term, at).min(chronicle.term_at(elected.term, at)), at),
+        };
         if elected.term >= promises.term {
             promises.leader = promises.leader.max(elected.term);
             (promises.end, promises.old_end) = (cut(promises.end), cut(promises.old_end));
