@@ -54,11 +54,15 @@ async fn votes_go_on_for_as_long_as_the_disk_is_full() {
         let mut life = Life::new(&short, &disk);
         life.live().await;
         let mut node = life.node.take().unwrap();
+        if journal_files(&disk) < 2 {
+            // Where there are threads, the second file is prepared right after the start.
+            continue;
+        }
         disk.set_full(true);
         for survivors in [Survivors::Nothing, Survivors::Everything] {
             for (number, slot) in node.slots.iter_mut().enumerate() {
                 let (Some(slot), promise) = (slot, &mut life.promises[number]) else { continue };
-                for _ in 0..20 {
+                for _ in 0..100 {
                     let term = promise.asked.max(slot.acceptor.term()).next();
                     let answer = slot.vote(term).await;
                     let answer = answer.unwrap_or_else(|failure| panic!("after {before} steps: {failure}"));
@@ -82,6 +86,10 @@ async fn votes_go_on_for_as_long_as_the_disk_is_full() {
         let checked = check_and_go_on(&script, &disk, &life.promises).await;
         checked.unwrap_or_else(|broken| panic!("after {before} steps, with space again: {broken}"));
     }
+}
+
+fn journal_files(disk: &SimDisk) -> usize {
+    disk.files().iter().filter(|(path, _)| path.starts_with("/data/journal")).count()
 }
 
 #[tokio::test]

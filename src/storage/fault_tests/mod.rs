@@ -1,9 +1,15 @@
 //! Crashes and faults of the disk under the life of a node: what was promised holds, or nothing more is said.
 //!
 //! The [`script`] is lived by real acceptors over real stores ([`node`]); [`life`] writes down what was promised at which
-//! disk operation and checks it after a fault. Then [`crash`] stops the disk in every operation,
-//! and [`failing`] makes every operation fail once. The environment variable
-//! `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
+//! disk operation, and [`promises`] tells whether it holds after a fault. Then:
+//!
+//! * [`crash`]: the disk stops in every operation, and while the node recovers from that.
+//! * [`failing`]: every operation fails once.
+//! * [`full`]: the disk is full from every step on, or finds no space at a single operation.
+//! * [`bitrot`]: bits flip in every file of nodes at rest.
+//! * [`begun_anew`]: crashes while a log gives way to one that begins in another place.
+//!
+//! The environment variable `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
 
 mod begun_anew;
 mod bitrot;

@@ -59,6 +59,8 @@ pub struct Leader {
     pub history: Vec<TermLsn>,
     /// Its log, from the start of the timeline.
     pub wal: WalWriter,
+    /// The same, to be read.
+    bytes: Bytes,
     /// Ends of the batches that it sends, oldest first.
     pub batches: Vec<Lsn>,
     /// It never knows of more than this as committed.
@@ -104,13 +106,15 @@ impl Line {
             batches.push(wal.position());
         }
         let fork = batches.get(fork_after).copied().unwrap_or(wal.position());
-        self.leaders.insert(Term(term), Leader { history, wal, batches, commits_up_to: fork });
+        let bytes = wal.since(self.start);
+        self.leaders.insert(Term(term), Leader { history, wal, bytes, batches, commits_up_to: fork });
         fork
     }
 
     /// The bytes between two positions of a leader's log.
     pub fn wal(&self, term: Term, from: Lsn, to: Lsn) -> Bytes {
-        self.leaders[&term].wal.since(from).slice(..usize::try_from(to.0 - from.0).unwrap())
+        let offset = |lsn: Lsn| usize::try_from(lsn.0 - self.start.0).unwrap();
+        self.leaders[&term].bytes.slice(offset(from)..offset(to))
     }
 }
 
