@@ -59,7 +59,9 @@
 //! 5. *The header of a batch may itself be unreadable.* It is in the first sector, so that one's marker decides. If it is
 //!    new, at least this sector was written, and it is damage, even though the rest might have been torn: that is the one case in
 //!    which both happened.
-//! 6. *A batch without entries repeats its header in every sector*, since losing one would say that anything may be lost.
+//! 6. *A batch that fills no more than half a page is repeated in it*, as often as it fits. So one bad sector, or bit, doesn't
+//!    lose a vote or a small append, nor a batch without entries, of which nobody could say that nothing was in it. Whatever
+//!    copy is whole was written, so it counts, acknowledged or not.
 //! 7. *The last batch of a file names the next file*, which must be there, so that a file that vanished is missed. Header
 //!    pages are durable before a file gets its name; an unreadable one is damage.
 //!
