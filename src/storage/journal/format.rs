@@ -210,8 +210,8 @@ impl BatchHeader {
         disk_len(BATCH_HEADER + self.body_len as usize)
     }
 
-    /// Length of its sectors that hold payload.
-    fn used_len(&self) -> usize {
+    /// Length of its sectors that hold payload, without their copies.
+    pub fn used_len(&self) -> usize {
         (BATCH_HEADER + self.body_len as usize).div_ceil(PAYLOAD) * SECTOR
     }
 }
@@ -251,12 +251,6 @@ pub(super) fn encode_batch<'a>(
     header.body_len = u32::try_from(payload - BATCH_HEADER).unwrap_or(u32::MAX);
     let (bytes, checksum) = header.encode(file);
     let length = sectors.finish(&bytes, file.marker);
-    if header.entries == 0 {
-        // There is room to say it in every sector: nothing is lost with one of them.
-        for sector in buffer.split_at_mut(length).0.chunks_exact_mut(SECTOR).skip(1) {
-            Writer(sector).put(&bytes);
-        }
-    }
     (length, checksum)
 }
 
@@ -376,8 +370,25 @@ impl Body {
     }
 }
 
-/// Reads the batch at the beginning of `sectors`, which are at least as many as its header says.
+/// Reads the batch at the beginning of `sectors`, which are at least as many as its header says, or one of its copies if
+/// that is whole and the batch isn't.
 pub(super) fn decode_body(sectors: &[u8], header: &BatchHeader, file: &FileHeader) -> Body {
+    let batch = sectors.get(..header.disk_len()).unwrap_or(sectors);
+    let mut copies = batch.chunks_exact(header.used_len()).map(|copy| decode_copy(copy, header, file));
+    let nothing = Body { records: Vec::new(), lost: None, torn: false };
+    let mut first = copies.next().unwrap_or(nothing);
+    if first.is_whole() {
+        return first;
+    }
+    if let Some(whole) = copies.find(Body::is_whole) {
+        return whole;
+    }
+    // A batch writes all of its pages.
+    first.torn = batch.chunks_exact(SECTOR).any(|sector| mark(sector, file.marker) == Mark::Old);
+    first
+}
+
+fn decode_copy(sectors: &[u8], header: &BatchHeader, file: &FileHeader) -> Body {
     let seed = file.entry_seed(header.sequence);
     let count = header.entries as usize;
     let mut body = Body { records: Vec::new(), lost: Some(Vec::new()), torn: false };
@@ -401,10 +412,6 @@ pub(super) fn decode_body(sectors: &[u8], header: &BatchHeader, file: &FileHeade
     }
     if headers.len() != count * ENTRY_HEADER || (body.lost.is_some() && position != end) {
         body.lost = None;
-    }
-    if !body.is_whole() {
-        let mut used = sectors.chunks_exact(SECTOR).take(header.used_len() / SECTOR);
-        body.torn = used.any(|sector| mark(sector, file.marker) == Mark::Old);
     }
     body
 }
@@ -449,8 +456,8 @@ impl Sectors<'_> {
         }
     }
 
-    /// Puts the header into its place, zeros behind the payload, and the marker into each sector. Returns the length on
-    /// disk.
+    /// Puts the header into its place, zeros behind the payload, and the marker into each sector; then copies of these
+    /// sectors as far as whole ones fit into the page. Returns the length on disk.
     fn finish(self, header: &[u8], marker: u8) -> usize {
         let end = self.written / PAYLOAD * SECTOR + self.written % PAYLOAD;
         let length = disk_len(self.written);
@@ -460,6 +467,9 @@ impl Sectors<'_> {
         for last in batch.iter_mut().skip(PAYLOAD).step_by(SECTOR) {
             *last = marker;
         }
+        let used = self.written.div_ceil(PAYLOAD) * SECTOR;
+        let (original, rest) = batch.split_at_mut(used);
+        rest.chunks_exact_mut(used).for_each(|copy| copy.copy_from_slice(original));
         length
     }
 }

@@ -57,9 +57,11 @@
 //! 4. *Damage doesn't look like an old marker.* Between the markers and 0 at least four bits differ. A sector whose marker
 //!    is neither new nor old is damaged, unless all others of its page are old: batches write whole pages.
 //! 5. *The header of a batch may itself be unreadable.* It is in the first sector, so that one's marker decides. If it is
-//!    new, at least this sector was written, and it is damage, even though the rest might have been torn: that is the one case in
-//!    which both happened.
-//! 6. *A batch without entries repeats its header in every sector*, since losing one would say that anything may be lost.
+//!    new, at least this sector was written, and it is damage, even though the rest might have been torn: that is the one
+//!    case in which both happened.
+//! 6. *A batch that fills no more than half a page is repeated in it*, as often as it fits. So one bad sector, or bit, doesn't
+//!    lose a vote or a small append, nor a batch without entries, of which nobody could say that nothing was in it. Whatever
+//!    copy is whole was written, so it counts, acknowledged or not.
 //! 7. *The last batch of a file names the next file*, which must be there, so that a file that vanished is missed. Header
 //!    pages are durable before a file gets its name; an unreadable one is damage.
 //!
@@ -72,14 +74,15 @@
 //! # REUSE
 //!
 //! Every batch says which is the oldest one that is needed; damage before that is none. A file goes when a *durable* batch
-//! says that nothing in it is needed, or else the next start would miss it. For that batch, and for the one that names the next file, each
-//! file keeps a page: a full journal can always be freed.
+//! says that nothing in it is needed, or else the next start would miss it. For that batch, and for the one that names the
+//! next file, each file keeps a page: a full journal can always be freed. One file is always prepared ahead, so that a disk
+//! that fills up leaves two to go on with in turn.
 //!
 //! # INSIDE
 //!
-//! `commit` gathers and writes batches; `files` has the ring of files; `checkpointer` knows which timelines have something here,
-//! and has the threads; `open` and `replay` read; `format` knows the bytes. On a disk that wants everything in the same order in every run there are no
-//! threads, and the commit that finds no room brings the timelines up to date itself.
+//! `commit` gathers and writes batches; `files` has the ring of files; `checkpointer` knows which timelines have something
+//! here, and has the threads; `open` and `replay` read; `format` knows the bytes. On a disk that wants everything in the
+//! same order in every run there are no threads, and the commit that finds no room brings the timelines up to date itself.
 
 mod checkpointer;
 mod commit;

@@ -102,7 +102,8 @@ fn find(disk: &dyn Disk, dir: &Path) -> Result<(Vec<OldFile>, Vec<PathBuf>), Dis
 
 /// Index of the first file that may hold something needed, going by what the last batches say.
 fn first_needed_file(disk: &dyn Disk, files: &[OldFile]) -> Result<usize, DiskError> {
-    let Some(last) = files.iter().rfind(|file| file.first.is_some()) else { return Ok(0) };
+    let mut used = files.iter().filter(|file| file.first.is_some());
+    let (Some(last), Some(_)) = (used.next_back(), used.next_back()) else { return Ok(0) };
     let content = read(disk, &last.path, MAX_FILE_SIZE)?;
     let Some(needed_from) = last_needed_from(&content, last.generation) else { return Ok(0) };
     Ok(files.iter().rposition(|file| file.first.is_some_and(|first| first <= needed_from)).unwrap_or(0))

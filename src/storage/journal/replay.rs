@@ -222,23 +222,19 @@ impl Reader {
         if let Some((header, checksum)) = batch_at(rest, file) {
             return Found::Batch(header, checksum);
         }
-        let mut sectors = rest.chunks_exact(SECTOR).take(PAGE / SECTOR);
-        let first = sectors.next().map_or(Mark::Old, |sector| mark(sector, file.marker));
+        let page = rest.get(..PAGE).unwrap_or(rest);
+        if let Some((header, checksum)) = copy_in(page, file).filter(|(header, _)| header.sequence >= self.expected) {
+            return Found::Batch(header, checksum);
+        }
         // A batch writes its pages whole, so in one that was acknowledged no sector is old. A single strange marker among
         // old ones is a fault in a place where nothing was written.
-        let written = match first {
-            Mark::New => true,
-            Mark::Old => false,
-            Mark::Strange => sectors.clone().any(|sector| mark(sector, file.marker) != Mark::Old),
+        let mut sectors = page.chunks_exact(SECTOR).map(|sector| mark(sector, file.marker));
+        let written = match sectors.next() {
+            Some(Mark::New) => true,
+            None | Some(Mark::Old) => false,
+            Some(Mark::Strange) => sectors.any(|mark| mark != Mark::Old),
         };
-        if !written {
-            return Found::Nothing;
-        }
-        let copy = sectors.find_map(|sector| BatchHeader::decode(sector, file));
-        match copy {
-            Some((header, checksum)) if header.entries == 0 && header.body_len == 0 => Found::Batch(header, checksum),
-            _ => Found::Unreadable,
-        }
+        if written { Found::Unreadable } else { Found::Nothing }
     }
 
     /// Goes on at the next page that begins with a batch behind the one expected.
@@ -338,6 +334,15 @@ fn pages_in(bytes: usize) -> u64 {
 fn batch_at(rest: &[u8], file: &FileHeader) -> Option<(BatchHeader, u32)> {
     let found = BatchHeader::decode(rest, file);
     found.filter(|(header, _)| header.disk_len() <= rest.len())
+}
+
+/// The header of a batch that is short enough for copies of it to be in its page, from one of these.
+fn copy_in(page: &[u8], file: &FileHeader) -> Option<(BatchHeader, u32)> {
+    page.chunks_exact(SECTOR).enumerate().skip(1).find_map(|(number, sector)| {
+        let (header, checksum) = BatchHeader::decode(sector, file)?;
+        let is_copy = (number * SECTOR).is_multiple_of(header.used_len()) && header.disk_len() == PAGE;
+        is_copy.then_some((header, checksum))
+    })
 }
 
 /// The first batch of a file, by number, given its first two pages.

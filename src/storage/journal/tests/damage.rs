@@ -439,3 +439,22 @@ fn the_format_is_the_documented_one() {
     // Computed by another program.
     assert_eq!(hex::encode(crcs), "27ede7f8c306eb2a528cd32db55e7d03");
 }
+
+#[tokio::test]
+async fn one_bad_sector_does_not_lose_a_vote() {
+    let disk = sim();
+    let journal = start(&disk);
+    let (a, mut expected) = (Owner::new(1), Contents::new());
+    commit(&journal, &mut expected, a.control(1)).await.unwrap();
+    commit(&journal, &mut expected, a.append(1, &wal(1500, 1))).await.unwrap();
+    let files = image(&disk);
+    let end = files[0].1.iter().rposition(|byte| *byte != 0).unwrap();
+    for sector in PAGE / SECTOR..=end / SECTOR {
+        for fill in [0, 0xFF, MARKERS[0], MARKERS[1]] {
+            let mut damaged = files.clone();
+            damaged[0].1[sector * SECTOR..(sector + 1) * SECTOR].fill(fill);
+            let replay = read(&damaged);
+            assert_eq!((contents(&replay), replay.damage), (expected.clone(), vec![]), "sector {sector}: {fill:#x}");
+        }
+    }
+}
