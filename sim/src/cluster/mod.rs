@@ -101,7 +101,7 @@ pub fn replay_command(seed: u64, sabotage: Sabotage) -> String {
         Sabotage::None => String::new(),
         other => format!(" --sabotage {}", other.name()),
     };
-    format!("cargo run --release -p safekeeper-sim --bin sim -- --seed {seed} --trace{sabotage}")
+    format!("scripts/verify sim --seed {seed} --trace{sabotage}")
 }
 
 async fn history(seed: u64, options: Options) -> Outcome {

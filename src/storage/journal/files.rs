@@ -60,6 +60,13 @@ pub(super) struct ReleasedFile {
     pub used: u64,
 }
 
+impl ReleasedFile {
+    /// Of which only the path is known: all of it is zeroed before it is used again.
+    pub fn of_unknown_content(path: PathBuf) -> Self {
+        Self { path, marker: MARKERS[1], used: PAGE as u64 }
+    }
+}
+
 /// How many bytes are where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Usage {
@@ -239,7 +246,12 @@ impl Files {
         state.next_generation += 1;
         drop(state);
 
-        let outcome = self.prepare_file(generation, source.as_ref());
+        let new = self.dir.join(format!("{generation:016x}{NEW_SUFFIX}"));
+        let outcome = self.fill(generation, source.as_ref(), &new);
+        let reusable = match &outcome {
+            Ok(_) => None,
+            Err(_) => self.after_failure(new, source),
+        };
         self.urgent.store(false, Ordering::Relaxed);
         let mut state = self.state.lock();
         state.preparing = false;
@@ -248,26 +260,33 @@ impl Files {
             Err(error) => {
                 tracing::warn!("could not prepare a journal file: {error}");
                 state.failure = Some((Instant::now(), error.to_string().into()));
+                state.released.extend(reusable);
             }
         }
         self.prepared.notify_all();
     }
 
-    fn prepare_file(&self, generation: u64, source: Option<&ReleasedFile>) -> Result<ReadyFile, DiskError> {
-        let new = self.dir.join(format!("{generation:016x}{NEW_SUFFIX}"));
-        let outcome = self.fill(generation, source, &new);
-        if outcome.is_err() {
-            // It takes up room and is of no use.
+    /// What is left of a file whose preparation failed: nothing if it was to be one more, which would only take up room; if
+    /// it was used before, the file, because on a full disk there may be no other to go on with.
+    fn after_failure(&self, new: PathBuf, source: Option<ReleasedFile>) -> Option<ReleasedFile> {
+        let Some(source) = source else {
             self.remove(&new);
+            return None;
+        };
+        let is_there = |path: &Path| self.disk.exists(path).unwrap_or(false);
+        if is_there(&new) {
+            return Some(ReleasedFile::of_unknown_content(new));
         }
-        outcome
+        is_there(&source.path).then_some(source)
     }
 
     fn fill(&self, generation: u64, source: Option<&ReleasedFile>, new: &Path) -> Result<ReadyFile, DiskError> {
         let (disk, dir) = (&*self.disk, &*self.dir);
         let file = match source {
             Some(source) => {
-                disk.rename(&source.path, new).during("rename", &source.path)?;
+                if source.path != *new {
+                    disk.rename(&source.path, new).during("rename", &source.path)?;
+                }
                 // A file under its final name is whole, so the name goes before the content.
                 disk.sync_dir(dir).during("sync directory", dir)?;
                 disk.open(new).during("open", new)?

@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 use super::checkpointer::{Dirty, Signals, Threads};
 use super::commit::Writer;
 use super::files::{Files, ReadyFile, ReleasedFile, is_unfinished, parse_name};
-use super::format::{MARKERS, MAX_BATCH, MAX_FILE_SIZE, PAGE, UNREADABLE, VERSION};
+use super::format::{MAX_BATCH, MAX_FILE_SIZE, PAGE, UNREADABLE, VERSION};
 use super::replay::{FileSummary, Reader, Replay, first_batch, last_needed_from};
 use super::{Counters, Inner, Journal, JournalError, JournalLimits};
 use crate::storage::disk::{Disk, DiskError, DiskFile, During};
@@ -65,7 +65,7 @@ impl Journal {
         disk.sync_fs(dir).during("sync the file system of", dir)?;
         let (mut files, unfinished) = find(&*disk, dir)?;
         let read_from = first_needed_file(&*disk, &files)?;
-        let is_new = files.is_empty();
+        let is_new = files.is_empty() && unfinished.is_empty();
         let mut reader = Reader::new();
         for file in files.iter_mut().skip(read_from) {
             let content = read(&*disk, &file.path, MAX_FILE_SIZE)?;
@@ -148,6 +148,10 @@ impl ReadJournal {
         }
         let next_generation = self.files.last().map_or(1, |file| file.generation + 1);
         let files = Files::new(Arc::clone(&self.disk), self.dir.clone(), self.limits, next_generation);
+        if self.files.is_empty() {
+            // They are all that shows that there was a journal, and on a full disk all the space there is.
+            files.add_released(self.unfinished.drain(..).map(ReleasedFile::of_unknown_content));
+        }
         self.unfinished.iter().for_each(|path| files.remove(path));
         let spare = self.take_spare()?;
         let (kept, mut released): (Vec<OldFile>, Vec<OldFile>) =
@@ -225,6 +229,6 @@ impl ReadJournal {
 impl OldFile {
     /// What is left to use again of a file of the right length.
     fn released(self, file_size: u64) -> Option<ReleasedFile> {
-        (self.len == file_size).then_some(ReleasedFile { path: self.path, marker: MARKERS[1], used: PAGE as u64 })
+        (self.len == file_size).then(|| ReleasedFile::of_unknown_content(self.path))
     }
 }

@@ -340,6 +340,38 @@ async fn a_journal_that_was_lost_does_not_begin_at_old_numbers() {
     assert_eq!((contents(&replay), replay.damage), (expected, vec![]));
 }
 
+/// On a full disk the last file is made ready again in place. Interrupted, it has another name and no content.
+#[tokio::test]
+async fn a_crash_while_the_last_file_is_made_ready_again_does_not_look_like_a_lost_journal() {
+    let mut came_to_the_end = false;
+    for stop in 0..60 {
+        let disk = sim();
+        let journal = start(&disk);
+        commit(&journal, &mut Contents::new(), Owner::new(1).append(1, b"x")).await.unwrap();
+        drop(journal);
+        let files: Vec<_> = disk.files().into_iter().filter(|(path, _)| path.extension().is_some()).collect();
+        for (path, _) in files.iter().skip(1) {
+            disk.remove_file(path).unwrap();
+        }
+        disk.sync_dir(Path::new(DIR)).unwrap();
+        disk.set_full(true);
+        for life in 0..3 {
+            disk.stop_at(disk.operations() + stop);
+            let opened = Journal::open(Arc::new(disk.clone()), Path::new(DIR), limits());
+            let started = opened.map(|(replay, read)| {
+                assert!(!replay.is_new, "stopped after {stop} operations of life {life}");
+                read.start(false, 0).map(drop)
+            });
+            came_to_the_end |= matches!(started, Ok(Ok(())));
+            disk.crash(if life == 0 { Survivors::Nothing } else { Survivors::Some(stop * 10 + life) });
+        }
+        let (replay, read) = open(&disk);
+        assert_eq!((replay.is_new, replay.damage), (false, vec![]), "stopped after {stop} operations");
+        read.start(false, 0).unwrap();
+    }
+    assert!(came_to_the_end, "more operations are needed");
+}
+
 #[tokio::test]
 async fn a_full_disk_is_no_failure() {
     let disk = sim();
