@@ -19,11 +19,11 @@ use parking_lot::{Mutex, MutexGuard};
 use pgproto::{Lsn, TenantTimelineId};
 
 use super::chain::{Chain, LedgerEntry};
-use super::control_copies::{Checkpoint, ControlCopies, ControlCopy, WriteError};
+use super::control_copies::{Checkpoint, ControlCopies, ControlCopy, Which, WriteError, Writing};
 use super::control_file::ControlFile;
-use super::disk::DiskError;
-use super::journal::{Behind, CheckpointError};
-use super::ledger::LedgerError;
+use super::disk::{DiskError, During};
+use super::journal::{Behind, CheckpointError, Step};
+use super::ledger::{Ledger, LedgerError};
 use super::segment_writer::Touched;
 use super::segments::TimelineFiles;
 use crate::consensus::health::Fault;
@@ -93,7 +93,28 @@ pub(super) struct WrittenBehind {
     files: TimelineFiles,
     noted: Mutex<Noted>,
     /// Held by whoever writes the ledger or the control copies: one checkpoint at a time, and none during a cut.
-    copies: Mutex<ControlCopies>,
+    copies: Mutex<Copies>,
+}
+
+#[derive(Debug)]
+struct Copies {
+    control: ControlCopies,
+    /// A checkpoint taken together with other timelines is under way. Whoever comes in between finishes it first.
+    together: Option<Together>,
+    /// Everything up to this batch of the journal is durable in the timeline's own files.
+    settled: u64,
+}
+
+/// What a checkpoint makes durable, and how far it came.
+#[derive(Debug)]
+struct Together {
+    copy: ControlCopy,
+    entries: Vec<LedgerEntry>,
+    touched: Touched,
+    /// From the first copy on.
+    writing: Option<Writing>,
+    /// The last step.
+    step: Step,
 }
 
 /// Why a timeline's files could not be brought up to date.
@@ -124,6 +145,7 @@ impl From<LedgerError> for SettleError {
 
 impl WrittenBehind {
     pub fn new(files: TimelineFiles, copies: ControlCopies, noted: Noted) -> Arc<Self> {
+        let copies = Copies { control: copies, together: None, settled: 0 };
         Arc::new(Self { files, noted: Mutex::new(noted), copies: Mutex::new(copies) })
     }
 
@@ -155,43 +177,130 @@ impl WrittenBehind {
     /// Same, once `before` has changed files in a way that no checkpoint may come in between.
     pub fn settle_after(&self, before: impl FnOnce() -> Result<(), SettleError>) -> Result<u64, SettleError> {
         let mut copies = self.copies.lock();
-        let settled = before().and_then(|()| self.settle_now(&mut copies));
-        if let Err(error) = &settled
+        let settled = self.finish_together(&mut copies);
+        self.stop_after(settled.and_then(|()| before()).and_then(|()| self.settle_now(&mut copies)))
+    }
+
+    /// Anything but a lack of space ends all writing.
+    fn stop_after<R>(&self, result: Result<R, SettleError>) -> Result<R, SettleError> {
+        if let Err(error) = &result
             && !matches!(error, SettleError::Full(_))
         {
             self.fail(&error.to_string());
         }
-        settled
+        result
     }
 
-    fn settle_now(&self, copies: &mut ControlCopies) -> Result<u64, SettleError> {
-        let (copy, entries, touched) = {
-            let mut noted = self.noted.lock();
-            if let Some(reason) = &noted.failed {
-                return Err(SettleError::Failed(Arc::clone(reason)));
-            }
-            if !noted.changed {
-                return Ok(noted.batch);
-            }
-            noted.changed = false;
-            (noted.copy(), std::mem::take(&mut noted.entries), std::mem::take(&mut noted.touched))
-        };
-        touched.sync(&self.files)?;
-        if !entries.is_empty()
-            && let Some(ledger) = self.files.ledger()?
-        {
-            ledger.write(&entries)?;
-            ledger.sync()?;
+    fn settle_now(&self, copies: &mut Copies) -> Result<u64, SettleError> {
+        self.begin(copies)?;
+        self.finish_together(copies)?;
+        Ok(copies.settled)
+    }
+
+    /// Takes what is noted as what is to be made durable, if there is anything.
+    fn begin(&self, copies: &mut Copies) -> Result<(), SettleError> {
+        let mut noted = self.noted.lock();
+        if let Some(reason) = &noted.failed {
+            return Err(SettleError::Failed(Arc::clone(reason)));
         }
-        match copies.write(self.files.disk(), &self.files.dir(), &copy) {
-            Ok(()) => Ok(copy.checkpoint.batch),
-            Err(WriteError::NoSpace(error)) => {
-                // The same is due again; what was synced stays synced.
-                self.noted.lock().changed = true;
-                Err(SettleError::Full(error))
+        if !noted.changed {
+            copies.settled = noted.batch;
+            return Ok(());
+        }
+        noted.changed = false;
+        let (entries, touched) = (std::mem::take(&mut noted.entries), std::mem::take(&mut noted.touched));
+        copies.together = Some(Together { copy: noted.copy(), entries, touched, writing: None, step: Step::Segments });
+        Ok(())
+    }
+
+    /// Goes the steps that are left of what was begun, with syncs of its own.
+    fn finish_together(&self, copies: &mut Copies) -> Result<(), SettleError> {
+        let Some(together) = copies.together.take() else { return Ok(()) };
+        // After a sync that failed, another one that succeeds proves nothing.
+        if let Some(reason) = self.failed() {
+            return Err(SettleError::Failed(reason));
+        }
+        if let (Step::SecondCopy, Some(writing)) = (together.step, &together.writing) {
+            // The first one is durable and must stay as it is.
+            copies.control.sync(writing, Which::Second)?;
+            copies.control.end();
+        } else {
+            together.touched.sync(&self.files)?;
+            if let Some(ledger) = self.write_entries(&together)? {
+                ledger.sync()?;
             }
-            Err(WriteError::Disk(error)) => Err(error.into()),
-            Err(error) => Err(SettleError::Failed(error.to_string().into())),
+            match &together.writing {
+                Some(writing) => copies.control.finish(writing)?,
+                None => copies.control.finish(&self.begin_copies(copies, &together)?)?,
+            }
+        }
+        copies.settled = together.copy.checkpoint.batch;
+        Ok(())
+    }
+
+    fn write_entries(&self, together: &Together) -> Result<Option<Arc<Ledger>>, SettleError> {
+        if together.entries.is_empty() {
+            return Ok(None);
+        }
+        let ledger = self.files.ledger()?;
+        if let Some(ledger) = &ledger {
+            ledger.write(&together.entries)?;
+        }
+        Ok(ledger)
+    }
+
+    fn begin_copies(&self, copies: &Copies, together: &Together) -> Result<Writing, SettleError> {
+        let begun = copies.control.begin(self.files.disk(), &self.files.dir(), &together.copy);
+        if let Err(WriteError::NoSpace(_)) = &begun {
+            // The same is due again; what was synced stays synced.
+            self.noted.lock().changed = true;
+        }
+        Ok(begun?)
+    }
+
+    /// One step; nothing is to be done when somebody finished it in between.
+    fn take_step(&self, step: Step) -> Result<u64, SettleError> {
+        let mut copies = self.copies.lock();
+        if step == Step::Segments {
+            self.finish_together(&mut copies)?;
+            self.begin(&mut copies)?;
+            return Ok(copies.settled);
+        }
+        let Some(mut together) = copies.together.take() else { return Ok(copies.settled) };
+        if let Some(reason) = self.failed() {
+            return Err(SettleError::Failed(reason));
+        }
+        match step {
+            Step::Segments => {}
+            Step::Ledger => drop(self.write_entries(&together)?),
+            Step::FirstCopy => {
+                let writing = self.begin_copies(&copies, &together)?;
+                copies.control.put(&writing, Which::First)?;
+                together.writing = Some(writing);
+            }
+            Step::SecondCopy => {
+                if let Some(writing) = &together.writing {
+                    copies.control.put(writing, Which::Second)?;
+                }
+            }
+            Step::End => {
+                copies.control.end();
+                copies.settled = together.copy.checkpoint.batch;
+                return Ok(copies.settled);
+            }
+        }
+        together.step = step;
+        copies.together = Some(together);
+        Ok(copies.settled)
+    }
+}
+
+impl From<WriteError> for SettleError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::NoSpace(error) => Self::Full(error),
+            WriteError::Disk(error) => Self::Disk(error),
+            error => Self::Failed(error.to_string().into()),
         }
     }
 }
@@ -203,5 +312,19 @@ impl Behind for WrittenBehind {
 
     fn checkpoint(&self, _batch: u64) -> Result<u64, CheckpointError> {
         self.settle().map_err(|error| CheckpointError(error.to_string().into()))
+    }
+
+    fn step(&self, step: Step, _batch: u64) -> Result<u64, CheckpointError> {
+        self.stop_after(self.take_step(step)).map_err(|error| CheckpointError(error.to_string().into()))
+    }
+
+    fn sync_together(&self) -> Result<(), CheckpointError> {
+        let dir = self.files.dir();
+        let synced = self.files.disk().sync_fs(&dir).during("sync the file system of", &dir);
+        synced.map_err(|error| CheckpointError(error.to_string().into()))
+    }
+
+    fn stop(&self, reason: &CheckpointError) {
+        self.fail(&reason.to_string());
     }
 }

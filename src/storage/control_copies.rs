@@ -9,7 +9,7 @@
 //! * A copy is written in place, into space that is allocated already, and synced before the other one is touched. So at
 //!   every moment one of the two is valid on disk: the last state written, or the one before it.
 //! * Which of these two a start finds makes no difference, because the journal keeps everything since the older one
-//!   until [`ControlCopies::write`] has returned.
+//!   until [`ControlCopies::end`].
 //! * A copy that is damaged or missing is replaced by the other one when the timeline is opened. Both bad is an error and
 //!   never a guess: the promises in them are unknown then.
 //! * A full disk can only stop a write that needs more space than the files have; both copies stay as they were.
@@ -17,6 +17,7 @@
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bytes::{Buf, BufMut};
 use pgproto::Lsn;
@@ -187,6 +188,30 @@ pub struct ControlCopies {
     poisoned: bool,
 }
 
+/// A write of both copies that is under way.
+#[derive(Debug)]
+pub struct Writing {
+    content: Vec<u8>,
+    files: [(Arc<dyn DiskFile>, PathBuf); 2],
+}
+
+impl Writing {
+    fn file(&self, which: Which) -> (&dyn DiskFile, &Path) {
+        let [first, second] = &self.files;
+        let (file, path) = if which == Which::First { first } else { second };
+        (&**file, path)
+    }
+}
+
+/// One of the copies, in the order in which they are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// The one written first.
+    First,
+    /// The other one.
+    Second,
+}
+
 impl ControlCopies {
     /// Makes both copies in `dir`, which has none. They are durable when `dir` was synced.
     pub fn create(disk: &dyn Disk, dir: &Path, copy: &ControlCopy) -> Result<Self, WriteError> {
@@ -234,26 +259,56 @@ impl ControlCopies {
     }
 
     /// Writes both copies in `dir`, one after the other. Durable on return.
+    #[cfg(test)]
     pub fn write(&mut self, disk: &dyn Disk, dir: &Path, copy: &ControlCopy) -> Result<(), WriteError> {
+        let writing = self.begin(disk, dir, copy)?;
+        self.finish(&writing)
+    }
+
+    /// Prepares a write in steps, for whoever has a better way to sync than one file after the other: begin, write the
+    /// first copy, make it durable, write the second, make it durable, [`Self::end`].
+    pub fn begin(&self, disk: &dyn Disk, dir: &Path, copy: &ControlCopy) -> Result<Writing, WriteError> {
         if self.poisoned {
             return Err(WriteError::Poisoned);
         }
         let content = encode(copy, self.writes.saturating_add(1));
         check_length(&content)?;
-        let paths = NAMES.map(|name| dir.join(name));
-        let mut files = Vec::with_capacity(paths.len());
-        for path in &paths {
-            let file = disk.open(path).during("open", path).map_err(WriteError::Disk)?;
-            make_room(&*file, path, content.len())?;
-            files.push((file, path));
-        }
+        let open = |name: &str| {
+            let path = dir.join(name);
+            let file = disk.open(&path).during("open", &path).map_err(WriteError::Disk)?;
+            make_room(&*file, &path, content.len())?;
+            Ok((file, path))
+        };
+        let files = [open(CONTROL_FILE_NAME)?, open(CONTROL_COPY_NAME)?];
+        Ok(Writing { content, files })
+    }
+
+    /// Writes one of the copies, not durably.
+    pub fn put(&mut self, writing: &Writing, which: Which) -> Result<(), WriteError> {
         self.poisoned = true;
-        for (file, path) in files {
-            file.write_at(&mut [IoSlice::new(&content)], 0).during("write", path).map_err(WriteError::Disk)?;
-            file.sync_data().during("sync", path).map_err(WriteError::Disk)?;
-        }
+        let (file, path) = writing.file(which);
+        file.write_at(&mut [IoSlice::new(&writing.content)], 0).during("write", path).map_err(WriteError::Disk)
+    }
+
+    /// Makes one of the copies durable.
+    pub fn sync(&self, writing: &Writing, which: Which) -> Result<(), WriteError> {
+        let (file, path) = writing.file(which);
+        file.sync_data().during("sync", path).map_err(WriteError::Disk)
+    }
+
+    /// Both copies are durable.
+    pub fn end(&mut self) {
         self.poisoned = false;
         self.writes = self.writes.saturating_add(1);
+    }
+
+    /// Goes all steps from the first copy on.
+    pub fn finish(&mut self, writing: &Writing) -> Result<(), WriteError> {
+        for which in [Which::First, Which::Second] {
+            self.put(writing, which)?;
+            self.sync(writing, which)?;
+        }
+        self.end();
         Ok(())
     }
 }

@@ -113,6 +113,7 @@ fn journal(dice: &mut Dice) -> JournalLimits {
         reserve: 64 << 10,
         batch: 256 << 10,
         idle_before_checkpoint: Duration::from_secs(dice.pick(&[1, 5])),
+        together: dice.pick(&[1, 16]),
     }
 }
 

@@ -74,7 +74,9 @@ async fn after_failure(script: &Script, disk: &SimDisk, life: &mut Life<'_>, at:
         if let Some(failure @ Failure::Refused(_)) = &life.failures[number] {
             return Err(say(failure.to_string()));
         }
-        let elsewhere = (0..TIMELINES).any(|other| other != number && failed.path.starts_with(&dirs[other]));
+        // What makes everything durable concerns everybody.
+        let elsewhere = !matches!(failed.kind, OperationKind::SyncFs)
+            && (0..TIMELINES).any(|other| other != number && failed.path.starts_with(&dirs[other]));
         ensure!(!(stopped && elsewhere), "timeline {number} stopped because of another one's file");
         ensure!(
             stopped || !failed.path.starts_with(&dirs[number]) || is_harmless(&failed),

@@ -34,6 +34,7 @@ fn options() -> DataDirOptions {
         total: 3 * (576 << 10),
         reserve: 64 << 10,
         batch: 512 << 10,
+        together: TIMELINES,
         ..JournalLimits::default()
     };
     DataDirOptions { journal, ..DataDirOptions::default() }

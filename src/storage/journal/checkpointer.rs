@@ -10,10 +10,16 @@ use parking_lot::{Condvar, Mutex};
 use pgproto::TenantTimelineId;
 
 use super::Inner;
-use super::record::{Behind, CheckpointError};
+use super::record::{Behind, CheckpointError, Step};
 
 /// How long the thread rests after a round that freed nothing.
 const REST: Duration = Duration::from_millis(200);
+
+/// How many timelines take a checkpoint together at most: each holds some files open meanwhile.
+const GROUP: usize = 128;
+
+/// Timelines that could not be brought up to date.
+type Failures = Vec<(TenantTimelineId, CheckpointError)>;
 
 /// The timelines with something in the journal.
 #[derive(Debug)]
@@ -105,19 +111,12 @@ impl Inner {
             (dirty.owners(), dirty.last_batch)
         };
         let mut failures = Vec::new();
-        for owner in owners {
-            let ttid = owner.ttid();
-            match owner.checkpoint(batch) {
-                Ok(done) => {
-                    self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
-                    self.dirty.lock().note_checkpoint(ttid, done);
-                }
-                Err(error) => {
-                    self.counters.failed_checkpoints.fetch_add(1, Ordering::Relaxed);
-                    tracing::warn!(timeline = %ttid, "checkpoint failed, the journal keeps what it holds: {error}");
-                    failures.push((ttid, error));
-                }
+        if owners.len() < self.limits.together {
+            for owner in owners {
+                self.note_outcome(&*owner, owner.checkpoint(batch), &mut failures);
             }
+        } else {
+            owners.chunks(GROUP).for_each(|group| self.checkpoint_together(group, batch, &mut failures));
         }
         let freed = self.free();
         self.rounds.send_modify(|rounds| {
@@ -125,6 +124,47 @@ impl Inner {
             rounds.freeing += u64::from(freed);
         });
         failures
+    }
+
+    /// Syncs files of many timelines at once: one after the other they would keep the disk from those who wait for an
+    /// acknowledgement.
+    fn checkpoint_together(&self, group: &[Arc<dyn Behind>], batch: u64, failures: &mut Failures) {
+        let mut taking_part: Vec<&Arc<dyn Behind>> = group.iter().collect();
+        for step in [Step::Segments, Step::Ledger, Step::FirstCopy, Step::SecondCopy] {
+            taking_part.retain(|owner| match owner.step(step, batch) {
+                Ok(_) => true,
+                Err(error) => {
+                    self.note_outcome(&***owner, Err(error), failures);
+                    false
+                }
+            });
+            let Some(any) = taking_part.first() else { return };
+            if let Err(error) = any.sync_together() {
+                for owner in taking_part {
+                    owner.stop(&error);
+                    self.note_outcome(&**owner, Err(error.clone()), failures);
+                }
+                return;
+            }
+        }
+        for owner in taking_part {
+            self.note_outcome(&**owner, owner.step(Step::End, batch), failures);
+        }
+    }
+
+    fn note_outcome(&self, owner: &dyn Behind, outcome: Result<u64, CheckpointError>, failures: &mut Failures) {
+        let ttid = owner.ttid();
+        match outcome {
+            Ok(done) => {
+                self.counters.checkpoints.fetch_add(1, Ordering::Relaxed);
+                self.dirty.lock().note_checkpoint(ttid, done);
+            }
+            Err(error) => {
+                self.counters.failed_checkpoints.fetch_add(1, Ordering::Relaxed);
+                tracing::warn!(timeline = %ttid, "checkpoint failed, the journal keeps what it holds: {error}");
+                failures.push((ttid, error));
+            }
+        }
     }
 
     /// Frees the files that nobody needs. A batch must say durably that they are not needed before they may go, or else

@@ -110,7 +110,7 @@ use pgproto::TenantTimelineId;
 use tokio::sync::watch;
 
 pub use open::ReadJournal;
-pub use record::{Behind, CheckpointError, Entry, Record};
+pub use record::{Behind, CheckpointError, Entry, Record, Step};
 pub use replay::{Damage, Ending, Lost, LostRecord, Replay, Replayed};
 
 use super::disk::{DiskError, DiskFile};
@@ -128,6 +128,9 @@ pub struct JournalLimits {
     pub batch: usize,
     /// After how long without a commit all timelines are brought up to date.
     pub idle_before_checkpoint: Duration,
+    /// From how many timelines on a checkpoint makes everything on their file system durable, with a few calls, and not
+    /// file after file.
+    pub together: usize,
 }
 
 impl Default for JournalLimits {
@@ -138,6 +141,7 @@ impl Default for JournalLimits {
             reserve: 2 << 20,
             batch: 2 << 20,
             idle_before_checkpoint: Duration::from_secs(5),
+            together: 16,
         }
     }
 }

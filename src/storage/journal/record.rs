@@ -87,6 +87,35 @@ pub trait Behind: fmt::Debug + Send + Sync {
     /// batch that is the case now: less than asked for when the timeline has still to write a record that was committed
     /// just now. Called on the journal's own thread; blocks.
     fn checkpoint(&self, batch: u64) -> Result<u64, CheckpointError>;
+    /// One step of a checkpoint that many timelines take together, so that they share its syncs: each takes the step, then
+    /// [`Behind::sync_together`] is called on one of them. A step may be the last that is ever called. Returns the same as
+    /// [`Behind::checkpoint`], which counts after the last step. Blocks.
+    fn step(&self, step: Step, batch: u64) -> Result<u64, CheckpointError> {
+        if step == Step::End { self.checkpoint(batch) } else { Ok(0) }
+    }
+    /// Makes durable everything that any timeline of the node wrote. Blocks.
+    fn sync_together(&self) -> Result<(), CheckpointError> {
+        Ok(())
+    }
+    /// [`Behind::sync_together`] failed after a step of this timeline: nobody knows what is on disk.
+    fn stop(&self, reason: &CheckpointError) {
+        let _ = reason;
+    }
+}
+
+/// Steps of a checkpoint taken together, in their order. What a step wrote is durable before the next one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Step {
+    /// Nothing is written: what is in the segments so far.
+    Segments,
+    /// The ledger's entries.
+    Ledger,
+    /// The first copy of the control file.
+    FirstCopy,
+    /// The second one.
+    SecondCopy,
+    /// Everything is durable.
+    End,
 }
 
 /// A timeline could not be brought up to date; the journal keeps what it holds of it.

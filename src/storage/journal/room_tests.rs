@@ -18,6 +18,7 @@ fn limits() -> JournalLimits {
         reserve: 8 << 10,
         batch: 16 << 10,
         idle_before_checkpoint: Duration::from_secs(60),
+        together: 2,
     }
 }
 

@@ -22,6 +22,7 @@ fn limits() -> JournalLimits {
         reserve: 16 << 10,
         batch: 16 << 10,
         idle_before_checkpoint: Duration::from_millis(20),
+        together: 2,
     }
 }
 
