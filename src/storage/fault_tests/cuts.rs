@@ -1,0 +1,59 @@
+//! Ends of a log that no ordinary cut makes: behind bytes that never came, begun and given up, refused half way.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, TimelineId};
+
+use super::node::ROOT;
+use crate::storage::journal::JournalLimits;
+use crate::storage::simdisk::{SimDisk, Survivors};
+use crate::storage::test_wal::{WalWriter, elected, new_timeline};
+use crate::storage::{DataDir, DataDirOptions, Recovered, TimelineStore};
+
+const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
+const START: Lsn = Lsn(0x32_4028);
+
+fn open(disk: &SimDisk, journal: JournalLimits) -> DataDir {
+    let options = DataDirOptions { journal, ..DataDirOptions::default() };
+    DataDir::open_with(Arc::new(disk.clone()), Path::new(ROOT), Some(NodeId(1)), options).unwrap()
+}
+
+async fn started(data_dir: &DataDir) -> TimelineStore {
+    let (mut store, recovered) = TimelineStore::create(data_dir, new_timeline(TTID)).await.unwrap();
+    store.init_first_segment(START).await.unwrap();
+    store.persist(&elected(recovered.control, 1, START)).await.unwrap();
+    store
+}
+
+/// A start after the power went off.
+async fn after_crash(disk: &SimDisk, survivors: Survivors) -> (DataDir, TimelineStore, Recovered) {
+    disk.crash(survivors);
+    let data_dir = open(disk, JournalLimits::default());
+    let (store, recovered) = TimelineStore::open(&data_dir, TTID).await.unwrap();
+    (data_dir, store, recovered)
+}
+
+/// Nothing of what was before the cut was in the timeline's own files when the journal got it.
+#[tokio::test]
+async fn a_crash_in_a_cut_behind_a_switch_is_no_fault() {
+    let disk = SimDisk::with_dir(Path::new(ROOT));
+    disk.record();
+    let data_dir = open(&disk, JournalLimits::default());
+    let mut store = started(&data_dir).await;
+    let mut wal = WalWriter::new(START);
+    wal.record(200_000, 1);
+    let switch_at = store.append(START, &[wal.since(START)]).await.unwrap();
+    wal.switch();
+    let written = store.append(switch_at, &[wal.since(switch_at).slice(..24)]).await.unwrap();
+    let before = disk.operations();
+    store.truncate(wal.position()).await.unwrap();
+    for at in before..disk.operations() {
+        for survivors in [Survivors::Nothing, Survivors::Everything, Survivors::Some(at)] {
+            let stopped = disk.stopped_in(at);
+            let (_dir, store, recovered) = after_crash(&stopped, survivors).await;
+            assert_eq!(recovered.fault, None, "crash in {}, {survivors:?} survives", disk.describe(at));
+            assert!(store.end() >= written);
+        }
+    }
+}
