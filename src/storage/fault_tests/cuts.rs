@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, TimelineId};
+use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
 
 use super::node::ROOT;
 use crate::storage::journal::JournalLimits;
@@ -14,7 +14,15 @@ use crate::storage::{DataDir, DataDirOptions, Recovered, TimelineStore};
 const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 const START: Lsn = Lsn(0x32_4028);
 
-fn open(disk: &SimDisk, journal: JournalLimits) -> DataDir {
+/// With a small journal, because it is read and made anew at every start.
+fn open(disk: &SimDisk) -> DataDir {
+    let journal = JournalLimits {
+        file_size: 576 << 10,
+        total: 3 * (576 << 10),
+        reserve: 64 << 10,
+        batch: 256 << 10,
+        ..JournalLimits::default()
+    };
     let options = DataDirOptions { journal, ..DataDirOptions::default() };
     DataDir::open_with(Arc::new(disk.clone()), Path::new(ROOT), Some(NodeId(1)), options).unwrap()
 }
@@ -29,7 +37,7 @@ async fn started(data_dir: &DataDir) -> TimelineStore {
 /// A start after the power went off.
 async fn after_crash(disk: &SimDisk, survivors: Survivors) -> (DataDir, TimelineStore, Recovered) {
     disk.crash(survivors);
-    let data_dir = open(disk, JournalLimits::default());
+    let data_dir = open(disk);
     let (store, recovered) = TimelineStore::open(&data_dir, TTID).await.unwrap();
     (data_dir, store, recovered)
 }
@@ -39,7 +47,7 @@ async fn after_crash(disk: &SimDisk, survivors: Survivors) -> (DataDir, Timeline
 async fn a_crash_in_a_cut_behind_a_switch_is_no_fault() {
     let disk = SimDisk::with_dir(Path::new(ROOT));
     disk.record();
-    let data_dir = open(&disk, JournalLimits::default());
+    let data_dir = open(&disk);
     let mut store = started(&data_dir).await;
     let mut wal = WalWriter::new(START);
     wal.record(200_000, 1);
@@ -54,6 +62,30 @@ async fn a_crash_in_a_cut_behind_a_switch_is_no_fault() {
             let (_dir, store, recovered) = after_crash(&stopped, survivors).await;
             assert_eq!(recovered.fault, None, "crash in {}, {survivors:?} survives", disk.describe(at));
             assert!(store.end() >= written);
+        }
+    }
+}
+
+/// A first segment that was laid out for a leader who was never accepted is nobody's WAL.
+#[tokio::test]
+async fn a_crash_while_a_log_is_begun_again_is_no_fault() {
+    let disk = SimDisk::with_dir(Path::new(ROOT));
+    disk.record();
+    let data_dir = open(&disk);
+    let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
+    store.init_first_segment(START).await.unwrap();
+    drop((store, data_dir));
+    let (_dir, mut store, _) = after_crash(&disk, Survivors::Nothing).await;
+    let mut voted = recovered.control;
+    voted.term = Term(2);
+    store.persist(&voted).await.unwrap();
+    let before = disk.operations();
+    store.init_first_segment(START).await.unwrap();
+    for at in before..disk.operations() {
+        for survivors in [Survivors::Nothing, Survivors::Everything, Survivors::Some(at)] {
+            let (_dir, _, recovered) = after_crash(&disk.stopped_in(at), survivors).await;
+            assert_eq!(recovered.fault, None, "crash in {}, {survivors:?} survives", disk.describe(at));
+            assert_eq!(recovered.control.term, Term(2));
         }
     }
 }
