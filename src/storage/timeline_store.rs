@@ -7,7 +7,7 @@ use bytes::Bytes;
 use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
-use super::behind::{Noted, WrittenBehind};
+use super::behind::{Noted, SettleError, WrittenBehind};
 use super::blocking;
 use super::chain::{Chain, LedgerEntry};
 use super::control_file::ControlFile;
@@ -250,9 +250,13 @@ impl TimelineStore {
         self.remember(synced)?;
         // A checkpoint has nothing to sync of this.
         *self.segments.touched() = Touched::default();
-        let batch = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await?;
+        let committed = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await;
+        if committed.is_err() {
+            // Segments that were filled have their complete names; they are written again.
+            self.segments.go_back(at);
+        }
         metrics::wal_flushed(started.elapsed());
-        Ok(batch)
+        committed
     }
 
     fn write(&mut self, at: Lsn, wal: &[Bytes], length: usize) -> Result<(), StorageError> {
@@ -391,7 +395,7 @@ impl TimelineStore {
             self.files.trust_from(&chain);
         }
         let (behind, segments) = (&self.behind, &mut self.segments);
-        behind.settle_after(|| {
+        let settled = behind.settle_after(|| {
             segments.cut(end)?;
             ledger.cut(end)?;
             ledger.sync()?;
@@ -400,7 +404,12 @@ impl TimelineStore {
             (noted.chain, noted.record_end, noted.dirty_to) = (Some(chain), end, Lsn::INVALID);
             (noted.batch, noted.changed) = (batch, true);
             Ok(())
-        })?;
+        });
+        match settled {
+            // The cut is done and in the journal, which keeps it until the control copies can grow.
+            Ok(_) | Err(SettleError::Full(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
         self.chain = Some(chain);
         Ok(())
     }

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
 
 use super::node::ROOT;
-use crate::storage::journal::JournalLimits;
+use crate::storage::journal::{Behind, CheckpointError, CommitError, Entry, JournalLimits, Record};
 use crate::storage::simdisk::{SimDisk, Survivors};
 use crate::storage::test_wal::{WalWriter, elected, new_timeline};
-use crate::storage::{DataDir, DataDirOptions, Recovered, TimelineStore};
+use crate::storage::{DataDir, DataDirOptions, Recovered, StorageError, TimelineStore};
 
 const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 const START: Lsn = Lsn(0x32_4028);
@@ -88,4 +88,57 @@ async fn a_crash_while_a_log_is_begun_again_is_no_fault() {
             assert_eq!(recovered.control.term, Term(2));
         }
     }
+}
+
+/// A timeline whose own files can't be written: the journal keeps what it has of it.
+#[derive(Debug)]
+struct Stuck;
+
+impl Behind for Stuck {
+    fn ttid(&self) -> TenantTimelineId {
+        TenantTimelineId::new(TenantId([9; 16]), TimelineId([9; 16]))
+    }
+
+    fn checkpoint(&self, _batch: u64) -> Result<u64, CheckpointError> {
+        Err(CheckpointError("stuck".into()))
+    }
+}
+
+/// Leaves no room for appends in the journal.
+async fn fill(data_dir: &DataDir) {
+    for length in [50_000, 1] {
+        loop {
+            let wal = vec![vec![7; length].into()];
+            let record = Record::Append { at: START, term: Term(1), chain: 0, wal };
+            let owner = Arc::new(Stuck);
+            match data_dir.journal().commit(vec![Entry { owner, record }]).await {
+                Ok(_) => {}
+                Err(CommitError::Full { .. }) => break,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+}
+
+/// The bytes were in the segment, which had got its complete name, when the journal had no room for the record.
+#[tokio::test]
+async fn a_bulk_append_refused_by_a_full_journal_can_be_tried_again() {
+    let disk = SimDisk::with_dir(Path::new(ROOT));
+    let data_dir = open(&disk);
+    let mut store = started(&data_dir).await;
+    let mut wal = WalWriter::new(START);
+    // Up to here there may be unacknowledged bytes now, which needs not be said again.
+    wal.record(300_000, 1);
+    let middle = store.append(START, &[wal.since(START)]).await.unwrap();
+    wal.record(700_000, 2);
+    let whole = wal.since(middle);
+    let rest = whole.slice(..usize::try_from(0x40_0000 - middle.0).unwrap());
+    fill(&data_dir).await;
+    for _ in 0..2 {
+        let refused = store.append(middle, std::slice::from_ref(&rest)).await;
+        assert!(matches!(refused, Err(StorageError::JournalFull(_))), "{refused:?}");
+    }
+    data_dir.journal().forget(Behind::ttid(&Stuck));
+    data_dir.journal().checkpoint_now();
+    assert_eq!(store.append(middle, &[rest]).await.unwrap(), Lsn(0x40_0000));
 }
