@@ -168,11 +168,7 @@ impl TimelineStore {
     fn make_room_now(&mut self, end: Lsn) -> Result<(), StorageError> {
         self.segments.make_room(end).map_err(StorageError::refused_if_full)?;
         let room = self.segments.room_to();
-        let reserved = self.ledger()?.reserve(room);
-        reserved.map_err(|error| match StorageError::from(error) {
-            StorageError::Disk(error) => StorageError::refused_if_full(error),
-            other => other,
-        })
+        self.ledger()?.reserve(room).map_err(StorageError::from).map_err(StorageError::waited_out)
     }
 
     /// Appends `wal` at the end of the log, which must be `at`, durably. The result is the new end.
@@ -446,8 +442,9 @@ impl TimelineStore {
             FirstSegmentError::UnsupportedVersion(error) => error.into(),
         })?;
         let base = SegmentNumber::containing(start, self.size).start(self.size);
-        let ledger = self.files.create_ledger(base)?;
-        ledger.reserve(base.max(start))?;
+        let created = self.files.create_ledger(base);
+        let reserved = created.and_then(|ledger| ledger.reserve(base.max(start)).map(|()| ledger));
+        let ledger = reserved.map_err(StorageError::from).map_err(StorageError::waited_out)?;
         let (mut chain, mut entries) = (Chain::new(base), Vec::new());
         chain.extend(&head, self.term, &mut entries);
         ledger.write(&entries)?;

@@ -142,3 +142,24 @@ async fn a_bulk_append_refused_by_a_full_journal_can_be_tried_again() {
     data_dir.journal().checkpoint_now();
     assert_eq!(store.append(middle, &[rest]).await.unwrap(), Lsn(0x40_0000));
 }
+
+/// A log that begins with a segment needs no space for that, but some for its ledger.
+#[tokio::test]
+async fn a_log_that_finds_the_disk_full_begins_later() {
+    let disk = SimDisk::with_dir(Path::new(ROOT));
+    let data_dir = open(&disk);
+    let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
+    let start = Lsn(0x40_0000);
+    disk.set_full(true);
+    let refused = store.init_first_segment(start).await;
+    assert!(matches!(refused, Err(StorageError::DiskFull(_))), "{refused:?}");
+    disk.set_full(false);
+    store.init_first_segment(start).await.unwrap();
+    store.persist(&elected(recovered.control, 1, start)).await.unwrap();
+    let mut wal = WalWriter::new(start);
+    wal.record(100, 1);
+    store.append(start, &[wal.since(start)]).await.unwrap();
+    drop((store, data_dir));
+    let (_dir, store, recovered) = after_crash(&disk, Survivors::Nothing).await;
+    assert_eq!((recovered.fault, store.end()), (None, wal.position()));
+}
