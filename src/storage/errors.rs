@@ -104,6 +104,14 @@ impl StorageError {
         if error.is_disk_full() { Self::DiskFull(error) } else { Self::Disk(error) }
     }
 
+    /// Same, of an error that is one of storage already.
+    pub(super) fn waited_out(self) -> Self {
+        match self {
+            Self::Disk(error) => Self::refused_if_full(error),
+            other => other,
+        }
+    }
+
     /// Whether nothing more will be written until a restart.
     pub fn is_fatal(&self) -> bool {
         matches!(self, Self::Poisoned(_) | Self::Disk(_))

@@ -237,6 +237,10 @@ impl Replay<'_> {
     /// Compares every block that was written here, and the incomplete one at the end, with its checksum.
     fn check_blocks(&mut self) -> Result<(), ReplayError> {
         let (Some(from), Some(chain)) = (self.verify_from, self.noted.chain) else { return Ok(()) };
+        if !self.noted.control.state.local_start_lsn.is_valid() {
+            // A first segment for a leader that was never accepted. It may have been removed for the next one.
+            return Ok(());
+        }
         let size = self.noted.control.state.server.wal_seg_size;
         let history = &self.noted.control.state.term_history;
         if let Some(Damaged { at, reason }) = check_blocks(self.files, from, &chain, history, size)? {

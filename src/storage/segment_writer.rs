@@ -103,6 +103,12 @@ impl SegmentWriter {
         self.current = None;
     }
 
+    /// Goes on at `end`, before what was written last.
+    pub fn go_back(&mut self, end: Lsn) {
+        self.current = None;
+        self.forget_room(end);
+    }
+
     /// Every position from the end of WAL up to here has a file.
     pub fn room_to(&self) -> Lsn {
         self.room_to
@@ -115,7 +121,7 @@ impl SegmentWriter {
             let number = SegmentNumber::containing(self.room_to, self.size);
             match self.find(number)? {
                 Some(file) if file.partial => {}
-                // A replay writes again what filled the segment before.
+                // What filled the segment before is written again.
                 Some(_) => {
                     self.files.rename(number, true, self.size)?;
                     self.renamed();

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
-use super::behind::{Noted, WrittenBehind};
+use super::behind::{Noted, SettleError, WrittenBehind};
 use super::blocking;
 use super::chain::{Chain, LedgerEntry};
 use super::control_file::ControlFile;
@@ -168,11 +168,7 @@ impl TimelineStore {
     fn make_room_now(&mut self, end: Lsn) -> Result<(), StorageError> {
         self.segments.make_room(end).map_err(StorageError::refused_if_full)?;
         let room = self.segments.room_to();
-        let reserved = self.ledger()?.reserve(room);
-        reserved.map_err(|error| match StorageError::from(error) {
-            StorageError::Disk(error) => StorageError::refused_if_full(error),
-            other => other,
-        })
+        self.ledger()?.reserve(room).map_err(StorageError::from).map_err(StorageError::waited_out)
     }
 
     /// Appends `wal` at the end of the log, which must be `at`, durably. The result is the new end.
@@ -250,9 +246,13 @@ impl TimelineStore {
         self.remember(synced)?;
         // A checkpoint has nothing to sync of this.
         *self.segments.touched() = Touched::default();
-        let batch = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await?;
+        let committed = self.commit(Record::Bulk { from: at, to, term: self.term, chain }).await;
+        if committed.is_err() {
+            // Segments that were filled have their complete names; they are written again.
+            self.segments.go_back(at);
+        }
         metrics::wal_flushed(started.elapsed());
-        Ok(batch)
+        committed
     }
 
     fn write(&mut self, at: Lsn, wal: &[Bytes], length: usize) -> Result<(), StorageError> {
@@ -320,9 +320,9 @@ impl TimelineStore {
         }
         let started = Instant::now();
         let prepared = blocking(|| self.prepare_cut(end));
-        let (chain, entries) = self.remember(prepared)?;
+        let chain = self.remember(prepared)?;
         let batch = self.commit(Record::Cut { end, term: self.term, chain: chain.value() }).await?;
-        let cut = blocking(|| self.cut(chain, entries, batch));
+        let cut = blocking(|| self.cut(chain, batch));
         self.remember(cut)?;
         metrics::storage_operation(StorageOperation::TruncateWal, started.elapsed());
         Ok(())
@@ -330,25 +330,30 @@ impl TimelineStore {
 
     /// What has to be done before a cut is certain: everything that stays is durable in the files that stay, and what goes
     /// is set aside.
-    fn prepare_cut(&mut self, end: Lsn) -> Result<(Chain, Vec<LedgerEntry>), StorageError> {
+    fn prepare_cut(&mut self, end: Lsn) -> Result<Chain, StorageError> {
         let Some(chain) = self.chain else {
             return Err(StorageError::BeyondEnd { end, write_lsn: Lsn::INVALID });
         };
-        let mut entries = Vec::new();
         if end > chain.end() {
             if !self.is_padding(chain.end(), end) {
                 return Err(StorageError::BeyondEnd { end, write_lsn: chain.end() });
             }
             self.make_room_now(end)?;
-            let mut padded = chain;
+            self.behind.settle()?;
+            // A refused append may have left bytes where zeros belong.
+            self.segments.cut(chain.end())?;
+            let (mut padded, mut entries) = (chain, Vec::new());
             padded.extend_zeros(end, self.term, &mut entries);
-            return Ok((padded, entries));
+            let ledger = self.ledger()?;
+            ledger.write(&entries)?;
+            ledger.sync()?;
+            return Ok(padded);
         }
         self.behind.settle()?;
         let history = self.behind.noted().control.state.term_history.clone();
         let shorter = opening::chain_at(&self.files, &chain, end, &history, self.size)?;
         self.set_aside(end, chain.end())?;
-        Ok((shorter, entries))
+        Ok(shorter)
     }
 
     /// Whether nothing but zeros can be between the last byte written and `end`: behind a record, or behind a switch.
@@ -378,7 +383,7 @@ impl TimelineStore {
     }
 
     /// The journal knows of the cut; now the files follow. No checkpoint may come in between.
-    fn cut(&mut self, chain: Chain, entries: Vec<LedgerEntry>, batch: u64) -> Result<(), StorageError> {
+    fn cut(&mut self, chain: Chain, batch: u64) -> Result<(), StorageError> {
         let ledger = self.ledger()?;
         let end = chain.end();
         if self.files.trusted().is_some_and(|trusted| trusted.end() > end) {
@@ -386,17 +391,21 @@ impl TimelineStore {
             self.files.trust_from(&chain);
         }
         let (behind, segments) = (&self.behind, &mut self.segments);
-        behind.settle_after(|| {
+        let settled = behind.settle_after(|| {
             segments.cut(end)?;
             ledger.cut(end)?;
-            ledger.write(&entries)?;
             ledger.sync()?;
             let mut noted = behind.noted();
             noted.touched.absorb(segments.touched());
             (noted.chain, noted.record_end, noted.dirty_to) = (Some(chain), end, Lsn::INVALID);
             (noted.batch, noted.changed) = (batch, true);
             Ok(())
-        })?;
+        });
+        match settled {
+            // The cut is done and in the journal, which keeps it until the control copies can grow.
+            Ok(_) | Err(SettleError::Full(_)) => {}
+            Err(error) => return Err(error.into()),
+        }
         self.chain = Some(chain);
         Ok(())
     }
@@ -413,16 +422,16 @@ impl TimelineStore {
         }
         let started = Instant::now();
         let begun = blocking(|| self.begin_log(start));
-        let (chain, entries) = self.remember(begun)?;
+        let chain = self.remember(begun)?;
         let batch = self.commit(Record::Cut { end: start, term: self.term, chain: chain.value() }).await?;
-        let cut = blocking(|| self.cut(chain, entries, batch));
+        let cut = blocking(|| self.cut(chain, batch));
         self.remember(cut)?;
         metrics::storage_operation(StorageOperation::InitializeFirstSegment, started.elapsed());
         Ok(())
     }
 
     /// Durable before the journal says that the log begins.
-    fn begin_log(&mut self, start: Lsn) -> Result<(Chain, Vec<LedgerEntry>), StorageError> {
+    fn begin_log(&mut self, start: Lsn) -> Result<Chain, StorageError> {
         if self.chain.is_some() {
             // Another log was here. Its files go now, so a restart must not need them any more to follow the journal.
             self.behind.settle()?;
@@ -433,15 +442,16 @@ impl TimelineStore {
             FirstSegmentError::UnsupportedVersion(error) => error.into(),
         })?;
         let base = SegmentNumber::containing(start, self.size).start(self.size);
-        let ledger = self.files.create_ledger(base)?;
-        ledger.reserve(base.max(start))?;
+        let created = self.files.create_ledger(base);
+        let reserved = created.and_then(|ledger| ledger.reserve(base.max(start)).map(|()| ledger));
+        let ledger = reserved.map_err(StorageError::from).map_err(StorageError::waited_out)?;
         let (mut chain, mut entries) = (Chain::new(base), Vec::new());
         chain.extend(&head, self.term, &mut entries);
         ledger.write(&entries)?;
         ledger.sync()?;
         self.ledger = Some(ledger);
         self.files.trust_from(&Chain::new(base));
-        Ok((chain, Vec::new()))
+        Ok(chain)
     }
 
     /// Closes the files, to cost next to nothing while the timeline is idle. The next call opens them again.

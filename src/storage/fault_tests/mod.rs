@@ -7,6 +7,7 @@
 //! * [`failing`]: every operation fails once.
 //! * [`full`]: the disk is full from every step on, or finds no space at a single operation.
 //! * [`bitrot`]: bits flip in every file of nodes at rest.
+//! * [`cuts`]: ends of a log that the script doesn't have.
 //! * [`begun_anew`]: crashes while a log gives way to one that begins in another place.
 //!
 //! The environment variable `FAULT_ROUNDS` multiplies what is chosen by chance; 1 when it is not set.
@@ -14,6 +15,7 @@
 mod begun_anew;
 mod bitrot;
 mod crash;
+mod cuts;
 mod failing;
 mod full;
 mod life;
