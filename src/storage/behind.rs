@@ -234,8 +234,17 @@ impl WrittenBehind {
                 None => copies.control.finish(&self.begin_copies(copies, &together)?)?,
             }
         }
-        copies.settled = together.copy.checkpoint.batch;
+        self.note_settled(copies, &together.copy);
         Ok(())
+    }
+
+    /// The copy, and all it speaks of, is durable. From now on whoever reads complete blocks checks them: a process may live
+    /// for years, and what it wrote long ago is as good as any disk.
+    fn note_settled(&self, copies: &mut Copies, copy: &ControlCopy) {
+        copies.settled = copy.checkpoint.batch;
+        if let (Some(chain), None) = (copy.checkpoint.chain, &copy.fault) {
+            self.files.trust_no_more_before(&chain);
+        }
     }
 
     fn write_entries(&self, together: &Together) -> Result<Option<Arc<Ledger>>, SettleError> {
@@ -285,7 +294,7 @@ impl WrittenBehind {
             }
             Step::End => {
                 copies.control.end();
-                copies.settled = together.copy.checkpoint.batch;
+                self.note_settled(&mut copies, &together.copy);
                 return Ok(copies.settled);
             }
         }

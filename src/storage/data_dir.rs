@@ -75,7 +75,7 @@ pub enum DataDirError {
     Journal(#[from] JournalError),
     /// The journal isn't where it was, or is gone.
     #[error(
-        "there is no journal in \"{journal}\", but timeline {ttid} had one: start with the --journal-dir it was written to; if that is lost, so may be what this node acknowledged last: take the node out, empty its directory and let it join again", journal = journal.display()
+        "the journal in \"{journal}\" is missing, or lacks what timeline {ttid} had from it: start with the --journal-dir it was written to; if that is lost, so may be what this node acknowledged last: take the node out, empty its directory and let it join again", journal = journal.display()
     )]
     JournalMissing {
         /// Where it was looked for.
@@ -149,7 +149,10 @@ impl DataDir {
         let timelines = timelines_in(&*disk, &path)?;
         let files = |ttid| TimelineFiles::new(Arc::clone(&disk), Arc::clone(&path), ttid);
         let highest = highest_batch(&timelines, files)?;
-        if let (true, Some((ttid, _))) = (replay.is_new, highest) {
+        // A journal that ends before what a timeline has from it is another one, or an old copy. Damage is told apart: it may
+        // hide its end.
+        let lacks = |batch| replay.is_new || (batch >= replay.next_batch && replay.damage.is_empty());
+        if let Some((ttid, _)) = highest.filter(|(_, batch)| lacks(*batch)) {
             return Err(DataDirError::JournalMissing { journal: journal_dir, ttid });
         }
         let not_up_to_date = replay_all(replay, &timelines, files);

@@ -125,6 +125,7 @@ impl Opening<'_> {
             return Ok((WrittenBehind::new(self.files.clone(), copies, noted), segments, recovered));
         }
         self.remove_behind(end)?;
+        segments.complete_names_before(SegmentNumber::containing(end, self.size))?;
         let record_end = scan.scanner.last_record_end();
         let behind = self.cut_to(record_end, chain, copies, noted, &mut segments)?;
         let trusted = if record_end < end { behind.noted().chain.unwrap_or(chain) } else { chain };

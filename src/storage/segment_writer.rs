@@ -326,7 +326,7 @@ impl SegmentWriter {
 
     /// A segment that WAL has passed gets its complete name, if an interruption left it without (spec: semantics
     /// 21.13).
-    fn complete_names_before(&mut self, current: SegmentNumber) -> Result<(), DiskError> {
+    pub fn complete_names_before(&mut self, current: SegmentNumber) -> Result<(), DiskError> {
         let files = self.files.list(self.size)?;
         for file in files.iter().filter(|file| file.partial && file.number < current) {
             if files.contains(&SegmentFile { partial: false, ..*file }) {

@@ -109,6 +109,15 @@ impl TimelineFiles {
         *self.shared.trusted.lock()
     }
 
+    /// WAL before the block in which `chain` ends has its checksums in the ledger: from now on they are looked at.
+    pub(super) fn trust_no_more_before(&self, chain: &Chain) {
+        if let Some(trusted) = self.shared.trusted.lock().as_mut()
+            && trusted.end() < chain.block_start()
+        {
+            *trusted = Chain::resume(chain.block_start(), chain.seed());
+        }
+    }
+
     /// Declares the WAL of the block in which `chain` ends, and all behind it, written or checked by this process.
     pub(super) fn trust_from(&self, chain: &Chain) {
         *self.shared.trusted.lock() = Some(Chain::resume(chain.block_start(), chain.seed()));

@@ -568,6 +568,54 @@ async fn a_journal_that_is_gone_is_missed() {
 }
 
 #[tokio::test]
+async fn an_old_copy_of_the_journal_is_not_taken_for_the_journal() {
+    let mut fx = Fixture::started_at(START).await;
+    (fx.store, fx.data_dir) = (None, None);
+    let journal = fx.root.path().join("journal");
+    let keep = |from: &std::path::Path, to: &std::path::Path| {
+        let _ = std::fs::remove_dir_all(to);
+        std::fs::create_dir(to).unwrap();
+        for entry in std::fs::read_dir(from).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+        }
+    };
+    let copy = fx.root.path().join("copy");
+    keep(&journal, &copy);
+    fx.restart().await.unwrap();
+    fx.wal.record(100, 1);
+    fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    (fx.store, fx.data_dir) = (None, None);
+    keep(&copy, &journal);
+    let refused = DataDir::open(fx.root.path(), None, true).unwrap_err();
+    assert!(matches!(refused, DataDirError::JournalMissing { .. }), "{refused}");
+}
+
+/// A process may live for years; what it wrote itself was never looked at again before a restart.
+#[tokio::test]
+async fn damage_in_wal_that_this_process_wrote_is_found_too() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(700_000, 1).record(700_000, 2);
+    let end_lsn = fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    let path = fx.path("000000010000000000000003");
+    let mut content = std::fs::read(&path).unwrap();
+    content[0x5_0000] ^= 1;
+    std::fs::write(&path, content).unwrap();
+    let mut reader = fx.reader();
+    let refused = reader.read(Lsn(0x35_1234), end_lsn).await;
+    assert!(matches!(refused, Err(ReadError::Damaged { at: Lsn(0x35_0000), .. })));
+    let live = reader.read(Lsn(0x47_0000), end_lsn).await.unwrap();
+    assert!(fx.wal.since(Lsn(0x47_0000)).starts_with(&live));
+    // Cutting and going on makes it live again from there.
+    fx.store().truncate(end_lsn).await.unwrap();
+    fx.wal.record(100, 3);
+    let next = fx.append_new().await;
+    assert!(fx.wal.since(end_lsn) == reader.read(end_lsn, next).await.unwrap());
+}
+
+#[tokio::test]
 async fn what_a_leader_cuts_off_is_set_aside() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(100, 1);

@@ -386,12 +386,12 @@ impl TimelineStore {
     fn cut(&mut self, chain: Chain, batch: u64) -> Result<(), StorageError> {
         let ledger = self.ledger()?;
         let end = chain.end();
-        if self.files.trusted().is_some_and(|trusted| trusted.end() > end) {
-            // The block in which the log was cut was read back and checked.
-            self.files.trust_from(&chain);
-        }
-        let (behind, segments) = (&self.behind, &mut self.segments);
+        let (files, behind, segments) = (&self.files, &self.behind, &mut self.segments);
         let settled = behind.settle_after(|| {
+            if files.trusted().is_some_and(|trusted| trusted.end() > end) {
+                // The block in which the log was cut was read back and checked. What was settled before looks further.
+                files.trust_from(&chain);
+            }
             segments.cut(end)?;
             ledger.cut(end)?;
             ledger.sync()?;
