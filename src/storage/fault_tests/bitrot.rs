@@ -1,6 +1,7 @@
-//! Any single bit flips at rest: harmless, or found and said. Never served, and never voted away.
+//! Any single bit flips at rest, any page gets unreadable: harmless, or found and said. Never served, and never voted away.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::life::Life;
@@ -63,7 +64,7 @@ async fn images(script: &Script, count: u64) -> Vec<Image> {
 
 #[tokio::test]
 async fn any_flipped_bit_in_a_timelines_files_is_harmless_or_found() {
-    let outcomes = flip_all(|kind| kind != "journal").await;
+    let outcomes = damage_all(|kind| kind != "journal", chosen_bits, flip).await;
     let found = |kind, outcome| outcomes.contains_key(&(kind, outcome));
     assert!(found("segment", Outcome::Fault) && found("segment", Outcome::ReadFailed), "{outcomes:?}");
     assert!(found("control", Outcome::Harmless) && !found("control", Outcome::Fault), "one of two copies is enough");
@@ -71,13 +72,47 @@ async fn any_flipped_bit_in_a_timelines_files_is_harmless_or_found() {
 
 #[tokio::test]
 async fn any_flipped_bit_in_the_journal_is_harmless_or_found() {
-    let outcomes = flip_all(|kind| kind == "journal").await;
+    let outcomes = damage_all(|kind| kind == "journal", chosen_bits, flip).await;
     // Most faults show in reads too.
     assert!(outcomes.contains_key(&("journal", Outcome::ReadFailed)), "{outcomes:?}");
 }
 
-/// Flips bits in all files of the `wanted` kinds, one at a time, and counts what became of them.
-async fn flip_all(wanted: impl Fn(&str) -> bool) -> BTreeMap<(&'static str, Outcome), u64> {
+#[tokio::test]
+async fn any_page_that_cannot_be_read_is_harmless_or_found() {
+    let some_pages = |length: u64, dice: &mut Dice| {
+        let page = |_| (dice.below(usize::try_from(length.max(1)).unwrap()) as u64, 0);
+        (0..8 * rounds()).map(page).collect()
+    };
+    let outcomes = damage_all(|_| true, some_pages, |disk, path, byte, _| disk.make_unreadable(path, byte)).await;
+    assert!(outcomes.contains_key(&("segment", Outcome::ReadFailed)), "{outcomes:?}");
+}
+
+/// What this process wrote or checked itself isn't checked again, so here a flipped bit is served: the tests above would
+/// notice.
+#[tokio::test]
+async fn a_flipped_bit_that_is_served_is_noticed() {
+    let script = Script::new();
+    let image = images(&script, 1).await.remove(0);
+    let mut node = Node::start(&image.disk).unwrap();
+    assert!(node.load(&script).await.is_empty());
+    let slot = node.slots[0].as_mut().unwrap();
+    let mut segments = image.disk.files().into_iter().filter(|(path, _)| path.starts_with(slot.store.files().dir()));
+    let (newest, _) = segments.rfind(|(path, _)| kind_of(path) == "segment").unwrap();
+    flip(&image.disk, &newest, slot.acceptor.flush_lsn().0 % (1 << 20) - 1, 0).unwrap();
+    let broken = look_at(&script.lines[0], slot, &image.promises[0]).await.unwrap_err();
+    assert!(broken.starts_with("other bytes"), "{broken}");
+}
+
+fn flip(disk: &SimDisk, path: &Path, byte: u64, bit: u8) -> io::Result<()> {
+    disk.flip_bit(path, byte, bit)
+}
+
+/// Damages files of the `wanted` kinds at chosen places, one at a time, and counts what became of them.
+async fn damage_all(
+    wanted: impl Fn(&str) -> bool,
+    chosen: impl Fn(u64, &mut Dice) -> Vec<(u64, u8)>,
+    damage: impl Fn(&SimDisk, &Path, u64, u8) -> io::Result<()>,
+) -> BTreeMap<(&'static str, Outcome), u64> {
     let script = Script::new();
     let mut outcomes = BTreeMap::new();
     let mut dice = Dice::Seeded(rounds());
@@ -88,29 +123,29 @@ async fn flip_all(wanted: impl Fn(&str) -> bool) -> BTreeMap<(&'static str, Outc
             if !wanted(kind) {
                 continue;
             }
-            let mut bits = chosen_bits(length, &mut dice);
+            let mut bits = chosen(length, &mut dice);
             for (_, offset, length) in image.newest.iter().filter(|(written, ..)| *written == path) {
-                bits.extend(chosen_bits(*length, &mut dice).into_iter().map(|(byte, bit)| (offset + byte, bit)));
+                bits.extend(chosen(*length, &mut dice).into_iter().map(|(byte, bit)| (offset + byte, bit)));
             }
             for (byte, bit) in bits {
                 let explain =
                     |broken| format!("bit {bit} of byte {byte} of {} after {}: {broken}", path.display(), image.name);
                 let disk = image.disk.fork();
-                disk.flip_bit(&path, byte, bit).unwrap();
+                damage(&disk, &path, byte, bit).unwrap();
                 let outcome = look(&script, &disk, &image.promises).await;
                 let outcome = outcome.unwrap_or_else(|broken| panic!("{}", explain(broken)));
                 *outcomes.entry((kind, outcome)).or_default() += 1;
                 flips += 1;
                 if outcome == Outcome::Harmless && flips % 16 == 0 {
                     let disk = image.disk.fork();
-                    disk.flip_bit(&path, byte, bit).unwrap();
+                    damage(&disk, &path, byte, bit).unwrap();
                     let checked = check_and_go_on(&script, &disk, &image.promises).await;
                     checked.unwrap_or_else(|broken| panic!("{}", explain(format!("harmless first, then {broken}"))));
                 }
             }
         }
     }
-    println!("{flips} flips: {outcomes:?}");
+    println!("{flips} times damaged: {outcomes:?}");
     outcomes
 }
 
@@ -165,8 +200,9 @@ async fn look_at(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<Outc
     let sound = slot.acceptor.health().is_sound();
     let mut outcome = if sound { Outcome::Harmless } else { Outcome::Fault };
     let term = slot.greet(line).await.map_err(|failure| format!("greeting: {failure}"))?;
-    ensure!(promise.term <= term && term <= promise.asked, "{term:?}, promised {promise:?}");
-    ensure!(slot.generation() >= promise.generation, "an older configuration");
+    // Where a vote is what was damaged, nobody knows the term any more. Then there are no more votes either.
+    let is_known = promise.term <= term && slot.generation() >= promise.generation;
+    ensure!((is_known || !sound) && term <= promise.asked, "{term:?}, promised {promise:?}");
     for term in [promise.voted, promise.asked.max(term).next()] {
         match slot.vote(term).await {
             Ok(answer) => {
