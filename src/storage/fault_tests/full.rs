@@ -48,6 +48,7 @@ async fn a_full_disk_refuses_and_everything_goes_on_when_there_is_space() {
 #[tokio::test]
 async fn votes_go_on_for_as_long_as_the_disk_is_full() {
     let script = Script::new();
+    let mut lives = 0;
     for before in (0..script.steps.len()).step_by(4) {
         let disk = new_disk();
         let short = Script { steps: script.steps[..before].to_vec(), ..script.clone() };
@@ -58,6 +59,7 @@ async fn votes_go_on_for_as_long_as_the_disk_is_full() {
             // Where there are threads, the second file is prepared right after the start.
             continue;
         }
+        lives += 1;
         disk.set_full(true);
         for survivors in [Survivors::Nothing, Survivors::Everything] {
             for (number, slot) in node.slots.iter_mut().enumerate() {
@@ -86,6 +88,7 @@ async fn votes_go_on_for_as_long_as_the_disk_is_full() {
         let checked = check_and_go_on(&script, &disk, &life.promises).await;
         checked.unwrap_or_else(|broken| panic!("after {before} steps, with space again: {broken}"));
     }
+    assert!(lives > 5, "{lives} lives");
 }
 
 fn journal_files(disk: &SimDisk) -> usize {
