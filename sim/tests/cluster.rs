@@ -80,6 +80,8 @@ fn histories_have_all_there_is_to_survive() {
         ("clock_jumps", sum.clock_jumps, 5),
         ("failed_operations", sum.failed_operations, 20),
         ("slow_disks", sum.slow_disks, 20),
+        ("full_disks", sum.full_disks, 5),
+        ("bit_flips", sum.bit_flips, 20),
     ];
     for (name, count, least) in counts {
         assert!(count >= least, "{name}: {count}, fewer than {least}");
