@@ -275,6 +275,11 @@ impl Next<'_> {
         if handled.cut {
             self.cluster.saw(Event::Cut);
         }
+        if let Some(AcceptorMessage::VoteResponse(vote)) = &handled.reply
+            && vote.term_history.last().is_some_and(|entry| entry.lsn > vote.flush_lsn)
+        {
+            return Err(Stop::Broken("a vote shows a term whose WAL is not there"));
+        }
         match (&request, &handled.reply) {
             (ProposerMessage::Elected(_), None) if self.cluster.bounds.network == Network::Exchange => {
                 // The first append follows at once, empty unless there is WAL.

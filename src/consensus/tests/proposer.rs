@@ -428,6 +428,14 @@ fn a_newer_configuration_ends_campaign_and_leader() {
         p.handle(peer, greeting(node, 0));
     }
     assert_eq!(brief(p.handle(A, vote_in(3, 1, true, 0, &[]))), newer);
+    // Votes of another generation must not be mixed, so a greeting ends the campaign as well (rule 20).
+    let mut p = proposer();
+    for (peer, node) in [(A, 1), (B, 2)] {
+        p.connected(peer);
+        p.handle(peer, greeting(node, 0));
+    }
+    p.connected(C);
+    assert_eq!(brief(p.handle(C, greeting_with(3, 0, configuration(3, &[3, 4, 5], None)))), newer);
 }
 
 #[test]
