@@ -11,7 +11,7 @@ use pgproto::{NodeId, TenantTimelineId};
 
 use super::control_copies::ControlCopies;
 use super::disk::{Disk, DiskError, DiskFile, During, RealDisk, read_file, replace_file};
-use super::journal::{Journal, JournalError, JournalLimits, Replay};
+use super::journal::{FIRST_BATCH, Journal, JournalError, JournalLimits, Replay};
 use super::replay::bring_up_to_date;
 use super::segments::TimelineFiles;
 
@@ -149,9 +149,10 @@ impl DataDir {
         let timelines = timelines_in(&*disk, &path)?;
         let files = |ttid| TimelineFiles::new(Arc::clone(&disk), Arc::clone(&path), ttid);
         let highest = highest_batch(&timelines, files)?;
-        // A journal that ends before what a timeline has from it is another one, or an old copy. Damage is told apart: it may
-        // hide its end.
-        let lacks = |batch| replay.is_new || (batch >= replay.next_batch && replay.damage.is_empty());
+        // A journal that ends before what a timeline has from it is another one, or an old copy. Damage is told apart, it may
+        // hide the end; and so is a journal without a single batch, whose last file was about to be used again.
+        let ends_early = |batch| batch >= replay.next_batch && replay.next_batch > FIRST_BATCH;
+        let lacks = |batch| replay.is_new || (ends_early(batch) && replay.damage.is_empty());
         if let Some((ttid, _)) = highest.filter(|(_, batch)| lacks(*batch)) {
             return Err(DataDirError::JournalMissing { journal: journal_dir, ttid });
         }

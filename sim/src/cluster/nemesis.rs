@@ -56,7 +56,8 @@ pub enum End {
     Space(usize),
 }
 
-/// Whether segments of nodes that run are damaged as well. Readers trust what the process has written itself.
+/// Whether segments of nodes that run are damaged as well. What was written since the last checkpoint is given out from the
+/// operating system's memory, unchecked; here that memory is the disk, so bits may flip where they can't in reality.
 const FLIP_RUNNING: bool = false;
 
 /// Whether this is the name of a file of WAL.

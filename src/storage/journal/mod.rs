@@ -111,7 +111,7 @@ use tokio::sync::watch;
 
 pub use open::ReadJournal;
 pub use record::{Behind, CheckpointError, Entry, Record, Step};
-pub use replay::{Damage, Ending, Lost, LostRecord, Replay, Replayed};
+pub use replay::{Damage, Ending, FIRST_BATCH, Lost, LostRecord, Replay, Replayed};
 
 use super::disk::{DiskError, DiskFile};
 

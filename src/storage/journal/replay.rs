@@ -87,7 +87,7 @@ pub struct Replay {
 }
 
 /// Number of the first batch of all.
-pub(super) const FIRST_BATCH: u64 = 1;
+pub const FIRST_BATCH: u64 = 1;
 
 /// Reads files, oldest first.
 #[derive(Debug)]
