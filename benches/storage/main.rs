@@ -43,6 +43,8 @@ const DIRECT_FILE: u64 = 4 << 20;
 ///  bare, twice    one thread, one zero-filled file: write and fdatasync; and O_DIRECT|O_DSYNC in blocks of 4096 bytes.
 ///                 Only beside one timeline
 ///
+/// Before that the safekeeper writes 512 MiB, so that its journal has all its files.
+///
 /// Every timeline has one append waiting at any time. Latency runs from the hand-over to the acknowledgement. The tables
 /// show medians over the rounds. Syncs are the flushes that the device completed, "bytes/byte" the bytes that the device
 /// wrote per byte of WAL acknowledged, including what was written behind the acknowledgement (from the device's counters,
@@ -178,7 +180,12 @@ impl Bench<'_> {
             )?);
         }
         if self.uses(PathKind::Safekeeper) {
-            paths.node = Some(Node::start(&dir("node"), timelines, self.segment_size, self.lanes)?);
+            let mut node = Node::start(&dir("node"), timelines, self.segment_size, self.lanes)?;
+            // A test run has no time for that.
+            if self.options.bench {
+                node.warm_up()?;
+            }
+            paths.node = Some(node);
         }
         let cell = |&size: &usize| CellReport { cell: Cell { timelines, size }, samples: Vec::new() };
         let mut cells: Vec<CellReport> = self.options.sizes.iter().map(cell).collect();

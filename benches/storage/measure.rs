@@ -96,6 +96,11 @@ impl Acks {
         self.bytes += other.bytes;
     }
 
+    /// Bytes acknowledged.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     fn percentile_us(&mut self, percent: usize) -> f64 {
         self.latencies.sort_unstable();
         let index = self.latencies.len().saturating_sub(1) * percent / 100;

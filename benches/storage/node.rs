@@ -22,6 +22,10 @@ use super::wal::{PG_VERSION, SYSTEM_ID, WalStream};
 
 const TERM: Term = Term(1);
 const GENERATION: Generation = Generation(0);
+/// Twice the journal's length: after so many bytes it has all its files and begins to use them again.
+const WARM_UP: u64 = 512 << 20;
+/// Bytes per append meanwhile.
+const WARM_UP_APPEND: usize = 64 << 10;
 /// Where WAL begins, a segment's start for every size of segments.
 pub const START: Lsn = Lsn(1 << 32);
 
@@ -57,6 +61,15 @@ impl Node {
             anyhow::Ok((registry, proposers))
         })?;
         Ok(Self { proposers, _registry: registry, runtime })
+    }
+
+    /// Writes until the journal is as it will be for the rest of the node's life.
+    pub fn warm_up(&mut self) -> Result<()> {
+        let mut bytes = 0;
+        while bytes < WARM_UP {
+            bytes += self.run(WARM_UP_APPEND, Duration::from_millis(50))?.bytes();
+        }
+        Ok(())
     }
 
     /// Every proposer appends `size` bytes, waits until they are acknowledged, and starts again.
