@@ -208,3 +208,24 @@ fn has_overwritten_contrecord(cluster: &Cluster) -> Result<bool> {
     }
     Ok(false)
 }
+
+/// `SEGMENT_MEGABYTES` adds a size, such as the largest, 1024, for which several gigabytes of disk are needed.
+#[test]
+fn segments_of_any_size_are_kept() {
+    let further = std::env::var("SEGMENT_MEGABYTES").ok().and_then(|text| text.parse().ok());
+    for segment_megabytes in [Some(1), Some(64), further].into_iter().flatten() {
+        scenario("segments", |scratch| {
+            let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
+            let options = ClusterOptions { segment_megabytes, ..ClusterOptions::default() };
+            let mut cluster = Cluster::start(scratch, &binaries, &options)?;
+            cluster.primary.pgbench_init(scratch, 1)?;
+            cluster.primary.sql()?.run("SELECT pg_switch_wal(); CREATE TABLE t (id int)")?;
+            for safekeeper in &mut cluster.safekeepers {
+                safekeeper.kill()?;
+                safekeeper.start()?;
+            }
+            cluster.primary.sql()?.run("INSERT INTO t VALUES (1)")?;
+            check_copies(&cluster)
+        });
+    }
+}

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use pgproto::lsn::Lsn;
 
 use crate::http::http_get;
-use crate::postgres::Postgres;
+use crate::postgres::{DEFAULT_SEGMENT_MEGABYTES, Postgres};
 use crate::scratch::Scratch;
 use crate::secs;
 use crate::wait::wait_for;
@@ -32,6 +32,8 @@ pub struct ClusterOptions<'a> {
     pub synchronous: bool,
     /// Further arguments of every safekeeper.
     pub safekeeper_args: &'a [&'a str],
+    /// Size of the primary's WAL segments, in megabytes.
+    pub segment_megabytes: u32,
 }
 
 impl Default for ClusterOptions<'_> {
@@ -42,6 +44,7 @@ impl Default for ClusterOptions<'_> {
             primary_settings: &[("wal_keep_size", "'8GB'")],
             synchronous: true,
             safekeeper_args: &[],
+            segment_megabytes: DEFAULT_SEGMENT_MEGABYTES,
         }
     }
 }
@@ -65,7 +68,7 @@ impl Cluster {
     /// # Errors
     /// When a program doesn't start, or WAL doesn't flow in time.
     pub fn start(scratch: &Scratch, binaries: &Binaries, options: &ClusterOptions) -> Result<Cluster> {
-        let mut primary = Postgres::init(scratch, "primary", options.primary_settings)?;
+        let mut primary = Postgres::init_with(scratch, "primary", options.primary_settings, options.segment_megabytes)?;
         primary.start()?;
         let mut safekeepers = Vec::new();
         for id in 1..=options.safekeepers {

@@ -19,15 +19,15 @@ pub struct ComparedWal {
 }
 
 /// Compares the segments in `dir` with those of the same number in `reference`, from the first one in `dir` up to `end`.
-/// Names may end in `.partial`. Segments have the default size and belong to Postgres timeline 1.
+/// Names may end in `.partial`. Segments have the size of the first file in `dir` and belong to Postgres timeline 1.
 ///
 /// # Errors
 /// When a segment is missing on either side, a byte differs, or there is nothing to compare.
 pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal> {
-    let size = SegmentSize::DEFAULT;
-    let ours = segments_in(dir)?;
-    let theirs = segments_in(reference)?;
-    let Some(first) = ours.keys().next().copied() else { bail!("no WAL segment in {}", dir.display()) };
+    let size = segment_size(dir)?;
+    let ours = segments_in(dir, size)?;
+    let theirs = segments_in(reference, size)?;
+    let first = ours.keys().next().copied().with_context(|| format!("no WAL segment in {}", dir.display()))?;
     let start = SegmentNumber(first).start(size);
     ensure!(start < end, "the first segment starts at {start}, behind the end {end}");
     let last = SegmentNumber::containing(Lsn(end.0.saturating_sub(1)), size).0;
@@ -51,8 +51,19 @@ pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal
     Ok(ComparedWal { start, end, segments: last - first + 1 })
 }
 
+/// Size of the segments in `dir`: all have their full length from the start.
+fn segment_size(dir: &Path) -> Result<SegmentSize> {
+    for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with("00000001") {
+            return Ok(SegmentSize::new(entry.metadata()?.len().try_into()?)?);
+        }
+    }
+    bail!("no WAL segment in {}", dir.display())
+}
+
 /// Segment numbers and paths in `dir`. A complete name goes before `.partial`.
-fn segments_in(dir: &Path) -> Result<BTreeMap<u64, PathBuf>> {
+fn segments_in(dir: &Path, size: SegmentSize) -> Result<BTreeMap<u64, PathBuf>> {
     let mut found = BTreeMap::new();
     let mut partial = BTreeMap::new();
     for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
@@ -62,7 +73,7 @@ fn segments_in(dir: &Path) -> Result<BTreeMap<u64, PathBuf>> {
             Some(stem) => (stem, &mut partial),
             None => (&*name, &mut found),
         };
-        if let Some((1, number)) = SegmentNumber::parse_file_name(name, SegmentSize::DEFAULT) {
+        if let Some((1, number)) = SegmentNumber::parse_file_name(name, size) {
             into.insert(number.0, path.clone());
         }
     }

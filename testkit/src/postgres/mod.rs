@@ -54,17 +54,34 @@ pub struct Postgres {
     daemon: Daemon,
 }
 
+/// Size of a WAL segment unless something else is said.
+pub const DEFAULT_SEGMENT_MEGABYTES: u32 = 16;
+
 impl Postgres {
     /// Runs initdb. The server is not started yet. Authentication is `trust`, the superuser is `postgres`.
     ///
     /// # Errors
     /// When PostgreSQL isn't installed or initdb fails.
     pub fn init(scratch: &Scratch, name: &str, settings: &[(&str, &str)]) -> Result<Postgres> {
+        Self::init_with(scratch, name, settings, DEFAULT_SEGMENT_MEGABYTES)
+    }
+
+    /// Same, with WAL segments of so many megabytes (1 to 1024, a power of two).
+    ///
+    /// # Errors
+    /// The same.
+    pub fn init_with(
+        scratch: &Scratch,
+        name: &str,
+        settings: &[(&str, &str)],
+        segment_megabytes: u32,
+    ) -> Result<Postgres> {
         let programs = Programs::find()?;
         let data = scratch.postgres_dir(name)?.join("data");
         let initdb = Launch::new(programs.path("initdb"))
             .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
             .arg(&data)
+            .arg(format!("--wal-segsize={segment_megabytes}"))
             .account(scratch.account());
         run(&mut initdb.command())?;
         let server = Postgres::assemble(scratch, name, programs, data)?;
