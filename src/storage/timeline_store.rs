@@ -142,14 +142,26 @@ impl TimelineStore {
     }
 
     /// State and WAL as they are durable: what an acceptor has to go on from when it is ahead of a refused write.
+    ///
+    /// # Errors
+    /// When files can't be read, or aren't what they should be. There is nothing to go on from then: a shorter log than was
+    /// acknowledged would be a lie.
     pub async fn reload(&mut self) -> Result<Recovered, StorageError> {
         self.write_behind()?;
+        // What a failed sync left in memory is no longer the truth, though it may be what is read.
+        self.alive()?;
         let noted = self.behind.noted();
         let (control, fault, from) = (noted.control.state.clone(), noted.fault.clone(), noted.record_end);
         drop(noted);
         let scanner = match self.chain.filter(|_| control.local_start_lsn.is_valid()) {
             None => None,
-            Some(chain) => Some(blocking(|| opening::scan(&self.files, &control.server, from, chain.end()))?.scanner),
+            Some(chain) => {
+                let scan = blocking(|| opening::scan(&self.files, &control.server, from, chain.end()))?;
+                if let Some(at) = scan.stopped_at {
+                    return Err(StorageError::Damaged { at, reason: "it is not valid WAL any more".to_owned() });
+                }
+                Some(scan.scanner)
+            }
         };
         Ok(Recovered { control, scanner, fault })
     }

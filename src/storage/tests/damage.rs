@@ -163,3 +163,28 @@ async fn lost_wal_up_to_a_segment_boundary_is_a_fault_too() {
     let fault = fx.restart().await.unwrap().fault.unwrap();
     assert!(fault.reason.contains(&last) && fault.acked_end == end_lsn, "{fault}");
 }
+
+/// A full journal sent the acceptor back to what is durable; with a sync that had failed, that was read as less.
+#[tokio::test]
+async fn going_back_to_what_is_durable_never_finds_less_than_was_acknowledged() {
+    let root = std::path::Path::new("/data");
+    let disk = simdisk::SimDisk::with_dir(root);
+    let data_dir = DataDir::open_on(std::sync::Arc::new(disk.clone()), root, Some(NodeId(1))).unwrap();
+    let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
+    store.init_first_segment(START).await.unwrap();
+    store.persist(&elected(recovered.control, 1, START)).await.unwrap();
+    let mut wal = WalWriter::new(START);
+    wal.record(10_000, 1);
+    store.append(START, &[wal.since(START)]).await.unwrap();
+    assert_eq!(end(store.reload().await.unwrap()), wal.position());
+    // The next thing to be done to the disk is the sync of the segment.
+    disk.fail_at(disk.operations(), std::io::ErrorKind::Other);
+    assert!(store.settle().await.unwrap_err().is_fatal());
+    assert!(matches!(store.reload().await, Err(StorageError::Poisoned(_))));
+
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100_000, 1);
+    fx.append_new().await;
+    std::fs::write(fx.path("000000010000000000000003.partial"), vec![0; SEGMENT_BYTES]).unwrap();
+    assert!(matches!(fx.store().reload().await, Err(StorageError::Damaged { .. })));
+}
