@@ -48,6 +48,18 @@ fn histories_6() {
     run(5 * PART, PART);
 }
 
+/// A failed sync, then a full journal: less was found than had been acknowledged.
+#[test]
+fn history_6602_goes_back_to_all_that_was_acknowledged() {
+    run(6602, 1);
+}
+
+/// A bit that had flipped behind the end of the log was read as padding of a segment that was switched away from.
+#[test]
+fn history_8695_reads_padding_that_has_not_come_as_zeros() {
+    run(8695, 1);
+}
+
 #[test]
 fn the_same_seed_gives_the_same_history() {
     let mut hashes = Vec::new();

@@ -36,7 +36,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use pgproto::walproposer::Configuration;
 use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
@@ -47,7 +47,7 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{Fork, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{Fork, MAX_READ_SIZE, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -224,7 +224,28 @@ impl Timeline {
     }
 
     /// Reads with a reader of this timeline; when it finds damage, the timeline learns of it before the reader does.
+    ///
+    /// Behind a segment switch the rest of the segment counts as there before it has come. Those are zeros; they are not looked
+    /// for in the file, where nobody has written them yet.
     pub async fn read_wal(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
+        let Progress { write_lsn: written, flush_lsn, .. } = self.progress();
+        // Nothing else makes the durable end lie behind what was written.
+        if !written.is_valid() || end <= written || end > flush_lsn {
+            return self.read_written(wal, at, end).await;
+        }
+        let mut bytes = BytesMut::new();
+        if at < written {
+            bytes.extend_from_slice(&self.read_written(wal, at, written).await?);
+        }
+        let reached = Lsn(at.0.saturating_add(bytes.len() as u64));
+        if reached >= written {
+            let padding = usize::try_from(end.saturating_sub(reached)).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
+            bytes.resize(bytes.len() + padding, 0);
+        }
+        Ok(bytes.freeze())
+    }
+
+    async fn read_written(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
         let read = wal.read(at, end).await;
         let damaged_at = match &read {
             Err(ReadError::Damaged { at, .. } | ReadError::ShortSegment { at, .. }) => Some(*at),
