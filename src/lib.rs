@@ -7,10 +7,12 @@
 //! | [`http`] | the management API and `/metrics` |
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
+//! | [`client`] | the client side of the Postgres protocol |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
 //! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
 //! | [`consensus`] | acceptor and proposer as pure state machines |
 
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod consensus;

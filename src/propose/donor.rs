@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::task::AbortHandle;
 
-use super::safekeepers;
+use crate::client::safekeeper;
 use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 
@@ -93,8 +93,8 @@ async fn fetch(
     queue: &mpsc::Sender<Bytes>,
     events: &mpsc::Sender<DonorEvent>,
 ) -> Result<(), String> {
-    let text = |error: super::connection::ConnectError| error.to_string();
-    let mut connection = safekeepers::connect(address, ttid, Some(APPLICATION_NAME)).await.map_err(text)?;
+    let text = |error: crate::client::connection::ConnectError| error.to_string();
+    let mut connection = safekeeper::connect(address, ttid, Some(APPLICATION_NAME)).await.map_err(text)?;
     connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} (term='{term}')")).await.map_err(text)?;
     while at < to {
         let body = match connection.next().await.map_err(|error| error.to_string())? {

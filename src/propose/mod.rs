@@ -19,17 +19,14 @@
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
-//! | [`connection`] | the client side of the Postgres protocol |
 //! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
 pub mod checks;
-pub mod connection;
 mod donor;
 mod driver;
 mod peer;
-mod safekeepers;
 mod standby_names;
 pub mod status;
 pub mod sync;

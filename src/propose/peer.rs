@@ -17,8 +17,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::PrimaryFacts;
-use super::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
-use super::safekeepers;
+use crate::client::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
+use crate::client::safekeeper;
 use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 use crate::retry::Backoff;
@@ -135,7 +135,7 @@ pub(super) async fn run(
 }
 
 async fn connect(address: &HostPort, facts: &PrimaryFacts, may_create: bool) -> Result<Connection, ConnectError> {
-    let mut connection = safekeepers::connect(address, facts.ttid, Some("walproposer")).await?;
+    let mut connection = safekeeper::connect(address, facts.ttid, Some("walproposer")).await?;
     check_timeline(&mut connection, facts.server.system_id, may_create).await?;
     let push = format!("START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}')");
     connection.start_copy(&push).await?;

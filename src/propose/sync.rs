@@ -17,11 +17,12 @@ use pgproto::{Lsn, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
-use super::connection::{ConnectError, Connection};
 use super::driver::{Driver, Ended};
 use super::status::{SafekeeperView, Status};
 use super::upstream::parse_segment_size;
-use super::{PrimaryFacts, STEP_DOWN_PAUSE, derived_ttid, safekeepers};
+use super::{PrimaryFacts, STEP_DOWN_PAUSE, derived_ttid};
+use crate::client::connection::{ConnectError, Connection};
+use crate::client::safekeeper;
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::consensus::state::ServerInfo;
@@ -165,7 +166,7 @@ async fn ask_for_facts(address: &HostPort, ttid: TenantTimelineId) -> Answer {
 }
 
 async fn facts_of(address: &HostPort, ttid: TenantTimelineId) -> Result<Option<ServerInfo>, ConnectError> {
-    let mut connection = safekeepers::connect(address, ttid, Some(APPLICATION_NAME)).await?;
+    let mut connection = safekeeper::connect(address, ttid, Some(APPLICATION_NAME)).await?;
     let size = value(&mut connection, "SHOW wal_segment_size").await?;
     let version = value(&mut connection, "SHOW server_version_num").await?;
     // Not known yet while there is no WAL. A proposer need not know it either.
@@ -209,7 +210,7 @@ async fn only_timeline(addresses: &[HostPort]) -> Result<TenantTimelineId, SyncE
 }
 
 async fn system_id_of(address: &HostPort) -> Result<SystemId, ConnectError> {
-    let mut connection = safekeepers::connect(address, None, Some(APPLICATION_NAME)).await?;
+    let mut connection = safekeeper::connect(address, None, Some(APPLICATION_NAME)).await?;
     let text = value(&mut connection, "IDENTIFY_SYSTEM").await?;
     let unusable = |_| ConnectError::Protocol(format!("system identifier \"{text}\" is not a number"));
     text.parse().map(SystemId).map_err(unusable)

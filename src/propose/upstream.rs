@@ -11,9 +11,9 @@ use pgproto::replication::message::{ServerMessage, StandbyStatus};
 use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, SystemId};
 use tokio_postgres::config::{Host, SslMode};
 
-use super::connection::{ConnectError, Connection, Login};
 use super::throttle::AckThrottle;
 use super::{PrimaryFacts, Settings};
+use crate::client::connection::{ConnectError, Connection, Login};
 use crate::consensus::state::ServerInfo;
 
 /// Role of a connection string without one.

@@ -1,4 +1,4 @@
-//! How a proposer logs in to a safekeeper.
+//! How our own programs log in to a safekeeper.
 
 use pgproto::TenantTimelineId;
 
@@ -6,7 +6,7 @@ use super::connection::{ConnectError, Connection, Login};
 use crate::config::HostPort;
 
 /// Logs in at `address` and names the timeline, if there is a name. Nothing is asked yet.
-pub(super) async fn connect(
+pub(crate) async fn connect(
     address: &HostPort,
     ttid: impl Into<Option<TenantTimelineId>>,
     application_name: Option<&str>,

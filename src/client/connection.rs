@@ -187,7 +187,7 @@ impl Connection {
 
     /// A connection that is past the login.
     #[cfg(test)]
-    pub(super) fn over(socket: impl Socket + 'static) -> Self {
+    pub(crate) fn over(socket: impl Socket + 'static) -> Self {
         let socket: Box<dyn Socket> = Box::new(socket);
         let (socket, writer) = tokio::io::split(socket);
         let reader = ReadHalf { socket, buffer: BytesMut::new() };

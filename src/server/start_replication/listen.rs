@@ -1,0 +1,57 @@
+//! What a reader reports.
+
+use pgproto::DecodeError;
+use pgproto::backend::SqlState;
+use pgproto::frontend::FrontendMessage;
+use pgproto::replication::message::ReaderMessage;
+use tokio::time::Instant;
+
+use super::habits::Habits;
+use super::stream::Stream;
+use crate::metrics;
+use crate::server::interrupt::Interrupt;
+
+impl Stream<'_> {
+    /// Takes in what the reader says. True when it ends the stream.
+    pub(super) fn hear(&mut self, message: FrontendMessage) -> Result<bool, Interrupt> {
+        self.last_heard = Instant::now();
+        self.asked = false;
+        let unexpected = |tag: char| {
+            let text = format!("invalid standby message type \"{tag}\"");
+            Err(Interrupt::fatal(SqlState::PROTOCOL_VIOLATION, text))
+        };
+        let body = match message {
+            FrontendMessage::CopyData(body) => body,
+            FrontendMessage::CopyDone => return Ok(true),
+            FrontendMessage::Terminate => return Err(Interrupt::Gone("terminated by the client".to_owned())),
+            FrontendMessage::CopyFail(_) => return unexpected('f'),
+            FrontendMessage::Query(_) => return unexpected('Q'),
+            FrontendMessage::Sync => return unexpected('S'),
+            FrontendMessage::Password(_) => return unexpected('p'),
+            FrontendMessage::FunctionCall => return unexpected('F'),
+            FrontendMessage::Extended => return unexpected('P'),
+        };
+        match ReaderMessage::decode(body) {
+            Ok(ReaderMessage::Status(status)) => {
+                if status.reply_requested {
+                    self.keepalive = Some(self.keepalive.unwrap_or(false));
+                }
+                self.listed.standby_status(status);
+            }
+            Ok(ReaderMessage::HotStandby(feedback)) => self.listed.hot_standby_feedback(feedback),
+            Ok(ReaderMessage::Pageserver(feedback)) => {
+                if !self.habits.silent {
+                    self.habits = Habits::pageserver(self.habits.limit);
+                }
+                metrics::pageserver_feedback();
+                self.listed.pageserver_feedback(feedback);
+            }
+            Err(DecodeError::UnknownTag { value, .. }) => {
+                let text = format!("unexpected message type {value:#04x} from a reader");
+                return Err(Interrupt::fatal(SqlState::PROTOCOL_VIOLATION, text));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        Ok(false)
+    }
+}
