@@ -49,7 +49,7 @@ fn has_everything_before(scratch: &Scratch, name: &str, segment: &Path) -> Resul
     let stem = segment.file_name().context("a name")?.to_string_lossy().replace(".partial", "");
     let (_, number) = SegmentNumber::parse_file_name(&stem, size).context("a segment's name")?;
     let before = SegmentNumber(number.0.checked_sub(1).context("a segment before")?);
-    let path = scratch.postgres_dir(name)?.join(before.file_name(1, size));
+    let path = scratch.postgres_dir(name)?.join(before.file_name(pgproto::PgTimelineId::FIRST, size));
     std::fs::File::create(&path)?.set_len(size.bytes())?;
     scratch.hand_to_postgres(&path)
 }

@@ -98,7 +98,7 @@ impl WalStream {
         let header = PageHeader {
             magic: magic_of(PG_VERSION).unwrap_or_default(),
             flags: continues | if is_first { LONG_HEADER } else { 0 },
-            timeline: 1,
+            timeline: pgproto::PgTimelineId::FIRST,
             address: self.position,
             remaining: remaining.try_into().unwrap_or(u32::MAX),
             long: is_first.then_some(LongHeader {

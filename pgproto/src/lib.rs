@@ -17,6 +17,7 @@
 //! | [`walproposer`] | proposer and acceptor messages, protocol 2 and 3 |
 //! | [`feedback`] | what page servers and standbys report back |
 //! | [`wal`] | WAL page headers, record boundaries, checksums |
+//! | [`pg_timeline`] | which Postgres timeline wrote which part of the log |
 //! | [`lsn`], [`ids`] | numbers that know what they are |
 
 pub mod backend;
@@ -25,6 +26,7 @@ pub mod frame;
 pub mod frontend;
 pub mod ids;
 pub mod lsn;
+pub mod pg_timeline;
 pub mod read;
 pub mod replication;
 pub mod startup;
@@ -32,5 +34,6 @@ pub mod wal;
 pub mod walproposer;
 
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
-pub use lsn::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize};
+pub use lsn::{Lsn, SegmentNumber, SegmentSize};
+pub use pg_timeline::{Ancestry, PgTimelineId};
 pub use read::DecodeError;

@@ -8,12 +8,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::PgTimelineId;
+
 /// Size of a WAL page (`XLOG_BLCKSZ`) in bytes.
 pub const PAGE_SIZE: u64 = 8192;
-
-/// The Postgres timeline id of all WAL there is here. A promoted standby writes under the next one; following it is not
-/// supported.
-pub const PG_TIMELINE: u32 = 1;
 
 /// A byte position in the WAL; 0 is "invalid".
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -176,20 +174,20 @@ impl SegmentNumber {
     }
 
     /// File name as PostgreSQL builds it: Postgres timeline id, then the number in two parts, 8 hex digits each.
-    pub fn file_name(self, pg_timeline: u32, size: SegmentSize) -> String {
+    pub fn file_name(self, pg_timeline: PgTimelineId, size: SegmentSize) -> String {
         let per_id = size.per_xlog_id();
-        format!("{:08X}{:08X}{:08X}", pg_timeline, self.0 / per_id, self.0 % per_id)
+        format!("{:08X}{:08X}{:08X}", pg_timeline.0, self.0 / per_id, self.0 % per_id)
     }
 
     /// The Postgres timeline id and number of a segment file name, or `None` for any other text.
-    pub fn parse_file_name(name: &str, size: SegmentSize) -> Option<(u32, SegmentNumber)> {
+    pub fn parse_file_name(name: &str, size: SegmentSize) -> Option<(PgTimelineId, SegmentNumber)> {
         let upper_hex = |b: u8| b.is_ascii_digit() || (b'A'..=b'F').contains(&b);
         if name.len() != 24 || !name.bytes().all(upper_hex) {
             return None;
         }
         let part = |range| name.get(range).and_then(|p| u32::from_str_radix(p, 16).ok());
         let (timeline, high, low) = (part(0..8)?, u64::from(part(8..16)?), u64::from(part(16..24)?));
-        (low < size.per_xlog_id()).then(|| (timeline, SegmentNumber(high * size.per_xlog_id() + low)))
+        (low < size.per_xlog_id()).then(|| (PgTimelineId(timeline), SegmentNumber(high * size.per_xlog_id() + low)))
     }
 }
 
@@ -216,12 +214,15 @@ mod tests {
     fn segment_names_follow_postgres() {
         let size = SegmentSize::DEFAULT;
         let segment = SegmentNumber::containing(Lsn(0x1_2300_0000), size);
-        assert_eq!(segment.file_name(1, size), "000000010000000100000023");
-        assert_eq!(SegmentNumber::parse_file_name("000000010000000100000023", size), Some((1, segment)));
+        assert_eq!(segment.file_name(PgTimelineId::FIRST, size), "000000010000000100000023");
+        assert_eq!(
+            SegmentNumber::parse_file_name("000000010000000100000023", size),
+            Some((PgTimelineId::FIRST, segment))
+        );
         assert_eq!(SegmentNumber::parse_file_name("000000010000000100000123", size), None, "low part out of range");
         assert_eq!(SegmentNumber::parse_file_name("00000001000000010000002", size), None);
         let small = SegmentSize::new(1 << 20).unwrap();
-        assert_eq!(SegmentNumber(0x1009).file_name(2, small), "000000020000000100000009");
+        assert_eq!(SegmentNumber(0x1009).file_name(PgTimelineId(2), small), "000000020000000100000009");
     }
 
     #[test]

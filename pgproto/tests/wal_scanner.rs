@@ -235,8 +235,15 @@ impl Writer {
         let long = LongHeader { system_id, segment_size: SEGMENT as u32, page_size: PAGE as u32 };
         let mut out = BytesMut::new();
         let long = is_first.then_some(long);
-        PageHeader { magic: self.magic, flags, timeline: 1, address, remaining: remaining as u32, long }
-            .encode(&mut out);
+        PageHeader {
+            magic: self.magic,
+            flags,
+            timeline: pgproto::PgTimelineId::FIRST,
+            address,
+            remaining: remaining as u32,
+            long,
+        }
+        .encode(&mut out);
         self.wal.extend_from_slice(&out);
     }
 

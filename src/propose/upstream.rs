@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, ErrorFields, SqlState};
 use pgproto::replication::message::{ServerMessage, StandbyStatus};
-use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, SystemId};
+use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 use tokio_postgres::config::{Host, SslMode};
 
 use super::throttle::AckThrottle;
@@ -71,10 +71,10 @@ pub enum UpstreamError {
     SegmentUnfinished(Lsn),
     /// The primary is on another Postgres timeline.
     #[error(
-        "the primary is on Postgres timeline {0}, and this version follows only timeline {PG_TIMELINE}: \
+        "the primary is on Postgres timeline {0}, and this version follows only timeline 1: \
          it was promoted or restored. Nothing was changed"
     )]
-    WrongTimeline(u32),
+    WrongTimeline(PgTimelineId),
     /// Another database cluster answers at this address.
     #[error("the primary has system identifier {got}, not {expected}: this is another database cluster")]
     WrongSystem {
@@ -168,7 +168,8 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
             UpstreamError::PrimaryBehind(start)
         });
     }
-    let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {PG_TIMELINE}", quoted(&settings.slot));
+    let command =
+        format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {}", quoted(&settings.slot), PgTimelineId::FIRST);
     let mut started = connection.start_copy(&command).await;
     if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
         // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
@@ -259,9 +260,9 @@ async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), Upstre
     let field = |index: usize| rows.first().and_then(|row| text(row.get(index)?.as_ref()?));
     let unexpected = || UpstreamError::Unexpected(format!("IDENTIFY_SYSTEM returned {rows:?}"));
     let system_id = field(0).and_then(|t| t.parse().ok()).map(SystemId).ok_or_else(unexpected)?;
-    let timeline: u32 = field(1).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
+    let timeline: PgTimelineId = field(1).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
     let flush_lsn = field(2).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
-    if timeline != PG_TIMELINE {
+    if timeline != PgTimelineId::FIRST {
         return Err(UpstreamError::WrongTimeline(timeline));
     }
     Ok((system_id, flush_lsn))

@@ -1,6 +1,6 @@
 //! `IDENTIFY_SYSTEM`: which cluster this is, and how far its WAL goes.
 
-use pgproto::PG_TIMELINE;
+use pgproto::PgTimelineId;
 use pgproto::backend::{Column, ColumnType, SqlState, encode};
 
 use super::interrupt::Interrupt;
@@ -22,7 +22,7 @@ pub(super) fn run(session: &mut Session) -> Result<(), Interrupt> {
     let kind = if server.pg_version >= 160_000 { ColumnType::Int8 } else { ColumnType::Int4 };
     let columns =
         [Column::text("systemid"), Column { name: "timeline", kind }, Column::text("xlogpos"), Column::text("dbname")];
-    let values = [server.system_id.to_string(), PG_TIMELINE.to_string(), position.to_string()];
+    let values = [server.system_id.to_string(), PgTimelineId::FIRST.to_string(), position.to_string()];
     let [system_id, pg_timeline, position] = values.each_ref().map(|value| Some(value.as_str()));
     let out = session.writer.out();
     encode::row_description(out, &columns);

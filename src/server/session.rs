@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use pgproto::PgTimelineId;
 use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::Command;
@@ -131,8 +132,8 @@ fn kind(command: &Command) -> QueryKind {
 }
 
 /// Only Postgres timeline 1 is served so far, and that has no history file.
-fn no_history(timeline: u32) -> Interrupt {
-    let text = format!("could not open file \"pg_wal/{timeline:08X}.history\": No such file or directory");
+fn no_history(timeline: PgTimelineId) -> Interrupt {
+    let text = format!("could not open file \"pg_wal/{}\": No such file or directory", timeline.history_file_name());
     Interrupt::refused(SqlState::UNDEFINED_FILE, text)
 }
 

@@ -109,7 +109,7 @@ fn check_committed(files: &TimelineFiles, noted: &Noted) -> Result<(), SettleErr
     let last = Lsn(commit_lsn.0.saturating_sub(1));
     let number = SegmentNumber::containing(last, size);
     let missing = || {
-        let name = number.file_name(pgproto::PG_TIMELINE, size);
+        let name = number.file_name(pgproto::PgTimelineId::FIRST, size);
         let text = format!("WAL before the commit LSN {commit_lsn} is missing: segment {name} is absent or too short");
         SettleError::Failed(text.into())
     };

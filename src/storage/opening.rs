@@ -141,7 +141,7 @@ impl Opening<'_> {
     fn check(&self, chain: &Chain, noted: &mut Noted) -> Result<(), SettleError> {
         if let Some(number) = self.first_missing_segment(chain, noted)? {
             let at = number.start(self.size);
-            let name = number.file_name(pgproto::PG_TIMELINE, self.size);
+            let name = number.file_name(pgproto::PgTimelineId::FIRST, self.size);
             self.add_fault(noted, at, chain.end(), format!("segment {name} is missing or too short"));
         } else {
             let history = &noted.control.state.term_history;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize};
+use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize};
 
 use super::blocking;
 use super::chain::{Chain, block_end, block_start};
@@ -247,7 +247,7 @@ impl WalReader {
     }
 
     fn name(&self, number: SegmentNumber) -> String {
-        number.file_name(PG_TIMELINE, self.segment_size)
+        number.file_name(PgTimelineId::FIRST, self.segment_size)
     }
 }
 

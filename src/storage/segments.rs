@@ -13,7 +13,7 @@ use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, TenantTimelineId};
+use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::chain::Chain;
 use super::disk::{Disk, DiskError, DiskFile, During};
@@ -144,7 +144,7 @@ impl TimelineFiles {
 
     /// Path of a segment under its partial or its complete name.
     pub(super) fn segment_path(&self, file: SegmentFile, size: SegmentSize) -> PathBuf {
-        let mut name = file.number.file_name(PG_TIMELINE, size);
+        let mut name = file.number.file_name(PgTimelineId::FIRST, size);
         if file.partial {
             name.push_str(PARTIAL_SUFFIX);
         }
@@ -262,7 +262,7 @@ fn parse_name(name: &str, size: SegmentSize) -> Option<SegmentFile> {
         None => (name, false),
     };
     let (timeline, number) = SegmentNumber::parse_file_name(stem, size)?;
-    (timeline == PG_TIMELINE).then_some(SegmentFile { number, partial })
+    (timeline == PgTimelineId::FIRST).then_some(SegmentFile { number, partial })
 }
 
 /// Offset of `lsn` in its segment file.

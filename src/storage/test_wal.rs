@@ -150,7 +150,7 @@ impl WalWriter {
         let header = PageHeader {
             magic: magic_of(PG_VERSION).unwrap(),
             flags: if remaining > 0 { FIRST_IS_CONTRECORD } else { 0 } | if is_first { LONG_HEADER } else { 0 },
-            timeline: 1,
+            timeline: pgproto::PgTimelineId::FIRST,
             address: self.position,
             remaining: u32::try_from(remaining).unwrap(),
             long: is_first.then_some(LongHeader {

@@ -20,7 +20,7 @@ use super::lexer::{LexError, Lexer, Token};
 use crate::backend::{ErrorFields, SqlState};
 use crate::startup::parse_bool;
 use crate::walproposer::ProtocolVersion;
-use crate::{Lsn, Term};
+use crate::{Lsn, PgTimelineId, Term};
 
 /// What a client asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -30,7 +30,7 @@ pub enum Command {
     /// Value of a setting; the name is folded to lower case unless it was quoted.
     Show(String),
     /// Content of the history file of a Postgres timeline, which isn't 0.
-    TimelineHistory(u32),
+    TimelineHistory(PgTimelineId),
     /// Position of a slot.
     ReadReplicationSlot(String),
     /// Make a physical slot.
@@ -67,7 +67,7 @@ pub struct StartReplication {
     /// First byte wanted.
     pub start: Lsn,
     /// Postgres timeline, which isn't 0; `None` = the current one.
-    pub timeline: Option<u32>,
+    pub timeline: Option<PgTimelineId>,
     /// Neon: stream up to the end of WAL as long as the acceptor is in this term.
     pub term: Option<Term>,
 }
@@ -238,13 +238,13 @@ impl<'a> Parser<'a> {
         }
     }
 
-    fn timeline(&mut self) -> Result<u32, CommandError> {
+    fn timeline(&mut self) -> Result<PgTimelineId, CommandError> {
         let Some(Token::Number(digits)) = self.advance()? else {
             return Err(CommandError::Syntax { expected: "a Postgres timeline id" });
         };
         match digits.parse() {
             Ok(0) => Err(CommandError::InvalidTimeline),
-            Ok(timeline) => Ok(timeline),
+            Ok(timeline) => Ok(PgTimelineId(timeline)),
             Err(_) => Err(CommandError::Syntax { expected: "a Postgres timeline id of 32 bits" }),
         }
     }
@@ -430,7 +430,7 @@ mod tests {
         parses("SHOW WAL_Segment_Size;", Command::Show("wal_segment_size".into()));
         parses("SHOW \"TimeZone\"", Command::Show("TimeZone".into()));
         parses("SHOW sk.timeline_id", Command::Show("sk.timeline_id".into()));
-        parses("TIMELINE_HISTORY 2", Command::TimelineHistory(2));
+        parses("TIMELINE_HISTORY 2", Command::TimelineHistory(PgTimelineId(2)));
         parses("READ_REPLICATION_SLOT Rs_15", Command::ReadReplicationSlot("rs_15".into()));
         parses("DROP_REPLICATION_SLOT \"s1\"", Command::DropReplicationSlot { name: "s1".into(), wait: false });
         parses("DROP_REPLICATION_SLOT s1 WAIT;", Command::DropReplicationSlot { name: "s1".into(), wait: true });
@@ -463,7 +463,7 @@ mod tests {
             "START_REPLICATION SLOT \"rs_15\" PHYSICAL f/ff000000 TIMELINE 2;",
             Command::StartReplication(StartReplication {
                 slot: Some("rs_15".into()),
-                timeline: Some(2),
+                timeline: Some(PgTimelineId(2)),
                 ..start(0xF_FF00_0000)
             }),
         );
@@ -480,7 +480,7 @@ mod tests {
     fn start_replication_of_neon() {
         let with_term = StartReplication { term: Some(Term(5)), ..start(0x1A2_B3C8) };
         parses("START_REPLICATION PHYSICAL 0/1A2B3C8 (term='5')", Command::StartReplication(with_term.clone()));
-        let with_both = StartReplication { timeline: Some(1), ..with_term };
+        let with_both = StartReplication { timeline: Some(PgTimelineId(1)), ..with_term };
         parses(
             "START_REPLICATION PHYSICAL 0/1A2B3C8 (term='5') TIMELINE 1",
             Command::StartReplication(with_both.clone()),

@@ -17,7 +17,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 
 use super::WalError;
 use crate::lsn::{PAGE_SIZE, segment_offset};
-use crate::{Lsn, PG_TIMELINE, SegmentNumber, SegmentSize, SystemId};
+use crate::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
 /// Size of the header of every page but a segment's first.
 pub const SHORT_HEADER_SIZE: usize = 24;
@@ -77,7 +77,7 @@ pub struct PageHeader {
     /// Flags, see the constants of this module.
     pub flags: u16,
     /// Postgres timeline id under which the page was begun.
-    pub timeline: u32,
+    pub timeline: PgTimelineId,
     /// Position of the page.
     pub address: Lsn,
     /// Bytes on this and later pages of the record begun earlier, page headers not counted.
@@ -95,7 +95,7 @@ impl PageHeader {
         let mut header = Self {
             magic: bytes.get_u16_le(),
             flags: bytes.get_u16_le(),
-            timeline: bytes.get_u32_le(),
+            timeline: PgTimelineId(bytes.get_u32_le()),
             address: Lsn(bytes.get_u64_le()),
             remaining: bytes.get_u32_le(),
             long: None,
@@ -118,7 +118,7 @@ impl PageHeader {
     pub fn encode(&self, out: &mut BytesMut) {
         out.put_u16_le(self.magic);
         out.put_u16_le(self.flags);
-        out.put_u32_le(self.timeline);
+        out.put_u32_le(self.timeline.0);
         out.put_u64_le(self.address.0);
         out.put_u32_le(self.remaining);
         out.put_u32_le(0);
@@ -194,7 +194,7 @@ pub fn first_segment_headers(
         let page = PageHeader {
             magic,
             flags: continues | if is_first { LONG_HEADER } else { 0 },
-            timeline: PG_TIMELINE,
+            timeline: PgTimelineId::FIRST,
             address: at,
             remaining: u32::try_from(remaining).unwrap_or_default(),
             long: is_first.then_some(LongHeader {
@@ -242,7 +242,7 @@ mod tests {
         let expected = LongHeader { system_id: SystemId(7), segment_size: 1 << 24, page_size: 8192 };
         assert_eq!((long.flags, long.remaining, long.long), (LONG_HEADER, 0, Some(expected)));
         assert_eq!((short.flags, short.remaining, short.long), (FIRST_IS_CONTRECORD, 0x1D18 - 24, None));
-        assert_eq!((short.magic, short.timeline, short.address), (0xD116, 1, second));
+        assert_eq!((short.magic, short.timeline, short.address), (0xD116, PgTimelineId::FIRST, second));
         for (at, header) in [(first, long), (second, short)] {
             assert_eq!(header.check(at, SIZE, magic_of(170_000)), Ok(()));
         }

@@ -14,7 +14,7 @@ use super::{
 use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
 use crate::read::Reader;
 use crate::{
-    DecodeError, Generation, Lsn, NodeId, PG_TIMELINE, SystemId, TenantId, TenantTimelineId, Term, TimelineId,
+    DecodeError, Generation, Lsn, NodeId, PgTimelineId, SystemId, TenantId, TenantTimelineId, Term, TimelineId,
 };
 
 /// What a proposer announces in its greeting.
@@ -63,7 +63,7 @@ pub(super) fn encode_proposer(message: &ProposerMessage, out: &mut BytesMut) {
             out.put_u64_le(greeting.system_id.0);
             out.put_slice(&greeting.ttid.timeline_id.0);
             out.put_slice(&greeting.ttid.tenant_id.0);
-            out.put_u32_le(PG_TIMELINE);
+            out.put_u32_le(PgTimelineId::FIRST.0);
             out.put_u32_le(greeting.wal_seg_size);
         }
         ProposerMessage::VoteRequest(request) => {

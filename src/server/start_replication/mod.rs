@@ -22,7 +22,7 @@ mod stream;
 
 use pgproto::backend::{SqlState, encode};
 use pgproto::replication::command::StartReplication;
-use pgproto::{Lsn, PG_TIMELINE, SegmentNumber};
+use pgproto::{Lsn, PgTimelineId, SegmentNumber};
 use tokio::time::Instant;
 
 use self::habits::Habits;
@@ -40,7 +40,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         return Err(no_slots());
     }
     let timeline = session.timeline().map_err(|error| error.refusal())?;
-    if let Some(other) = request.timeline.filter(|&asked| asked != PG_TIMELINE) {
+    if let Some(other) = request.timeline.filter(|&asked| asked != PgTimelineId::FIRST) {
         let text = format!("requested timeline {other} is not in this server's history");
         return Err(Interrupt::refused(SqlState::INTERNAL_ERROR, text));
     }
@@ -88,7 +88,7 @@ fn open(timeline: &Timeline, start: Lsn) -> Result<WalReader, Interrupt> {
         return Ok(wal);
     }
     let size = timeline.control_state().server.wal_seg_size;
-    Err(removed(&SegmentNumber::containing(start, size).file_name(PG_TIMELINE, size)))
+    Err(removed(&SegmentNumber::containing(start, size).file_name(PgTimelineId::FIRST, size)))
 }
 
 /// As a stock server says that WAL is not there any more.

@@ -158,7 +158,8 @@ async fn lost_wal_up_to_a_segment_boundary_is_a_fault_too() {
     let end_lsn = fx.append_new().await;
     assert_eq!(end_lsn.0 % SIZE.bytes(), 0);
     fx.store().settle().await.unwrap();
-    let last = pgproto::SegmentNumber::containing(Lsn(end_lsn.0 - 1), SIZE).file_name(1, SIZE);
+    let last =
+        pgproto::SegmentNumber::containing(Lsn(end_lsn.0 - 1), SIZE).file_name(pgproto::PgTimelineId::FIRST, SIZE);
     std::fs::remove_file(fx.path(&last)).unwrap();
     let fault = fx.restart().await.unwrap().fault.unwrap();
     assert!(fault.reason.contains(&last) && fault.acked_end == end_lsn, "{fault}");

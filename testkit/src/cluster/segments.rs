@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
+use pgproto::PgTimelineId;
 use pgproto::lsn::{Lsn, SegmentNumber, SegmentSize};
 
 /// What was compared and found equal.
@@ -32,7 +33,7 @@ pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal
     ensure!(start < end, "the first segment starts at {start}, behind the end {end}");
     let last = SegmentNumber::containing(Lsn(end.0.saturating_sub(1)), size).0;
     for number in first..=last {
-        let name = SegmentNumber(number).file_name(1, size);
+        let name = SegmentNumber(number).file_name(PgTimelineId::FIRST, size);
         let read = |segments: &BTreeMap<u64, PathBuf>, dir: &Path| {
             let path = segments.get(&number).with_context(|| format!("segment {name} is not in {}", dir.display()))?;
             fs::read(path).with_context(|| format!("read {}", path.display()))
@@ -73,7 +74,7 @@ fn segments_in(dir: &Path, size: SegmentSize) -> Result<BTreeMap<u64, PathBuf>> 
             Some(stem) => (stem, &mut partial),
             None => (&*name, &mut found),
         };
-        if let Some((1, number)) = SegmentNumber::parse_file_name(name, size) {
+        if let Some((PgTimelineId::FIRST, number)) = SegmentNumber::parse_file_name(name, size) {
             into.insert(number.0, path.clone());
         }
     }
