@@ -4,6 +4,7 @@
 //! The versions come from scripts/postgres-versions. One that isn't there is left out with a line that says so, and is a
 //! failure where all were asked for (`EVERY_POSTGRES=1`, as in continuous integration).
 
+mod libpq;
 mod receivers;
 mod standbys;
 
