@@ -148,14 +148,14 @@ impl Timeline {
         add(HoldOwner::Peers, progress.peer_horizon_lsn, None, None);
         add(HoldOwner::PageServer, progress.remote_consistent_lsn, None, None);
         if self.slots.is_incomplete() {
-            add(HoldOwner::UnknownSlots, self.oldest_lsn(), None, None);
+            add(HoldOwner::UnknownSlots, self.wal_start(), None, None);
         }
         holds
     }
 
-    /// Where the WAL begins that is there.
-    pub fn oldest_lsn(&self) -> Lsn {
-        self.control.load().local_start_lsn
+    /// Where the WAL begins that is here; 0 before there is any.
+    pub fn wal_start(&self) -> Lsn {
+        self.control.load().local_start_lsn.max(self.oldest_lsn())
     }
 
     /// What became of the WAL that `slot` needs; `None` while it needs none.
@@ -165,7 +165,7 @@ impl Timeline {
         }
         let limit = self.retention.max_slot_wal_keep_size;
         let held = self.progress().commit_lsn.saturating_sub(slot.restart_lsn);
-        Some(match slot.restart_lsn < self.oldest_lsn() {
+        Some(match slot.restart_lsn < self.wal_start() {
             true => WalStatus::Lost,
             false if limit.is_some_and(|limit| held > limit) => WalStatus::Unreserved,
             false => WalStatus::Reserved,
