@@ -95,10 +95,8 @@ impl Acceptor {
         self.check_version(primary.pg_version)?;
         let theirs = primary.ancestry()?;
         let timeline = theirs.current();
-        let (begin, term_start) = (
-            theirs.begin_of(timeline).unwrap_or_default(),
-            history.last().map_or(Lsn::INVALID, |entry| entry.lsn),
-        );
+        let (begin, term_start) =
+            (theirs.begin_of(timeline).unwrap_or_default(), history.last().map_or(Lsn::INVALID, |entry| entry.lsn));
         if begin > term_start {
             return Err(AcceptorError::TimelineBeginsLate { timeline, begin, term_start });
         }

@@ -108,7 +108,9 @@ pub enum AcceptorError {
     #[error("the Postgres timelines of the leader's log are refused: {0}")]
     BadTimelines(#[from] AncestryError),
     /// A leader's own WAL is all of one Postgres timeline.
-    #[error("Postgres timeline {timeline} begins at {begin}, inside of the leader's own WAL, which begins at {term_start}")]
+    #[error(
+        "Postgres timeline {timeline} begins at {begin}, inside of the leader's own WAL, which begins at {term_start}"
+    )]
     TimelineBeginsLate {
         /// The leader's timeline.
         timeline: PgTimelineId,
