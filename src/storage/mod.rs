@@ -49,6 +49,7 @@ mod behind;
 mod chain;
 mod control_copies;
 mod control_file;
+mod control_stock;
 mod data_dir;
 mod disk;
 mod errors;
