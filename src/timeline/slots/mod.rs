@@ -99,7 +99,7 @@ pub struct Temporary {
 }
 
 /// A slot in use on this node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InUse {
     /// The slot.
     pub name: String,
