@@ -23,10 +23,12 @@
 //! |---|---|
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
 //! | `writer` | the single writer |
+//! | [`lag`] | how old the oldest WAL is that a reader lacks |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod lag;
 pub mod push;
 pub mod readers;
 pub mod registry;
@@ -39,7 +41,7 @@ use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use pgproto::walproposer::Configuration;
-use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
@@ -48,6 +50,7 @@ use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
 use crate::storage::{Fork, MAX_READ_SIZE, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use lag::{CommitTimes, Lag};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -143,6 +146,7 @@ pub struct Timeline {
     progress: watch::Sender<Progress>,
     /// Apart from `progress`, so that committed-WAL readers wake only when there is something for them.
     commit_lsn: watch::Sender<Lsn>,
+    commit_times: Mutex<CommitTimes>,
     control: ArcSwap<ControlState>,
     health: ArcSwap<Health>,
     seat: Mutex<Seat>,
@@ -159,11 +163,14 @@ impl Timeline {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
+        let mut commit_times = CommitTimes::default();
+        commit_times.committed(progress.commit_lsn);
         let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
             progress: watch::Sender::new(progress),
             commit_lsn: watch::Sender::new(progress.commit_lsn),
+            commit_times: Mutex::new(commit_times),
             control: ArcSwap::from_pointee(control),
             health: ArcSwap::from_pointee(Health::Sound),
             seat: Mutex::new(Seat::Vacant),
@@ -206,6 +213,24 @@ impl Timeline {
     /// The state as persisted: facts about the server, term history, configuration.
     pub fn control_state(&self) -> Arc<ControlState> {
         self.control.load_full()
+    }
+
+    /// The Postgres timelines of the committed part of the log: what readers are told.
+    ///
+    /// A timeline of which nothing is committed yet may still come to nothing, with the leader that brought it. A standby that
+    /// had followed it would be lost.
+    pub fn ancestry(&self) -> Ancestry {
+        Ancestry::default()
+    }
+
+    /// The content of the history file of a Postgres timeline, byte for byte; `None` without such a file.
+    pub async fn history_file(&self, _timeline: PgTimelineId) -> Result<Option<Bytes>, ReadError> {
+        Ok(None)
+    }
+
+    /// How far a reader is behind that has everything below `position`.
+    pub fn lag(&self, position: Lsn) -> Lag {
+        self.commit_times.lock().lag(position)
     }
 
     /// Whether it can vouch for its log.
@@ -378,7 +403,9 @@ impl Timeline {
             *progress = now;
             changed
         });
-        self.commit_lsn.send_if_modified(advanced);
+        if self.commit_lsn.send_if_modified(advanced) {
+            self.commit_times.lock().committed(now.commit_lsn);
+        }
         self.publish_health(acceptor);
     }
 

@@ -49,7 +49,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
     writer.flush().await?;
     let wal = open(&timeline, request.start)?;
     let _counted = metrics::reader(client.application());
-    let listed = timeline.readers().register(client.id, client.address, client.application_name.clone());
+    let listed = timeline.readers().register(client.id, client.address, client.application_name.clone(), request.start);
     let now = Instant::now();
     let mut stream = Stream {
         timeline: &timeline,
