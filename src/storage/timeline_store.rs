@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
+use pgproto::walproposer::HistoryFile;
 use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
@@ -12,6 +13,7 @@ use super::blocking;
 use super::chain::{Chain, LedgerEntry};
 use super::control_file::ControlFile;
 use super::data_dir::DataDir;
+use super::disk::replace_file;
 use super::errors::{CreateError, OpenError, StorageError};
 use super::forks::{self, ForkHeader};
 use super::journal::{Entry, Journal, Record};
@@ -316,6 +318,17 @@ impl TimelineStore {
         }
         (noted.sequence, noted.control, noted.batch, noted.changed) = (sequence, control, batch, true);
         Ok(())
+    }
+
+    /// Durably keeps history files of Postgres timelines, under their own names.
+    pub async fn store_history(&mut self, files: &[HistoryFile]) -> Result<(), StorageError> {
+        self.alive()?;
+        let dir = self.files.dir();
+        let store = |file: &HistoryFile| {
+            replace_file(self.files.disk(), &dir, &file.timeline.history_file_name(), &file.content)
+        };
+        let stored = blocking(|| files.iter().try_for_each(store));
+        self.remember(stored.map_err(StorageError::Disk))
     }
 
     /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. What was durable is set
