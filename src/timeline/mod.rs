@@ -26,12 +26,18 @@
 //! | [`lag`] | how old the oldest WAL is that a reader lacks |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
+//! | [`slots`] | replication slots, which all members know |
+//! | [`members`] | what the other members said last |
+//! | [`holds`] | who needs which WAL |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod holds;
 pub mod lag;
+pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod slots;
 mod writer;
 
 use std::sync::Arc;
@@ -41,6 +47,7 @@ use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use pgproto::walproposer::Configuration;
+use pgproto::pg_timeline::Branch;
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -49,7 +56,9 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{Fork, MAX_READ_SIZE, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{
+    Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
+};
 use lag::{CommitTimes, Lag};
 use readers::Readers;
 use writer::{Command, Writer};
@@ -219,13 +228,17 @@ impl Timeline {
     ///
     /// A timeline of which nothing is committed yet may still come to nothing, with the leader that brought it. A standby that
     /// had followed it would be lost.
-    pub fn ancestry(&self) -> Ancestry {
-        Ancestry::default()
+    pub fn committed_ancestry(&self) -> Ancestry {
+        // In this order: a new timeline is published before anything of it is committed.
+        let commit_lsn = self.progress().commit_lsn;
+        self.control.load().stock.ancestry.up_to(Lsn(commit_lsn.0.saturating_sub(1)))
     }
 
-    /// The content of the history file of a Postgres timeline, byte for byte; `None` without such a file.
-    pub async fn history_file(&self, _timeline: PgTimelineId) -> Result<Option<Bytes>, ReadError> {
-        Ok(None)
+    /// Where the Postgres timeline `timeline` ended and the next one begins, if something of that one is committed; `None` for
+    /// one that isn't this log's, and for one that goes on.
+    pub fn successor(&self, timeline: PgTimelineId) -> Option<Branch> {
+        let commit_lsn = self.progress().commit_lsn;
+        self.control.load().stock.ancestry.successor(timeline).filter(|next| next.begin < commit_lsn)
     }
 
     /// How far a reader is behind that has everything below `position`.
@@ -293,6 +306,16 @@ impl Timeline {
         })
     }
 
+    /// The history file of a Postgres timeline that the log went through, if there is one.
+    pub fn history_file(&self, timeline: PgTimelineId) -> Result<Option<Bytes>, HistoryError> {
+        self.files.history_file(timeline)
+    }
+
+    /// WAL before this position was removed; 0 when none was.
+    pub fn oldest_lsn(&self) -> Lsn {
+        self.files.oldest_lsn()
+    }
+
     /// Its values for metrics.
     fn sample(&self) -> TimelineSample {
         let progress = self.progress();
@@ -344,6 +367,12 @@ impl Timeline {
     /// Adopts a configuration of a higher generation.
     pub async fn switch_configuration(self: &Arc<Self>, to: Configuration) -> Result<(), TimelineError> {
         self.ask(|reply| Command::SwitchConfiguration { to, reply }).await
+    }
+
+    /// Removes segments that end before `lsn`, some at a time: to be asked again as long as there is more. What a restart or
+    /// the log's end needs stays, and so does everything while the timeline can't vouch for its log.
+    pub async fn remove_wal_before(self: &Arc<Self>, lsn: Lsn) -> Result<Removed, TimelineError> {
+        self.ask(|reply| Command::RemoveBefore { lsn, reply }).await
     }
 
     /// Saves the lazily saved LSNs now.
