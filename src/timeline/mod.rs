@@ -46,8 +46,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
-use pgproto::walproposer::Configuration;
 use pgproto::pg_timeline::Branch;
+use pgproto::walproposer::Configuration;
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -224,19 +224,17 @@ impl Timeline {
         self.control.load_full()
     }
 
-    /// The Postgres timelines of the committed part of the log: what readers are told.
-    ///
-    /// A timeline of which nothing is committed yet may still come to nothing, with the leader that brought it. A standby that
-    /// had followed it would be lost.
-    pub fn committed_ancestry(&self) -> Ancestry {
-        // In this order: a new timeline is published before anything of it is committed.
-        let commit_lsn = self.progress().commit_lsn;
-        self.control.load().stock.ancestry.up_to(Lsn(commit_lsn.0.saturating_sub(1)))
+    /// The Postgres timelines of the log below `end`, a position that was published. Readers are told of those of committed WAL
+    /// only: a timeline of which nothing is committed yet may still come to nothing, with the leader that brought it, and a
+    /// standby that had followed it would be lost.
+    pub fn ancestry_below(&self, end: Lsn) -> Ancestry {
+        self.control.load().stock.ancestry.up_to(Lsn(end.0.saturating_sub(1)))
     }
 
     /// Where the Postgres timeline `timeline` ended and the next one begins, if something of that one is committed; `None` for
     /// one that isn't this log's, and for one that goes on.
     pub fn successor(&self, timeline: PgTimelineId) -> Option<Branch> {
+        // In this order: a new timeline is published before anything of it is committed.
         let commit_lsn = self.progress().commit_lsn;
         self.control.load().stock.ancestry.successor(timeline).filter(|next| next.begin < commit_lsn)
     }

@@ -53,7 +53,8 @@ impl Stream<'_> {
                 let text = format!("unexpected message type {value:#04x} from a reader");
                 return Err(Interrupt::fatal(SqlState::PROTOCOL_VIOLATION, text));
             }
-            Err(error) => return Err(error.into()),
+            // The message around it was whole, so there is a place to go on from.
+            Err(error) => return Err(Interrupt::refused(SqlState::PROTOCOL_VIOLATION, error.to_string())),
         }
         Ok(false)
     }
