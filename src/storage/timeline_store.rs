@@ -308,7 +308,7 @@ impl TimelineStore {
             let noted = self.behind.noted();
             (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() })
         };
-        let batch = self.commit(Record::Control { sequence, state: control.encode().into() }).await?;
+        let batch = self.commit(Record::Control { sequence, state: control.encode_state().into() }).await?;
         metrics::control_file_persisted(started.elapsed());
         self.term = state.term;
         let mut noted = self.behind.noted();
