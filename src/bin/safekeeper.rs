@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::lanes::Lanes;
+use safekeeper::peers::{PeerOptions, Peers};
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::{self, DataDir, DataDirOptions, RealDisk};
@@ -78,9 +79,11 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     );
     let shutdown = CancellationToken::new();
     tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let peers = Peers::new(Arc::clone(&registry), PeerOptions::default(), shutdown.clone());
+    tokio::spawn(Arc::clone(&peers).run());
     let router = http::safekeeper::router(Arc::clone(&registry));
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
-    server::serve(pg, registry, ServerConfig::default(), shutdown.clone()).await;
+    server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
     shutdown.cancel();
     http.await.context("HTTP server")?;
     Ok(())

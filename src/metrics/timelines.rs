@@ -9,6 +9,7 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts};
 
 use super::journal::JournalSample;
+use super::retention::HoldSample;
 use super::{Reading, flag, known_lsn, must, number_value};
 
 /// Whoever knows the timelines of this node.
@@ -21,6 +22,11 @@ pub trait TimelineSource: Send + Sync {
 
     /// The journal they share, as it is now.
     fn journal(&self) -> JournalSample;
+
+    /// Who holds WAL of the timelines that are in use or have slots.
+    fn holds(&self) -> Vec<HoldSample> {
+        Vec::new()
+    }
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
@@ -34,6 +40,10 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 
     fn journal(&self) -> JournalSample {
         (**self).journal()
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        (**self).holds()
     }
 }
 

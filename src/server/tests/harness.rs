@@ -20,6 +20,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::lanes::Lanes;
+use crate::peers::{PeerOptions, Peers};
 use crate::server::{ServerConfig, serve};
 use crate::storage::DataDir;
 use crate::storage::test_wal::{PG_VERSION, SIZE, SYSTEM_ID, WalWriter};
@@ -62,7 +63,8 @@ impl TestServer {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(serve(listener, Arc::clone(&registry), config, shutdown.clone()));
+        let peers = Peers::new(Arc::clone(&registry), PeerOptions::default(), shutdown.clone());
+        let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
         Self { address, registry, shutdown, task, _dir: dir }
     }
 
