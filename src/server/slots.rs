@@ -10,6 +10,7 @@ use std::time::Duration;
 use pgproto::Lsn;
 use pgproto::SegmentNumber;
 use pgproto::backend::{Column, ColumnType, ErrorFields, SqlState, encode};
+use pgproto::replication::BadSlotName;
 use tokio::time::{Instant, timeout};
 
 use super::interrupt::Interrupt;
@@ -17,7 +18,7 @@ use super::session::Session;
 use crate::peers::Unsettled;
 use crate::timeline::Timeline;
 use crate::timeline::holds::WalStatus;
-use crate::timeline::slots::{BadName, MAX_SLOTS, Slot, SlotError, SlotGuard, TakenAway, TemporarySlot};
+use crate::timeline::slots::{MAX_SLOTS, Slot, SlotError, SlotGuard, TakenAway, TemporarySlot};
 
 /// How often a slot is created again when it turns out that others remember a later one, which was dropped.
 const MAX_TRIES: usize = 3;
@@ -147,8 +148,8 @@ pub(super) async fn drop_slot(session: &mut Session, name: &str, wait: bool) -> 
 }
 
 async fn drop_everywhere(session: &Session, timeline: &Arc<Timeline>, name: &str, wait: bool) -> Result<(), Interrupt> {
-    if timeline.slots().temporary().contains_key(name) {
-        timeline.slots().acquire(name, session.client.id)?;
+    if let Some(others) = timeline.slots().temporary().get(name) {
+        return Err(SlotError::InUse { name: name.to_owned(), conn_id: others.conn_id, node: None }.into());
     }
     find(session, timeline, name).await;
     let deadline = Instant::now() + session.house.config.idle_limit;
@@ -222,7 +223,7 @@ pub(super) fn taken_away(name: &str, how: TakenAway) -> Interrupt {
 impl From<SlotError> for Interrupt {
     fn from(error: SlotError) -> Self {
         let code = match &error {
-            SlotError::BadName { reason: BadName::TooLong, .. } => SqlState::NAME_TOO_LONG,
+            SlotError::BadName { reason: BadSlotName::TooLong, .. } => SqlState::NAME_TOO_LONG,
             SlotError::BadName { .. } => SqlState::INVALID_NAME,
             SlotError::Exists(_) => SqlState::DUPLICATE_OBJECT,
             SlotError::Unknown(_) => SqlState::UNDEFINED_OBJECT,
@@ -232,7 +233,7 @@ impl From<SlotError> for Interrupt {
         };
         let fields = ErrorFields::error(code, error.to_string());
         Interrupt::Refused(match error {
-            SlotError::BadName { reason: BadName::Character, .. } => fields.with_hint(
+            SlotError::BadName { reason: BadSlotName::Character, .. } => fields.with_hint(
                 "Replication slot names may only contain lower case letters, numbers, and the underscore character.",
             ),
             SlotError::InUse { node: Some(node), .. } => {
