@@ -7,3 +7,4 @@ mod health;
 mod push;
 mod readers;
 mod replay;
+mod slots;
