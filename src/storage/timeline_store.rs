@@ -13,7 +13,6 @@ use super::blocking;
 use super::chain::{Chain, LedgerEntry};
 use super::control_file::ControlFile;
 use super::data_dir::DataDir;
-use super::disk::replace_file;
 use super::errors::{CreateError, OpenError, StorageError};
 use super::forks::{self, ForkHeader};
 use super::journal::{Entry, Journal, Record};
@@ -320,17 +319,6 @@ impl TimelineStore {
         Ok(())
     }
 
-    /// Durably keeps history files of Postgres timelines, under their own names.
-    pub async fn store_history(&mut self, files: &[HistoryFile]) -> Result<(), StorageError> {
-        self.alive()?;
-        let dir = self.files.dir();
-        let store = |file: &HistoryFile| {
-            replace_file(self.files.disk(), &dir, &file.timeline.history_file_name(), &file.content)
-        };
-        let stored = blocking(|| files.iter().try_for_each(store));
-        self.remember(stored.map_err(StorageError::Disk))
-    }
-
     /// Durably drops all WAL from `end` on, a record boundary not beyond the last whole record. What was durable is set
     /// aside first.
     pub async fn truncate(&mut self, end: Lsn) -> Result<(), StorageError> {
@@ -477,6 +465,15 @@ impl TimelineStore {
         self.ledger = Some(ledger);
         self.files.trust_from(&Chain::new(base));
         Ok(chain)
+    }
+
+    /// Stores history files of Postgres timelines, durably, in place of others of the same name. Before the state that
+    /// names these timelines.
+    pub async fn store_history(&mut self, files: &[HistoryFile]) -> Result<(), StorageError> {
+        self.write_behind()?;
+        self.alive()?;
+        let stored = blocking(|| self.files.store_history(files));
+        self.remember(stored)
     }
 
     /// Closes the files, to cost next to nothing while the timeline is idle. The next call opens them again.
