@@ -14,14 +14,12 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use pgproto::PgTimelineId;
 use pgproto::pg_timeline::parse_history;
+use pgproto::walproposer::{HistoryFile, MAX_HISTORY_FILE};
 
 use super::blocking;
 use super::disk::{DiskError, During, read_file};
 use super::errors::StorageError;
 use super::segments::TimelineFiles;
-
-/// Longest history file, in bytes: enough for 1,000 promotions.
-pub const MAX_HISTORY_FILE: usize = 64 * 1024;
 
 /// Why a history file that is there is not given out.
 #[derive(Debug, thiserror::Error)]
@@ -82,14 +80,11 @@ impl TimelineFiles {
     ///
     /// # Errors
     /// A full disk leaves everything as it was, and is waited out.
-    pub(super) fn store_history(&self, files: &[(PgTimelineId, Bytes)]) -> Result<(), StorageError> {
-        files.iter().try_for_each(|(timeline, content)| self.store_one(*timeline, content))
+    pub(super) fn store_history(&self, files: &[HistoryFile]) -> Result<(), StorageError> {
+        files.iter().try_for_each(|file| self.store_one(file.timeline, &file.content))
     }
 
     fn store_one(&self, timeline: PgTimelineId, content: &Bytes) -> Result<(), StorageError> {
-        if content.len() > MAX_HISTORY_FILE {
-            return Err(StorageError::HistoryTooLong { timeline, length: content.len() });
-        }
         let path = self.history_path(timeline);
         // One that can't be read is written again.
         if read_file(self.disk(), &path, MAX_HISTORY_FILE + 1).is_ok_and(|known| known == *content) {

@@ -89,7 +89,7 @@ pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
-pub use history_files::{HistoryError, MAX_HISTORY_FILE};
+pub use history_files::HistoryError;
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};

@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
-use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTimelineId, Term};
+use pgproto::walproposer::HistoryFile;
+use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
 use super::blocking;
@@ -468,7 +469,7 @@ impl TimelineStore {
 
     /// Stores history files of Postgres timelines, durably, in place of others of the same name. Before the state that
     /// names these timelines.
-    pub async fn store_history(&mut self, files: &[(PgTimelineId, Bytes)]) -> Result<(), StorageError> {
+    pub async fn store_history(&mut self, files: &[HistoryFile]) -> Result<(), StorageError> {
         self.write_behind()?;
         self.alive()?;
         let stored = blocking(|| self.files.store_history(files));

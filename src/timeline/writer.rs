@@ -378,6 +378,7 @@ impl Task {
                     self.writer.write_out().await?;
                     self.writer.store.truncate(end).await?;
                 }
+                Action::StoreHistory(files) => self.writer.store.store_history(&files).await?,
                 Action::Reply(message) => reply = Some(message),
             }
         }
