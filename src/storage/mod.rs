@@ -56,6 +56,7 @@ mod history_files;
 mod import;
 pub mod journal;
 mod ledger;
+mod naming;
 mod opening;
 mod reader;
 mod removal;
