@@ -48,6 +48,7 @@ mod behind;
 mod chain;
 mod control_copies;
 mod control_file;
+mod control_stock;
 mod data_dir;
 mod disk;
 mod errors;

@@ -139,7 +139,7 @@ impl Replay<'_> {
         if sequence != self.noted.sequence + 1 {
             self.fault(end, Lsn::INVALID, "a change of the timeline's state is missing in the journal");
         }
-        match ControlFile::decode(state) {
+        match ControlFile::decode_state(state) {
             Ok(control) => {
                 self.noted.control = control;
                 self.noted.sequence = sequence;

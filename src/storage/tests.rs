@@ -93,6 +93,17 @@ fn end(recovered: Recovered) -> Lsn {
 }
 
 #[tokio::test]
+async fn what_a_stock_server_needs_is_found_again_from_the_journal_and_from_the_control_copies() {
+    let mut fx = Fixture::started_at(START).await;
+    let mut state = fx.control.clone();
+    state.stock.server_version = "15.18".to_owned();
+    fx.store().persist(&state).await.unwrap();
+    assert_eq!(fx.restart().await.unwrap().control.stock, state.stock);
+    fx.store().settle().await.unwrap();
+    assert_eq!(fx.restart().await.unwrap().control.stock, state.stock);
+}
+
+#[tokio::test]
 async fn wal_becomes_segments_and_is_found_again() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(700_000, 1).record(10, 2).record(1_500_000, 3);

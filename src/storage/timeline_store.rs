@@ -309,7 +309,7 @@ impl TimelineStore {
             let renamed = noted.control.state.stock.ancestry != state.stock.ancestry;
             (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() }, renamed)
         };
-        let batch = self.commit(Record::Control { sequence, state: control.encode().into() }).await?;
+        let batch = self.commit(Record::Control { sequence, state: control.encode_state().into() }).await?;
         metrics::control_file_persisted(started.elapsed());
         if renamed {
             // Before a checkpoint can say so.

@@ -25,11 +25,17 @@
 //! | `writer` | the single writer |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
+//! | [`slots`] | replication slots, which all members know |
+//! | [`members`] | what the other members said last |
+//! | [`holds`] | who needs which WAL |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod holds;
+pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod slots;
 mod writer;
 
 use std::sync::Arc;

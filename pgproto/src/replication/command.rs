@@ -10,6 +10,8 @@
 //! START_REPLICATION [SLOT name] [PHYSICAL] X/X [TIMELINE tli] [ ( term = 'N' ) ]
 //! START_WAL_PUSH [ ( proto_version 'N', allow_timeline_creation 'bool', stock '1' ) ]
 //! TIMELINE_STATUS
+//! TIMELINE_MEMBERS
+//! PEER_EXCHANGE 'json'
 //! SET datestyle TO ...                        (in any case; for drivers that insist on it)
 //! ```
 //!
@@ -55,6 +57,10 @@ pub enum Command {
     StartWalPush(StartWalPush),
     /// Positions of a timeline (Neon).
     TimelineStatus,
+    /// Who keeps the timeline (ours; the answer is JSON).
+    TimelineMembers,
+    /// One safekeeper tells another what it knows (ours; JSON both ways).
+    PeerExchange(String),
     /// Sent by psycopg2 on connect.
     SetDatestyle,
 }
@@ -164,6 +170,8 @@ impl Command {
         match keyword.as_str() {
             "IDENTIFY_SYSTEM" => operands()?.end(Command::IdentifySystem),
             "TIMELINE_STATUS" => operands()?.end(Command::TimelineStatus),
+            "TIMELINE_MEMBERS" => operands()?.end(Command::TimelineMembers),
+            "PEER_EXCHANGE" => operands()?.peer_exchange(),
             "SHOW" => operands()?.show(),
             "TIMELINE_HISTORY" => operands()?.timeline_history(),
             "READ_REPLICATION_SLOT" => operands()?.read_slot(),
@@ -290,6 +298,13 @@ impl<'a> Parser<'a> {
     fn timeline_history(mut self) -> Result<Command, CommandError> {
         let timeline = self.timeline()?;
         self.end(Command::TimelineHistory(timeline))
+    }
+
+    fn peer_exchange(mut self) -> Result<Command, CommandError> {
+        match self.advance()? {
+            Some(Token::Text(json)) => self.end(Command::PeerExchange(json)),
+            _ => Err(CommandError::Syntax { expected: "quoted JSON" }),
+        }
     }
 
     fn read_slot(mut self) -> Result<Command, CommandError> {

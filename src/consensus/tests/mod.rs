@@ -3,3 +3,4 @@
 mod acceptor;
 mod membership;
 mod proposer;
+mod timelines;
