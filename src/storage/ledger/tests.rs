@@ -110,7 +110,7 @@ fn wal(blocks: usize, seed: u8) -> Vec<u8> {
 fn entries_are_found_again_where_they_were_written() {
     let mut fx = Fixture::new();
     fx.reopen().unwrap();
-    assert_eq!(fx.ledger.base(), BASE);
+    assert_eq!(fx.ledger.first(), BASE);
     for entry in &fx.entries {
         assert_eq!(fx.ledger.read(entry.start), EntryState::Good(*entry));
         assert_eq!(
