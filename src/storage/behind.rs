@@ -225,7 +225,7 @@ impl WrittenBehind {
             copies.control.sync(writing, Which::Second)?;
             copies.control.end();
         } else {
-            together.touched.sync(&self.files)?;
+            together.touched.sync(&self.files, together.copy.control.state.server.wal_seg_size)?;
             if let Some(ledger) = self.write_entries(&together)? {
                 ledger.sync()?;
             }

@@ -77,7 +77,9 @@ pub(super) fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Timeli
         SettleError::Disk(source) | SettleError::Full(source) => OpenError::Disk { ttid, source },
         other => OpenError::NotUpToDate { ttid, reason: other.to_string().into() },
     };
-    forks::remove_leftovers(&files).map_err(|source| OpenError::Disk { ttid, source })?;
+    let of_disk = |source| OpenError::Disk { ttid, source };
+    forks::remove_leftovers(&files).map_err(of_disk)?;
+    files.settle_names(&control.state.stock.ancestry, &[], control.state.server.wal_seg_size).map_err(of_disk)?;
     let mut noted = Noted::of(loaded.copy);
     if !noted.control.state.local_start_lsn.is_valid() {
         // A first segment was laid out for a leader that was never accepted.
@@ -141,7 +143,7 @@ impl Opening<'_> {
     fn check(&self, chain: &Chain, noted: &mut Noted) -> Result<(), SettleError> {
         if let Some(number) = self.first_missing_segment(chain, noted)? {
             let at = number.start(self.size);
-            let name = number.file_name(pgproto::PgTimelineId::FIRST, self.size);
+            let name = self.files.segment_name(number, self.size);
             self.add_fault(noted, at, chain.end(), format!("segment {name} is missing or too short"));
         } else {
             let history = &noted.control.state.term_history;

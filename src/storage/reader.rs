@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize};
+use pgproto::{Lsn, SegmentNumber, SegmentSize};
 
 use super::blocking;
 use super::chain::{Chain, block_end, block_start};
 use super::disk::{DiskError, DiskFile, During};
 use super::ledger::{Ledger, LedgerError, RebuildError, Verdict};
-use super::segments::{SegmentFile, TimelineFiles, offset};
+use super::segments::{TimelineFiles, offset};
 use crate::consensus::history::TermHistory;
 use crate::consensus::state::ControlState;
 use crate::metrics;
@@ -153,8 +153,8 @@ impl WalReader {
         let number = SegmentNumber::containing(at, self.segment_size);
         let file = self.segment(number)?;
         let mut wal = BytesMut::zeroed(wanted);
-        let path = || self.files.segment_path(SegmentFile { number, partial: false }, self.segment_size);
-        let count = file.read_at(&mut wal, offset(at, self.segment_size)).during("read", &path())?;
+        let read = file.read_at(&mut wal, offset(at, self.segment_size));
+        let count = read.during_at("read", || self.files.present_path(number, self.segment_size))?;
         if count < wanted {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
@@ -247,7 +247,7 @@ impl WalReader {
     }
 
     fn name(&self, number: SegmentNumber) -> String {
-        number.file_name(PgTimelineId::FIRST, self.segment_size)
+        self.files.segment_name(number, self.segment_size)
     }
 }
 

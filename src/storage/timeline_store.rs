@@ -304,12 +304,18 @@ impl TimelineStore {
         self.write_behind()?;
         self.alive()?;
         let started = Instant::now();
-        let (sequence, control) = {
+        let (sequence, control, renamed) = {
             let noted = self.behind.noted();
-            (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() })
+            let renamed = noted.control.state.stock.ancestry != state.stock.ancestry;
+            (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() }, renamed)
         };
         let batch = self.commit(Record::Control { sequence, state: control.encode_state().into() }).await?;
         metrics::control_file_persisted(started.elapsed());
+        if renamed {
+            // Before a checkpoint can say so.
+            let renamed = blocking(|| self.files.rename_to(&state.stock.ancestry, self.size));
+            self.remember(renamed.map_err(StorageError::from))?;
+        }
         self.term = state.term;
         let mut noted = self.behind.noted();
         if noted.chain.is_some() {
