@@ -78,7 +78,7 @@ impl TimelineFiles {
 
     /// A timeline with an empty directory on a simulated disk.
     #[cfg(test)]
-    pub(super) fn simulated() -> (super::simdisk::SimDisk, Self) {
+    pub(crate) fn simulated() -> (super::simdisk::SimDisk, Self) {
         let root = Path::new("/data");
         let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
         let dir = root.join(ttid.tenant_id.to_string()).join(ttid.timeline_id.to_string());
