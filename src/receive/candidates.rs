@@ -29,7 +29,7 @@
 
 use std::time::{Duration, Instant};
 
-use pgproto::{Lsn, PgTimelineId};
+use pgproto::{Lsn, NodeId, PgTimelineId};
 
 use crate::config::HostPort;
 use crate::retry::Backoff;
@@ -93,13 +93,22 @@ impl Reason {
 }
 
 /// What a node told of itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Told {
     /// End of its committed WAL; 0 if it has none.
     pub commit_lsn: Lsn,
     /// Its newest Postgres timeline.
     pub timeline: PgTimelineId,
-    /// Its availability zone, if it says.
+}
+
+/// A node as a member names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// Its id, if that is known. Tells that two addresses are of one node.
+    pub node_id: Option<NodeId>,
+    /// Where it listens.
+    pub address: HostPort,
+    /// Its availability zone, if it has one.
     pub zone: Option<String>,
 }
 
@@ -108,6 +117,8 @@ pub struct Told {
 pub struct Candidate {
     address: HostPort,
     configured: bool,
+    node_id: Option<NodeId>,
+    zone: Option<String>,
     /// When another node last named it.
     named_at: Instant,
     /// When it last told something; at first, when it became a candidate.
@@ -123,8 +134,13 @@ impl Candidate {
     }
 
     /// What it last told, unless that is too old to be believed.
-    pub fn told(&self) -> Option<&Told> {
-        self.told.as_ref()
+    pub fn told(&self) -> Option<Told> {
+        self.told
+    }
+
+    /// Its availability zone, if that is known.
+    pub fn zone(&self) -> Option<&str> {
+        self.zone.as_deref()
     }
 
     /// When it may be used again; `None` means at once.
@@ -133,11 +149,7 @@ impl Candidate {
     }
 
     fn commit_lsn(&self) -> Lsn {
-        self.told.as_ref().map_or(Lsn::INVALID, |told| told.commit_lsn)
-    }
-
-    fn zone(&self) -> Option<&str> {
-        self.told.as_ref().and_then(|told| told.zone.as_deref())
+        self.told.map_or(Lsn::INVALID, |told| told.commit_lsn)
     }
 
     fn rested(&self, now: Instant) -> bool {
@@ -200,16 +212,22 @@ impl Candidates {
     pub fn new(configured: impl IntoIterator<Item = HostPort>, zone: Option<String>, now: Instant) -> Self {
         let mut candidates = Self { zone, timeline: PgTimelineId::FIRST, known: Vec::new(), link: None };
         for address in configured {
-            candidates.add(address, true, now);
+            candidates.add(Member { node_id: None, address, zone: None }, true, now);
         }
         candidates
     }
 
-    fn add(&mut self, address: HostPort, configured: bool, now: Instant) {
+    fn add(&mut self, member: Member, configured: bool, now: Instant) {
+        let Member { node_id, address, zone } = member;
         if self.known.len() < MAX_CANDIDATES && self.known.iter().all(|known| known.address != address) {
+            let (named_at, heard_at) = (now, now);
             let backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
-            self.known.push(Candidate { address, configured, named_at: now, heard_at: now, told: None, backoff });
+            self.known.push(Candidate { address, configured, node_id, zone, named_at, heard_at, told: None, backoff });
         }
+    }
+
+    fn find(&mut self, address: &HostPort) -> Option<&mut Candidate> {
+        self.known.iter_mut().find(|known| known.address == *address)
     }
 
     /// The candidates, in the order of the configuration.
@@ -227,19 +245,33 @@ impl Candidates {
         self.timeline = timeline;
     }
 
+    /// The node at `address` said who it is. Others with its id are its other addresses.
+    pub fn introduced(&mut self, address: &HostPort, node_id: Option<NodeId>, zone: Option<String>) {
+        let Some(candidate) = self.find(address) else { return };
+        (candidate.node_id, candidate.zone) = (node_id, zone);
+        let current = self.current().cloned();
+        let alias = |known: &Candidate| {
+            node_id.is_some() && known.node_id == node_id && known.address != *address && !known.configured
+        };
+        self.known.retain(|known| !alias(known) || current.as_ref() == Some(&known.address));
+    }
+
     /// A node named these as members. Those that nobody names any more, and that don't answer, are forgotten.
-    pub fn named(&mut self, members: impl IntoIterator<Item = HostPort>, now: Instant) {
-        for address in members {
-            match self.known.iter_mut().find(|known| known.address == address) {
-                Some(known) => known.named_at = now,
-                None => self.add(address, false, now),
+    pub fn named(&mut self, members: impl IntoIterator<Item = Member>, now: Instant) {
+        for member in members {
+            let same = |known: &&mut Candidate| {
+                known.address == member.address || (member.node_id.is_some() && known.node_id == member.node_id)
+            };
+            match self.known.iter_mut().find(same) {
+                Some(known) => (known.named_at, known.zone) = (now, member.zone.or(known.zone.take())),
+                None => self.add(member, false, now),
             }
         }
     }
 
     /// A node told how it is.
     pub fn told(&mut self, address: &HostPort, told: Told, now: Instant) {
-        let Some(candidate) = self.known.iter_mut().find(|known| known.address == *address) else { return };
+        let Some(candidate) = self.find(address) else { return };
         if now.saturating_duration_since(candidate.heard_at) > LAGGING_TIMEOUT {
             candidate.backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
         }
@@ -330,8 +362,7 @@ impl Candidates {
         link.commit_lsn = Some(commit_lsn);
         if let Some(known) = self.known.iter_mut().find(|known| known.address == link.address) {
             known.heard_at = now;
-            let zone = known.told.take().and_then(|told| told.zone);
-            known.told = Some(Told { commit_lsn, timeline: self.timeline, zone });
+            known.told = Some(Told { commit_lsn, timeline: self.timeline });
         }
     }
 
@@ -379,7 +410,7 @@ impl Candidates {
     fn best(&self, now: Instant) -> Option<&Candidate> {
         let others = || self.known.iter().filter(|known| self.current() != Some(&known.address));
         let has_wal = |known: &Candidate| {
-            known.told.as_ref().is_some_and(|told| told.commit_lsn.is_valid() && told.timeline >= self.timeline)
+            known.told.is_some_and(|told| told.commit_lsn.is_valid() && told.timeline >= self.timeline)
         };
         let nobody_told = self.link.is_none() && self.known.iter().all(|known| known.told.is_none());
         if nobody_told {

@@ -12,12 +12,29 @@
 //! * The nodes hear what the sink reports, as a hot standby or as a page server does ([`Feedback`]).
 //! * Memory is bounded, whatever the nodes send and however slow the sink is.
 //!
+//! ```text
+//!   probe (one per other node) --answers--> receiver <--events-- stream (the node that is followed)
+//!                                            |  |  ----reports--->
+//!                            candidates: which?  +--> scanner: is it right? --> sink
+//! ```
+//!
 //! | File | What is in it |
 //! |---|---|
 //! | [`candidates`] | which node to follow, and when to leave it |
+//! | [`receiver`] | chooses, connects, checks what comes and hands it to the sink |
+//! | `stream` | the connection to the node that is followed |
+//! | `probe` | asks the other nodes how far they are |
+//! | [`node`] | how to log in at a node, and what can be wrong with one |
 //! | [`sink`] | what takes the WAL |
+//! | [`status`] | what is shown to operators |
 
 pub mod candidates;
+pub mod node;
+mod probe;
+pub mod receiver;
 pub mod sink;
+pub mod status;
+mod stream;
 
+pub use receiver::{ReceiveError, Settings, Start, run};
 pub use sink::{Feedback, Origin, Position, Sink, SinkError};

@@ -15,11 +15,11 @@ fn node(name: &str) -> HostPort {
 }
 
 fn told(commit_lsn: u64) -> Told {
-    Told { commit_lsn: Lsn(commit_lsn), timeline: ONE, zone: None }
+    Told { commit_lsn: Lsn(commit_lsn), timeline: ONE }
 }
 
-fn in_zone(zone: &str, commit_lsn: u64) -> Told {
-    Told { zone: Some(zone.to_owned()), ..told(commit_lsn) }
+fn member(name: &str, id: u64, zone: Option<&str>) -> Member {
+    Member { node_id: Some(NodeId(id)), address: node(name), zone: zone.map(str::to_owned) }
 }
 
 /// Nodes a, b and c, and a clock.
@@ -54,6 +54,11 @@ impl Story {
 
     fn told(&mut self, name: &str, told: Told) -> &mut Self {
         self.candidates.told(&node(name), told, self.now);
+        self
+    }
+
+    fn in_zone(&mut self, name: &str, zone: &str) -> &mut Self {
+        self.candidates.introduced(&node(name), None, Some(zone.to_owned()));
         self
     }
 
@@ -95,9 +100,9 @@ fn the_node_with_the_most_committed_wal_is_best_and_among_equals_our_zone_then_t
     let mut story = Story::new(Some("z"));
     story.told("a", told(100)).told("b", told(300)).told("c", told(200));
     story.chooses("b", Reason::NoExistingConnection);
-    story.told("c", in_zone("z", 300)).told("a", told(300));
+    story.told("c", told(300)).in_zone("c", "z").told("a", told(300));
     story.chooses("c", Reason::NoExistingConnection);
-    story.told("c", in_zone("y", 300));
+    story.in_zone("c", "y");
     story.chooses("a", Reason::NoExistingConnection);
 }
 
@@ -139,12 +144,12 @@ fn a_node_that_has_not_yet_said_how_far_it_is_is_not_far_behind() {
 #[test]
 fn a_node_of_our_zone_is_preferred_once_it_has_as_much() {
     let mut story = Story::following_a(Some("z"));
-    story.told("b", in_zone("z", 999)).stays();
-    story.told("c", in_zone("y", 2000)).stays();
-    story.told("c", told(1)).told("b", in_zone("z", 1000)).chooses("b", Reason::SwitchAvailabilityZone);
-    story.told("a", in_zone("z", 1000)).stays();
+    story.told("b", told(999)).in_zone("b", "z").stays();
+    story.told("c", told(2000)).in_zone("c", "y").stays();
+    story.told("c", told(1)).told("b", told(1000)).chooses("b", Reason::SwitchAvailabilityZone);
+    story.in_zone("a", "z").stays();
     let mut without_zone = Story::following_a(None);
-    without_zone.told("b", in_zone("z", 1000)).stays();
+    without_zone.told("b", told(1000)).in_zone("b", "z").stays();
 }
 
 #[test]
@@ -243,15 +248,28 @@ fn a_sign_of_life_after_a_long_silence_makes_a_node_as_good_as_new() {
 #[test]
 fn members_come_and_go_and_are_no_more_than_the_limit() {
     let mut story = Story::new(None);
-    story.candidates.named(["b", "d"].map(node), story.now);
-    assert_eq!(story.candidates.all().len(), 4);
-    story.candidates.named((0..1000).map(|i| node(&format!("n{i}"))), story.now);
+    let names =
+        |story: &Story| -> Vec<_> { story.candidates.all().iter().map(|known| known.address().host.clone()).collect() };
+    story.candidates.named([member("b", 2, None), member("d", 4, Some("z"))], story.now);
+    assert_eq!(names(&story), ["a", "b", "c", "d"]);
+    story.candidates.named((0..1000).map(|i| member(&format!("n{i}"), 100 + i, None)), story.now);
     assert_eq!(story.candidates.all().len(), MAX_CANDIDATES);
     story.after(LAGGING_TIMEOUT);
-    story.candidates.named([node("d")], story.now);
+    story.candidates.named([member("d", 4, None)], story.now);
     story.after(SECOND).told("a", told(10)).choice();
+    assert_eq!(names(&story), ["a", "b", "c", "d"], "configured, or lately named");
+    assert_eq!(story.candidates.all()[3].zone(), Some("z"));
+}
+
+#[test]
+fn a_node_with_two_addresses_is_one_candidate() {
+    let mut story = Story::new(None);
+    story.candidates.named([member("10.0.0.1", 1, Some("z")), member("10.0.0.4", 4, None)], story.now);
+    assert_eq!(story.candidates.all().len(), 5);
+    story.candidates.introduced(&node("a"), Some(NodeId(1)), Some("z".to_owned()));
+    story.candidates.named([member("10.0.0.1", 1, Some("z"))], story.now);
     let names: Vec<_> = story.candidates.all().iter().map(|known| known.address().host.as_str()).collect();
-    assert_eq!(names, ["a", "b", "c", "d"], "configured, or lately named");
+    assert_eq!(names, ["a", "b", "c", "10.0.0.4"]);
 }
 
 /// A situation, in ages and positions around the limits.
@@ -327,19 +345,18 @@ impl Situation {
         let mut candidates = Candidates::new(addresses, zone, now);
         candidates.timeline = PgTimelineId(self.timeline);
         for (known, other) in candidates.known.iter_mut().zip(&self.others) {
-            let zone = other.zone.map(str::to_owned);
+            known.zone = other.zone.map(str::to_owned);
             let (commit_lsn, timeline) = (Lsn(other.commit_lsn), PgTimelineId(other.timeline));
-            known.told = Some(Told { commit_lsn, timeline, zone });
+            known.told = Some(Told { commit_lsn, timeline });
             known.heard_at = now.checked_sub(other.told_ago).unwrap();
             if other.cooling {
                 known.backoff.failed(now);
             }
         }
         let Some(present) = &self.link else { return candidates };
-        candidates.add(node("present"), true, now);
+        candidates.add(member("present", 9, present.zone), true, now);
         if present.told {
-            let zone = present.zone.map(str::to_owned);
-            candidates.told(&node("present"), Told { zone, ..told(present.received) }, now);
+            candidates.told(&node("present"), told(present.received), now);
         }
         candidates.link = Some(Link {
             address: node("present"),
@@ -376,8 +393,7 @@ impl Situation {
         let mute_attempt = !present.connected && !present.told && present.started_ago > ATTEMPT_GRACE;
         let known = present.connected && present.commit_lsn.is_some();
         let lagging = known && best.commit_lsn >= committed + MAX_LAG;
-        let present_zone = present.zone.filter(|_| present.told);
-        let zone = known && ours(best) && present_zone != self.zone && best.commit_lsn >= committed;
+        let zone = known && ours(best) && present.zone != self.zone && best.commit_lsn >= committed;
         let claims = present.received < committed;
         let waited = match present.discovered.filter(|(lsn, _)| *lsn > committed) {
             _ if claims => present.wal_ago,
