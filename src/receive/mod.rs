@@ -15,7 +15,11 @@
 //! | File | What is in it |
 //! |---|---|
 //! | [`sink`] | what takes the WAL |
+//! | [`sinks`] | a directory, standard output |
+//! | [`verify`] | whether a directory is one unbroken chain |
 
 pub mod sink;
+pub mod sinks;
+pub mod verify;
 
 pub use sink::{Feedback, Origin, Position, Sink, SinkError};
