@@ -8,6 +8,7 @@
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
 //! | [`receive`] | follows a log across safekeepers into a directory, a stream or an embedder |
+//! | [`peers`] | what safekeepers tell each other |
 //! | [`client`] | the client side of the Postgres protocol |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
 //! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
@@ -21,6 +22,7 @@ pub mod daemon;
 pub mod http;
 pub mod lanes;
 pub mod metrics;
+pub mod peers;
 pub mod propose;
 pub mod receive;
 pub mod retry;
