@@ -26,15 +26,19 @@
 //! | `probe` | asks the other nodes how far they are |
 //! | [`node`] | how to log in at a node, and what can be wrong with one |
 //! | [`sink`] | what takes the WAL |
+//! | [`sinks`] | a directory, standard output |
 //! | [`status`] | what is shown to operators |
+//! | [`verify`] | whether a directory is one unbroken chain |
 
 pub mod candidates;
 pub mod node;
 mod probe;
 pub mod receiver;
 pub mod sink;
+pub mod sinks;
 pub mod status;
 mod stream;
+pub mod verify;
 
 pub use receiver::{ReceiveError, Settings, Start, run};
 pub use sink::{Feedback, Origin, Position, Sink, SinkError};
