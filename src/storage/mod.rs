@@ -104,7 +104,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a
 /// current-thread runtime (tests and simulations) and outside of one it simply runs.
-fn blocking<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn blocking<R>(work: impl FnOnce() -> R) -> R {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),
