@@ -15,6 +15,7 @@ mod retention;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
+pub mod walreceiver;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -66,6 +67,14 @@ impl Exposition {
         let mut exposition = Self::process("walproposer");
         walproposer::collectors().into_iter().for_each(|collector| exposition.add(collector));
         exposition.add(Box::new(walproposer::ProposerCollector::new(proposer)));
+        exposition
+    }
+
+    /// What a walreceiver exposes; `receiver` is asked at every scrape.
+    pub fn walreceiver(receiver: impl walreceiver::ReceiverSource + 'static) -> Self {
+        let mut exposition = Self::process("walreceiver");
+        walreceiver::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(walreceiver::ReceiverCollector::new(receiver)));
         exposition
     }
 

@@ -58,6 +58,7 @@ mod history_files;
 mod import;
 pub mod journal;
 mod ledger;
+mod naming;
 mod opening;
 mod reader;
 mod removal;
@@ -92,7 +93,7 @@ pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
-pub use history_files::{HistoryError, MAX_HISTORY_FILE};
+pub use history_files::HistoryError;
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
@@ -103,7 +104,7 @@ use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a
 /// current-thread runtime (tests and simulations) and outside of one it simply runs.
-fn blocking<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn blocking<R>(work: impl FnOnce() -> R) -> R {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),

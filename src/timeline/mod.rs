@@ -321,7 +321,7 @@ impl Timeline {
         self.files.history_file(timeline)
     }
 
-    /// WAL before this position was removed; 0 when none was.
+    /// Where the WAL on disk begins: what is before was removed, or never here. 0 while there is none.
     pub fn oldest_lsn(&self) -> Lsn {
         self.files.oldest_lsn()
     }
