@@ -40,7 +40,7 @@ const VERSION: u32 = 2;
 /// Without `first` and its seed.
 const FIRST_VERSION: u32 = 1;
 const FIRST_HEADER_LEN: usize = 60;
-const HEADER_LEN: usize = 72;
+const HEADER_LEN: usize = 68;
 const CRC_LEN: usize = 4;
 const HEADER_PLACES: [u64; 2] = [0, 2048];
 /// The header's page; entries begin behind it, and the file grows in such steps.
@@ -522,7 +522,6 @@ impl Header {
         out.put_slice(&self.ttid.timeline_id.0);
         out.put_u64_le(self.base.0);
         out.put_u64_le(self.first.0);
-        out.put_u32_le(0);
         out.put_u32_le(crc32c::crc32c(&out));
         out
     }
