@@ -47,7 +47,7 @@ const HEADER_PLACES: [u64; 2] = [0, 2048];
 const PAGE: u64 = 4096;
 const ZEROS: &[u8] = &[0; BLOCK_LEN];
 /// Entries of removed WAL are given back to the disk from so many bytes on: of 2 GiB of WAL.
-const WORTH_TRIMMING: u64 = if cfg!(test) { 0 } else { 1 << 20 };
+const WORTH_TRIMMING: u64 = if cfg!(test) { ENTRY_LEN as u64 } else { 1 << 20 };
 /// Most lost entries in a row that are rebuilt together (1 GiB of WAL): more isn't a lost sector but a lost file.
 const MAX_REBUILD: usize = 16 * 1024;
 
@@ -222,7 +222,7 @@ impl Ledger {
         let mut state = self.state.write();
         let Some(kept) = state.header.place(state.header.first) else { return Ok(()) };
         let (unused, used) = (kept.saturating_sub(PAGE), state.len.saturating_sub(kept));
-        if unused < used.max(WORTH_TRIMMING).max(1) {
+        if unused < used.max(WORTH_TRIMMING) {
             return Ok(());
         }
         let header = Header { base: state.header.first, ..state.header };

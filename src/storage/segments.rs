@@ -78,7 +78,7 @@ impl TimelineFiles {
 
     /// A timeline with an empty directory on a simulated disk.
     #[cfg(test)]
-    pub(super) fn simulated() -> (super::simdisk::SimDisk, Self) {
+    pub(crate) fn simulated() -> (super::simdisk::SimDisk, Self) {
         let dir = Self::on(&super::simdisk::SimDisk::default()).dir();
         let disk = super::simdisk::SimDisk::with_dir(&dir);
         (disk.clone(), Self::on(&disk))
