@@ -158,6 +158,12 @@ impl Readers {
         self.table.lock().aggregate
     }
 
+    /// Whether a page server is connected that has reported.
+    pub fn has_pageserver(&self) -> bool {
+        let table = self.table.lock();
+        table.readers.values().any(|reader| matches!(reader.feedback, Some(ReaderFeedback::Pageserver(_))))
+    }
+
     /// What all page servers connected have in remote storage; 0 when none has reported. Each serves its own part of the
     /// data, so only what the last of them has counts.
     pub fn remote_consistent_lsn(&self) -> Lsn {
