@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod commands;
+mod feedback;
 mod harness;
 mod health;
 mod pg_timelines;
