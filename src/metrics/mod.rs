@@ -15,6 +15,7 @@ mod readers;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
+pub mod walreceiver;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -27,8 +28,8 @@ pub use journal::JournalSample;
 pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
 pub use safekeeper::{
     Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
-    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader,
-    receiver, storage_operation, wal_flushed, wal_written,
+    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, peer_exchange,
+    query, reader, receiver, slots_file_damaged, storage_operation, wal_flushed, wal_written,
 };
 pub use timelines::{PageserverSample, TimelineHealth, TimelineSample, TimelineSource};
 
@@ -64,6 +65,14 @@ impl Exposition {
         let mut exposition = Self::process("walproposer");
         walproposer::collectors().into_iter().for_each(|collector| exposition.add(collector));
         exposition.add(Box::new(walproposer::ProposerCollector::new(proposer)));
+        exposition
+    }
+
+    /// What a walreceiver exposes; `receiver` is asked at every scrape.
+    pub fn walreceiver(receiver: impl walreceiver::ReceiverSource + 'static) -> Self {
+        let mut exposition = Self::process("walreceiver");
+        walreceiver::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(walreceiver::ReceiverCollector::new(receiver)));
         exposition
     }
 

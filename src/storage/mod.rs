@@ -14,6 +14,7 @@
 //! <tenant>/<timeline>/
 //!     safekeeper.control[.copy]       durable state and checkpoint                                control_copies
 //!     safekeeper.control.ledger       a checksum for every 64 KiB of WAL                          ledger, chain
+//!     safekeeper.control.slots                        replication slots                           slots_file
 //!     safekeeper.control.fork.N       WAL that a leader cut off                                   forks
 //!     000000010000000000000003        full segment                                                segments
 //!     000000010000000000000004.partial    segment being written, full length, zeros behind the WAL
@@ -64,6 +65,7 @@ mod removal;
 mod replay;
 mod segment_writer;
 mod segments;
+mod slots_file;
 mod timeline_store;
 
 #[cfg(test)]
@@ -95,13 +97,14 @@ pub use history_files::HistoryError;
 pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
+pub use slots_file::SlotsFileError;
 pub use timeline_store::{Recovered, TimelineStore, Verified, verify};
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a
 /// current-thread runtime (tests and simulations) and outside of one it simply runs.
-fn blocking<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn blocking<R>(work: impl FnOnce() -> R) -> R {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),

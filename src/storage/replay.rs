@@ -205,7 +205,7 @@ impl Replay<'_> {
             self.fault(end, Lsn::INVALID, "the ledger of block checksums is missing");
             return Ok(());
         };
-        let start = block_start(end).max(ledger.base());
+        let start = block_start(end).max(ledger.first());
         let chain = ledger.seed_of(end).and_then(|seed| Chain::from_parts(end, start, seed, value));
         let Some(chain) = chain else {
             self.fault(end, Lsn::INVALID, "the ledger of block checksums is damaged where the log was cut");

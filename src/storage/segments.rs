@@ -50,7 +50,7 @@ struct Shared {
     ledger: Mutex<Weak<Ledger>>,
     /// Which Postgres timeline names which segment. Segments are renamed under the lock.
     ancestry: RwLock<Arc<Ancestry>>,
-    /// WAL before this position was removed; 0 while nothing is known of it.
+    /// Where WAL on disk begins; 0 while there is none, or while it isn't known.
     oldest: AtomicU64,
 }
 
@@ -78,7 +78,7 @@ impl TimelineFiles {
 
     /// A timeline with an empty directory on a simulated disk.
     #[cfg(test)]
-    pub(super) fn simulated() -> (super::simdisk::SimDisk, Self) {
+    pub(crate) fn simulated() -> (super::simdisk::SimDisk, Self) {
         let root = Path::new("/data");
         let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
         let dir = root.join(ttid.tenant_id.to_string()).join(ttid.timeline_id.to_string());
@@ -121,9 +121,15 @@ impl TimelineFiles {
         self.shared.ancestry.write()
     }
 
-    /// Where the WAL on disk begins, as far as some was removed; 0 when none was.
+    /// Where the WAL on disk begins, with the start of a segment: what is before was removed, or never here. 0 while there is
+    /// no WAL. Costs nothing to ask.
     pub fn oldest_lsn(&self) -> Lsn {
         Lsn(self.shared.oldest.load(Ordering::Acquire))
+    }
+
+    /// Says so, before anything older is touched.
+    pub(super) fn set_oldest_lsn(&self, oldest: Lsn) {
+        self.shared.oldest.store(oldest.0, Ordering::Release);
     }
 
     /// Number of truncations so far. A file opened before the number changed may have been replaced since.

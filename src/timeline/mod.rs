@@ -60,8 +60,11 @@ use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, Timel
 use crate::storage::{
     Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
 };
+use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
+use members::Members;
 use readers::{Positions, ReaderStatus, Readers};
+use slots::Slots;
 use writer::{Command, Writer};
 
 /// Commands waiting for the writer. Full means back-pressure: the connection that sends stops being read.
@@ -162,6 +165,9 @@ pub struct Timeline {
     seat: Mutex<Seat>,
     readers: Readers,
     push_sessions: push::PushSessions,
+    slots: Slots,
+    members: Members,
+    retention: RetentionPolicy,
     written_bytes: AtomicU64,
     files: TimelineFiles,
     lane: Lane,
@@ -169,12 +175,13 @@ pub struct Timeline {
 
 impl Timeline {
     /// Puts acceptor and store together; the writer starts parked, and will work on `lane`.
-    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane) -> Arc<Self> {
+    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane, retention: RetentionPolicy) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
         let mut commit_times = CommitTimes::default();
         commit_times.committed(progress.commit_lsn);
+        let slots = Slots::load(files.clone(), acceptor.node_id());
         let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
@@ -186,6 +193,9 @@ impl Timeline {
             seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
             push_sessions: push::PushSessions::default(),
+            slots,
+            members: Members::default(),
+            retention,
             written_bytes: AtomicU64::new(0),
             files,
             lane,
@@ -310,7 +320,7 @@ impl Timeline {
         self.files.history_file(timeline)
     }
 
-    /// WAL before this position was removed; 0 when none was.
+    /// Where the WAL on disk begins: what is before was removed, or never here. 0 while there is none.
     pub fn oldest_lsn(&self) -> Lsn {
         self.files.oldest_lsn()
     }
@@ -356,6 +366,21 @@ impl Timeline {
     /// Who reads here.
     pub fn readers(&self) -> &Readers {
         &self.readers
+    }
+
+    /// Its replication slots.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// What the other nodes that keep it said of it.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// What its WAL is kept for.
+    pub fn retention(&self) -> RetentionPolicy {
+        self.retention
     }
 
     /// Proposers connected at the moment.
