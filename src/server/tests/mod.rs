@@ -9,3 +9,4 @@ mod pg_timelines;
 mod push;
 mod readers;
 mod replay;
+mod replies;
