@@ -25,9 +25,9 @@ use prometheus::{
 
 pub use journal::JournalSample;
 pub use safekeeper::{
-    Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, acceptor_message,
-    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader,
-    receiver, storage_operation, wal_flushed, wal_written,
+    Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
+    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, peer_exchange,
+    query, reader, receiver, slots_file_damaged, storage_operation, wal_flushed, wal_written,
 };
 pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
 
