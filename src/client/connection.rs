@@ -279,6 +279,11 @@ impl Connection {
 
     async fn rows_of(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         self.send_query(text).await?;
+        self.rows(text).await
+    }
+
+    /// The rows of a command, up to its end.
+    async fn rows(&mut self, command: &str) -> Result<Vec<Row>, ConnectError> {
         let mut rows = Vec::new();
         let mut failure = None;
         loop {
@@ -290,7 +295,9 @@ impl Connection {
                 | BackendMessage::CommandComplete(_)
                 | BackendMessage::NoticeResponse(_)
                 | BackendMessage::ParameterStatus { .. } => {}
-                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+                // Left of a COPY that is ending.
+                BackendMessage::CopyData(_) | BackendMessage::CopyDone => {}
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {command}"))),
             }
         }
     }
@@ -311,6 +318,16 @@ impl Connection {
             }
         };
         timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    /// Ends COPY, whichever side wants it, and returns the rows that the command ends with. WAL still under way is dropped.
+    pub async fn end_copy(&mut self) -> Result<Vec<Row>, ConnectError> {
+        let end = async {
+            frontend::copy_done(&mut self.outgoing);
+            self.writer.write_all_buf(&mut self.outgoing).await?;
+            self.rows("the end of COPY").await
+        };
+        timeout(CONNECT_LIMIT, end).await.map_err(|_| ConnectError::TimedOut)?
     }
 
     async fn send_query(&mut self, text: &str) -> Result<(), ConnectError> {

@@ -127,6 +127,7 @@ impl Driver {
             server: facts.server,
             configuration: Default::default(),
             initial_start: facts.initial_start,
+            stock: None,
         };
         let (peer_events, peers_inbox) = mpsc::channel(256);
         let (donor_events, donors_inbox) = mpsc::channel(64);
