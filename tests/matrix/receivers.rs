@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use testkit::{Clients, Cluster, ReceiveWal, Scratch, Signal, compare_wal, leave_out, secs};
 
-use crate::slots::{create_slot, drop_slot, slot_position, wait_slot};
+use crate::slots::{create_slot, drop_slot, slot_command, slot_position, wait_gone, wait_slot};
 use crate::{commit_step, for_each_version, wait_identical};
 
 /// The versions of `pg_receivewal` under test.
@@ -55,7 +55,7 @@ fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Clu
     let major = cluster.primary.programs().major();
     for clients in RECEIVERS.into_iter().filter(|receiver| *receiver >= major).filter_map(Clients::of) {
         let slot = format!("receiver_{}", clients.major());
-        create_slot(scratch, &clients, cluster.safekeeper(0)?, &slot)?;
+        create_slot(cluster, 0, &slot)?;
         let reserved = slot_position(cluster.safekeeper(1)?, &slot)?.context("a position, as WAL is reserved")?;
         // What is written before it connects for the first time.
         commit_step(&cluster.primary, &slot)?;
@@ -82,6 +82,19 @@ fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Clu
         let status = receiver.daemon().stop(Signal::INT, secs(30))?;
         ensure!(status.success(), "{} ended with {status}", receiver.daemon().name());
         drop_slot(scratch, &clients, cluster.safekeeper(1)?, &slot)?;
+        wait_gone(cluster, &slot)?;
+
+        // Its own way to make a slot reserves nothing: it has no position before it is used.
+        let (on, again) = ("--create-slot", "--if-not-exists");
+        slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on])?;
+        ensure!(slot_position(cluster.safekeeper(1)?, &slot)?.is_none(), "a position before it is used");
+        let exists =
+            slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on]).err().context("made twice")?;
+        ensure!(format!("{exists:#}").contains("already exists"), "{exists:#}");
+        slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on, again])?;
+        receiver.daemon().start()?;
+        wait_identical(cluster, &mut receiver)?;
+        wait_slot(cluster, &slot, finished)?;
     }
     Ok(())
 }

@@ -33,9 +33,13 @@ pub fn wait_slot(cluster: &Cluster, name: &str, lsn: Lsn) -> Result<()> {
     Ok(())
 }
 
-/// `pg_receivewal --create-slot` on one node; the others know it soon.
-pub fn create_slot(scratch: &Scratch, clients: &Clients, on: &Safekeeper, name: &str) -> Result<()> {
-    slot_command(scratch, clients, on, name, &["--create-slot", "--if-not-exists"])
+/// Makes a slot that keeps WAL from now on, by a command to one node, in the spelling of versions before 15 or from then on. Waits
+/// until all know it.
+pub fn create_slot(cluster: &Cluster, on: usize, name: &str) -> Result<()> {
+    let reserve = if cluster.primary.programs().major() < 15 { "RESERVE_WAL" } else { "(RESERVE_WAL true)" };
+    let node = cluster.safekeepers.get(on).context("a node")?;
+    Sql::connect(&node.conninfo("slots"))?.run(&format!("CREATE_REPLICATION_SLOT \"{name}\" PHYSICAL {reserve}"))?;
+    wait_slot(cluster, name, Lsn(1))
 }
 
 /// `pg_receivewal --drop-slot` on one node.
@@ -43,7 +47,8 @@ pub fn drop_slot(scratch: &Scratch, clients: &Clients, on: &Safekeeper, name: &s
     slot_command(scratch, clients, on, name, &["--drop-slot"])
 }
 
-fn slot_command(scratch: &Scratch, clients: &Clients, on: &Safekeeper, name: &str, args: &[&str]) -> Result<()> {
+/// `pg_receivewal` with arguments that concern a slot, run to its end.
+pub fn slot_command(scratch: &Scratch, clients: &Clients, on: &Safekeeper, name: &str, args: &[&str]) -> Result<()> {
     let launch =
         Launch::new(clients.path("pg_receivewal")).args(["-d", &on.conninfo("slots"), "--slot", name]).args(args);
     run_within(scratch, "pg_receivewal-slots", launch, secs(60)).map(drop)
@@ -53,10 +58,7 @@ for_each_version!(a_standby_keeps_its_slot_while_it_hops_between_nodes);
 
 fn a_standby_keeps_its_slot_while_it_hops_between_nodes(scratch: &Scratch, cluster: &mut Cluster) -> Result<()> {
     let clients = cluster.primary.programs().clients().clone();
-    create_slot(scratch, &clients, cluster.safekeeper(0)?, "standby")?;
-    for safekeeper in &cluster.safekeepers {
-        slot_position(safekeeper, "standby")?.context("a position from the start, as WAL is reserved")?;
-    }
+    create_slot(cluster, 0, "standby")?;
     let settings = [("primary_slot_name", "'standby'"), ("wal_receiver_status_interval", "'1s'")];
     let mut standby = standby(scratch, cluster, "standby", &settings)?;
     step(cluster, &[&standby], "streaming")?;
@@ -91,23 +93,22 @@ fn a_standby_keeps_its_slot_while_it_hops_between_nodes(scratch: &Scratch, clust
         Ok(())
     })?;
     // It goes on when it has one again, on whatever node.
-    create_slot(scratch, &clients, cluster.safekeeper(2)?, "standby")?;
+    create_slot(cluster, 2, "standby")?;
     see_step(cluster, &standby, "without its slot")
 }
 
 /// Waits until no node knows the slot.
-fn wait_gone(cluster: &Cluster, name: &str) -> Result<()> {
-    for safekeeper in &cluster.safekeepers {
-        wait_for(
-            secs(60),
-            &format!("slot {name} to be gone on safekeeper {}", safekeeper.id()),
-            || match slot_position(safekeeper, name) {
-                Err(error) if error.to_string().starts_with("no slot") => Ok(()),
-                other => Err(anyhow!("{other:?}")),
-            },
-        )?;
-    }
-    Ok(())
+pub fn wait_gone(cluster: &Cluster, name: &str) -> Result<()> {
+    cluster.safekeepers.iter().try_for_each(|safekeeper| wait_gone_on(safekeeper, name))
+}
+
+fn wait_gone_on(safekeeper: &Safekeeper, name: &str) -> Result<()> {
+    wait_for(secs(60), &format!("slot {name} to be gone on safekeeper {}", safekeeper.id()), || {
+        match slot_position(safekeeper, name) {
+            Err(error) if error.to_string().starts_with("no slot") => Ok(()),
+            other => Err(anyhow!("{other:?}")),
+        }
+    })
 }
 
 for_each_version!(a_standby_with_a_temporary_slot);
@@ -127,15 +128,15 @@ fn a_standby_with_a_temporary_slot(scratch: &Scratch, cluster: &mut Cluster) -> 
             Ok(())
         })?;
         if round == 0 {
-            // It ends with its node; on the next one the standby makes another.
+            // It ends with its node; on the next one the standby makes another, perhaps of the same name.
             cluster.safekeeper(source)?.kill()?;
             step(cluster, &[&standby], "its node is away")?;
-            source_of(cluster, &standby)?;
+            ensure!(source_of(cluster, &standby)? != source, "it reads from the node that was killed");
             cluster.safekeeper(source)?.start()?;
         } else {
             standby.stop(StopMode::Fast)?;
         }
-        wait_gone(cluster, &name)?;
+        wait_gone_on(cluster.safekeeper(source)?, &name)?;
     }
     Ok(())
 }
