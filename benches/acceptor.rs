@@ -54,6 +54,7 @@ fn elected_message() -> ProposerMessage {
         term: Term(TERMS),
         start_streaming_at: START,
         term_history: (1..=TERMS).map(entry).collect(),
+        stock: None,
     })
 }
 

@@ -65,6 +65,26 @@ need_postgres() { have_postgres || install_packages "PostgreSQL (server and clie
 
 need_prometheus() { have_prometheus || install_packages "Prometheus" prometheus; }
 
+need_npm() {
+    if ! command -v npm >/dev/null || ! command -v node >/dev/null; then
+        install_packages "npm" nodejs npm
+    fi
+}
+
+need_pip() { python3 -m pip --version >/dev/null 2>&1 || install_packages "pip" python3 python3-pip; }
+
+# Where scripts/postgres-versions puts what it gets. The tests look at the same place (testkit/src/programs.rs). Root's must be one
+# that the account reaches which the servers run under.
+postgres_versions_dir() {
+    if [ -n "${POSTGRES_VERSIONS_DIR:-}" ]; then
+        echo "$POSTGRES_VERSIONS_DIR"
+    elif [ "$(id -u)" -eq 0 ]; then
+        echo /var/cache/safekeeper/postgres
+    else
+        echo "$HOME/.cache/safekeeper/postgres"
+    fi
+}
+
 need_rust() {
     if ! command -v cargo >/dev/null; then
         # Installed by rustup, but not on the path of this shell.

@@ -7,6 +7,8 @@
 //! | [`http`] | the management API and `/metrics` |
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
+//! | [`receive`] | follows a log across safekeepers into a directory, a stream or an embedder |
+//! | [`peers`] | what safekeepers tell each other |
 //! | [`client`] | the client side of the Postgres protocol |
 //! | `timeline` | one replicated log: its single writer, readers, registry |
 //! | [`storage`] | WAL and control file on disk, over one `Disk` seam |
@@ -20,7 +22,9 @@ pub mod daemon;
 pub mod http;
 pub mod lanes;
 pub mod metrics;
+pub mod peers;
 pub mod propose;
+pub mod receive;
 pub mod retry;
 pub mod server;
 pub mod storage;

@@ -111,6 +111,7 @@ impl Proposer {
             term: TERM,
             start_streaming_at: START,
             term_history: vec![TermLsn { term: TERM, lsn: START }],
+            stock: None,
         };
         session.handle(ProposerMessage::Elected(elected)).await?;
         let acks = session.acks();

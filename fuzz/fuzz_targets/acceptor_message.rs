@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 use pgproto::walproposer::{AcceptorMessage, ProtocolVersion};
 
 fuzz_target!(|data: &[u8]| {
-    for version in [ProtocolVersion::V2, ProtocolVersion::V3] {
+    for version in [ProtocolVersion::V2, ProtocolVersion::V3, ProtocolVersion::V3Stock] {
         let Ok(message) = AcceptorMessage::decode(Bytes::copy_from_slice(data), version) else { continue };
         let mut out = BytesMut::new();
         message.encode(version, &mut out);

@@ -14,16 +14,18 @@
 //! | [`backend`] | what a server sends: authentication, rows, errors, COPY |
 //! | [`frontend`] | what a client sends: queries, COPY, terminate |
 //! | [`replication`] | replication commands and the messages inside COPY BOTH |
-//! | [`walproposer`] | proposer and acceptor messages, protocol 2 and 3 |
+//! | [`walproposer`] | proposer and acceptor messages, protocol 2 and 3, and the extension for stock PostgreSQL |
 //! | [`feedback`] | what page servers and standbys report back |
 //! | [`wal`] | WAL page headers, record boundaries, checksums |
 //! | [`pg_timeline`] | which Postgres timeline wrote which part of the log |
+//! | [`host_port`] | network addresses |
 //! | [`lsn`], [`ids`] | numbers that know what they are |
 
 pub mod backend;
 pub mod feedback;
 pub mod frame;
 pub mod frontend;
+pub mod host_port;
 pub mod ids;
 pub mod lsn;
 pub mod pg_timeline;
@@ -33,6 +35,7 @@ pub mod startup;
 pub mod wal;
 pub mod walproposer;
 
+pub use host_port::HostPort;
 pub use ids::{Generation, NodeId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 pub use lsn::{Lsn, SegmentNumber, SegmentSize};
 pub use pg_timeline::{Ancestry, PgTimelineId};

@@ -157,6 +157,7 @@ fn elected(generation: u32) -> ProposerMessage {
         term: Term(5),
         start_streaming_at: T,
         term_history: history(&[(2, S), (5, T)]),
+        stock: None,
     })
 }
 
@@ -191,6 +192,7 @@ fn vote_given() -> AcceptorMessage {
         flush_lsn: Lsn(0x539),
         truncate_lsn: Lsn(0x539),
         term_history: history(&[(2, Lsn(0x539))]),
+        ancestry: None,
     })
 }
 
@@ -244,6 +246,7 @@ fn acceptor_messages_match_the_vectors() {
         flush_lsn: T,
         truncate_lsn: S,
         term_history: history(&[(2, S)]),
+        ancestry: None,
     });
     let append_refused = AcceptorMessage::AppendResponse(AppendResponse {
         generation: Generation(7),
@@ -469,7 +472,13 @@ fn any_proposer_message() -> impl Strategy<Value = ProposerMessage> {
         (any::<(u32, u64)>(), lsn(), any_history()).prop_map(
             |((generation, term), start_streaming_at, term_history)| {
                 let (generation, term) = (Generation(generation), Term(term));
-                ProposerMessage::Elected(ProposerElected { generation, term, start_streaming_at, term_history })
+                ProposerMessage::Elected(ProposerElected {
+                    generation,
+                    term,
+                    start_streaming_at,
+                    term_history,
+                    stock: None,
+                })
             }
         ),
         (any::<(u32, u64)>(), (0..u64::MAX - 1000, any::<u64>(), any::<u64>()), any::<Vec<u8>>()).prop_map(
@@ -493,7 +502,15 @@ fn any_acceptor_message() -> impl Strategy<Value = AcceptorMessage> {
         }),
         (numbers(), any::<bool>(), lsn(), lsn(), any_history()).prop_map(
             |((generation, term), vote_given, flush_lsn, truncate_lsn, term_history)| {
-                let response = VoteResponse { generation, term, vote_given, flush_lsn, truncate_lsn, term_history };
+                let response = VoteResponse {
+                    generation,
+                    term,
+                    vote_given,
+                    flush_lsn,
+                    truncate_lsn,
+                    term_history,
+                    ancestry: None,
+                };
                 AcceptorMessage::VoteResponse(response)
             }
         ),

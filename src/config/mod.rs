@@ -22,8 +22,9 @@ use clap::{Arg, ArgAction, Command};
 
 pub use foreign::ForeignFlag;
 pub use logging::{LogFilterError, LogFormat, init_logging};
+pub use pgproto::host_port::{HostPort, ParseHostPortError};
 pub use safekeeper::SafekeeperSettings;
-pub use values::{ByteSize, HostPort, ParseByteSizeError, ParseHostPortError};
+pub use values::{ByteSize, ParseByteSizeError};
 pub use walproposer::WalproposerSettings;
 
 /// A set of settings that [`load`] can gather.

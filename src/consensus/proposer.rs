@@ -576,6 +576,7 @@ impl Proposer {
             term: *term,
             start_streaming_at,
             term_history: history.entries().to_vec(),
+            stock: None,
         };
         vec![Effect::Send(index, ProposerMessage::Elected(elected)), Effect::Follows(index)]
     }

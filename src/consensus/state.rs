@@ -1,7 +1,7 @@
 //! What an acceptor must not forget: the state behind the control file.
 
 use pgproto::walproposer::Configuration;
-use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
+use pgproto::{Ancestry, HostPort, Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
 
 use super::history::TermHistory;
 
@@ -14,6 +14,18 @@ pub struct ServerInfo {
     pub system_id: SystemId,
     /// Size of a WAL segment.
     pub wal_seg_size: SegmentSize,
+}
+
+/// What stock PostgreSQL and its readers need to know beyond that, as the last accepted leader told it. The default is what
+/// is true of a Neon compute: there is one Postgres timeline.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct StockInfo {
+    /// The Postgres timelines of the leader's log up to the leader's own WAL; may run ahead of the local WAL.
+    pub ancestry: Ancestry,
+    /// The primary's own text of its version; empty = unknown.
+    pub server_version: String,
+    /// All safekeepers of this log as the leader knows them; empty = unknown.
+    pub safekeepers: Vec<HostPort>,
 }
 
 /// Everything about one timeline that is durable beside its WAL (spec: semantics 2.1).
@@ -32,6 +44,8 @@ pub struct ControlState {
     pub term_history: TermHistory,
     /// The PostgreSQL server.
     pub server: ServerInfo,
+    /// More of it, and the Postgres timelines.
+    pub stock: StockInfo,
     /// Where the whole timeline begins; 0 until the first leader.
     pub timeline_start_lsn: Lsn,
     /// Where this node's copy begins; 0 until the first leader.
@@ -55,6 +69,7 @@ impl ControlState {
             term: Term(0),
             term_history: TermHistory::default(),
             server,
+            stock: StockInfo::default(),
             timeline_start_lsn: Lsn::INVALID,
             local_start_lsn: Lsn::INVALID,
             commit_lsn: Lsn::INVALID,

@@ -27,7 +27,7 @@ use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
 use crate::consensus::history::TermHistory;
 use crate::consensus::membership;
-use crate::consensus::state::{ControlState, ServerInfo};
+use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
 use crate::metrics::{self, Exposition};
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
@@ -138,6 +138,7 @@ impl CreateRequest {
                 system_id: SystemId(self.system_id.unwrap_or(0)),
                 wal_seg_size,
             },
+            stock: StockInfo::default(),
             timeline_start_lsn: start,
             local_start_lsn: start,
             commit_lsn: start,

@@ -659,6 +659,7 @@ mod tests {
             flush_lsn: Lsn::INVALID,
             truncate_lsn: Lsn::INVALID,
             term_history: Vec::new(),
+            ancestry: None,
         };
         driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
     }

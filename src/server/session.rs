@@ -100,6 +100,10 @@ impl Session {
             Command::TimelineHistory(timeline) => Err(no_history(timeline)),
             Command::StartReplication(request) => start_replication::run(self, request).await,
             Command::StartWalPush(request) => Err(Interrupt::Push(request)),
+            Command::TimelineMembers | Command::PeerExchange(_) => {
+                let text = "safekeepers don't talk to each other yet";
+                Err(Interrupt::refused(SqlState::FEATURE_NOT_SUPPORTED, text))
+            }
             Command::ReadReplicationSlot(_)
             | Command::CreateReplicationSlot { .. }
             | Command::DropReplicationSlot { .. } => Err(no_slots()),

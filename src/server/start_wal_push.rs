@@ -16,7 +16,9 @@ use bytes::BytesMut;
 use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::command::StartWalPush;
-use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage, ProtocolVersion};
+use pgproto::walproposer::{
+    AcceptorMessage, ProposerGreeting, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
+};
 use pgproto::{SegmentSize, TenantTimelineId};
 use tokio::sync::mpsc;
 
@@ -43,6 +45,9 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interru
 async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
     let Session { house, client, reader, writer } = session;
     let version = request.version;
+    if version == ProtocolVersion::V3Stock {
+        encode::parameter_status(writer.out(), STOCK_PARAMETER, STOCK_VERSION);
+    }
     encode::copy_both_response(writer.out());
     writer.flush().await?;
     let greeted = tokio::select! {

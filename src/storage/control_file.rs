@@ -20,7 +20,7 @@ use serde::Serialize;
 
 use super::disk::{Disk, DiskError, read_file, replace_file};
 use crate::consensus::history::{HistoryError, TermHistory};
-use crate::consensus::state::{ControlState, ServerInfo};
+use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
 
 /// Name of the control file in a timeline's directory.
 pub const CONTROL_FILE_NAME: &str = "safekeeper.control";
@@ -240,6 +240,7 @@ impl ControlFile {
             term,
             term_history: TermHistory::new(term_history)?,
             server,
+            stock: StockInfo::default(),
             timeline_start_lsn: lsn(body, "timeline start LSN")?,
             local_start_lsn: lsn(body, "local start LSN")?,
             commit_lsn: lsn(body, "commit LSN")?,

@@ -12,8 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::Mutex;
-use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTimelineId};
+use parking_lot::{Mutex, RwLock};
+use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::chain::Chain;
 use super::disk::{Disk, DiskError, DiskFile, During};
@@ -45,6 +45,10 @@ struct Shared {
     trusted: Mutex<Option<Chain>>,
     /// The ledger, as long as somebody uses it.
     ledger: Mutex<Weak<Ledger>>,
+    /// Which Postgres timeline names which segment. Segments are renamed under the lock.
+    ancestry: RwLock<Arc<Ancestry>>,
+    /// WAL before this position was removed; 0 while nothing is known of it.
+    oldest: AtomicU64,
 }
 
 /// A segment file found in the timeline's directory.
@@ -59,8 +63,13 @@ pub struct SegmentFile {
 impl TimelineFiles {
     /// The files of `ttid` in the data directory `root`.
     pub(super) fn new(disk: Arc<dyn Disk>, root: Arc<Path>, ttid: TenantTimelineId) -> Self {
-        let shared =
-            Shared { truncations: AtomicU64::new(0), trusted: Mutex::new(None), ledger: Mutex::new(Weak::new()) };
+        let shared = Shared {
+            truncations: AtomicU64::new(0),
+            trusted: Mutex::new(None),
+            ledger: Mutex::new(Weak::new()),
+            ancestry: RwLock::default(),
+            oldest: AtomicU64::new(0),
+        };
         Self { disk, root, ttid, shared: Arc::new(shared) }
     }
 
@@ -92,6 +101,16 @@ impl TimelineFiles {
     /// The disk they are on.
     pub fn disk(&self) -> &dyn Disk {
         &*self.disk
+    }
+
+    /// The Postgres timelines that the log went through.
+    pub fn ancestry(&self) -> Arc<Ancestry> {
+        Arc::clone(&self.shared.ancestry.read())
+    }
+
+    /// Where the WAL on disk begins, as far as some was removed; 0 when none was.
+    pub fn oldest_lsn(&self) -> Lsn {
+        Lsn(self.shared.oldest.load(Ordering::Acquire))
     }
 
     /// Number of truncations so far. A file opened before the number changed may have been replaced since.

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use pgproto::wal::RecordScanner;
+use pgproto::walproposer::HistoryFile;
 use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
@@ -464,6 +465,15 @@ impl TimelineStore {
         self.ledger = Some(ledger);
         self.files.trust_from(&Chain::new(base));
         Ok(chain)
+    }
+
+    /// Stores history files of Postgres timelines, durably, in place of others of the same name. Before the state that
+    /// names these timelines.
+    pub async fn store_history(&mut self, files: &[HistoryFile]) -> Result<(), StorageError> {
+        self.write_behind()?;
+        self.alive()?;
+        let stored = blocking(|| self.files.store_history(files));
+        self.remember(stored)
     }
 
     /// Closes the files, to cost next to nothing while the timeline is idle. The next call opens them again.

@@ -25,11 +25,17 @@
 //! | `writer` | the single writer |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
+//! | [`slots`] | replication slots, which all members know |
+//! | [`members`] | what the other members said last |
+//! | [`holds`] | who needs which WAL |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod holds;
+pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod slots;
 mod writer;
 
 use std::sync::Arc;
@@ -39,7 +45,7 @@ use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use pgproto::walproposer::Configuration;
-use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::{Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
@@ -47,7 +53,9 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{Fork, MAX_READ_SIZE, ReadError, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{
+    Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
+};
 use readers::Readers;
 use writer::{Command, Writer};
 
@@ -268,6 +276,16 @@ impl Timeline {
         })
     }
 
+    /// The history file of a Postgres timeline that the log went through, if there is one.
+    pub fn history_file(&self, timeline: PgTimelineId) -> Result<Option<Bytes>, HistoryError> {
+        self.files.history_file(timeline)
+    }
+
+    /// WAL before this position was removed; 0 when none was.
+    pub fn oldest_lsn(&self) -> Lsn {
+        self.files.oldest_lsn()
+    }
+
     /// Its values for metrics.
     fn sample(&self) -> TimelineSample {
         let progress = self.progress();
@@ -319,6 +337,12 @@ impl Timeline {
     /// Adopts a configuration of a higher generation.
     pub async fn switch_configuration(self: &Arc<Self>, to: Configuration) -> Result<(), TimelineError> {
         self.ask(|reply| Command::SwitchConfiguration { to, reply }).await
+    }
+
+    /// Removes segments that end before `lsn`, some at a time: to be asked again as long as there is more. What a restart or
+    /// the log's end needs stays, and so does everything while the timeline can't vouch for its log.
+    pub async fn remove_wal_before(self: &Arc<Self>, lsn: Lsn) -> Result<Removed, TimelineError> {
+        self.ask(|reply| Command::RemoveBefore { lsn, reply }).await
     }
 
     /// Saves the lazily saved LSNs now.

@@ -18,7 +18,7 @@ use super::{Seat, Timeline, TimelineError};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
 use crate::consensus::health::Fault;
 use crate::metrics;
-use crate::storage::{StorageError, TimelineStore};
+use crate::storage::{Removed, StorageError, TimelineStore};
 
 /// A writer without work for this long is parked.
 const IDLE_BEFORE_PARKING: Duration = Duration::from_secs(60);
@@ -59,6 +59,10 @@ pub(super) enum Command {
     },
     Checkpoint {
         reply: oneshot::Sender<Result<(), TimelineError>>,
+    },
+    RemoveBefore {
+        lsn: Lsn,
+        reply: oneshot::Sender<Result<Removed, TimelineError>>,
     },
 }
 
@@ -204,6 +208,21 @@ impl Task {
                 let actions = self.writer.acceptor.checkpoint();
                 self.answer(Ok(actions), reply, |_, _| ()).await
             }
+            Command::RemoveBefore { lsn, reply } => {
+                let removed = self.remove_before(lsn).await?;
+                // A requester that left doesn't want the answer.
+                let _ = reply.send(removed);
+                Ok(())
+            }
+        }
+    }
+
+    /// A log that is damaged may be needed whole, to be repaired.
+    async fn remove_before(&mut self, lsn: Lsn) -> Result<Result<Removed, TimelineError>, StorageError> {
+        let lsn = if self.writer.acceptor.health().is_sound() { lsn } else { Lsn::INVALID };
+        match self.writer.store.remove_before(lsn).await {
+            Err(error) if error.is_fatal() => Err(self.failed(error)),
+            removed => Ok(removed.map_err(|error| self.timeline.no_space(&error))),
         }
     }
 
@@ -359,6 +378,7 @@ impl Task {
                     self.writer.write_out().await?;
                     self.writer.store.truncate(end).await?;
                 }
+                Action::StoreHistory(files) => self.writer.store.store_history(&files).await?,
                 Action::Reply(message) => reply = Some(message),
             }
         }

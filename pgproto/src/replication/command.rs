@@ -8,8 +8,10 @@
 //! CREATE_REPLICATION_SLOT name [TEMPORARY] PHYSICAL [ ( RESERVE_WAL [bool] ) | RESERVE_WAL ]
 //! DROP_REPLICATION_SLOT name [WAIT]
 //! START_REPLICATION [SLOT name] [PHYSICAL] X/X [TIMELINE tli] [ ( term = 'N' ) ]
-//! START_WAL_PUSH [ ( proto_version 'N', allow_timeline_creation 'bool' ) ]
+//! START_WAL_PUSH [ ( proto_version 'N', allow_timeline_creation 'bool', stock '1' ) ]
 //! TIMELINE_STATUS
+//! TIMELINE_MEMBERS
+//! PEER_EXCHANGE 'json'
 //! SET datestyle TO ...                        (in any case; for drivers that insist on it)
 //! ```
 //!
@@ -19,7 +21,7 @@
 use super::lexer::{LexError, Lexer, Token};
 use crate::backend::{ErrorFields, SqlState};
 use crate::startup::parse_bool;
-use crate::walproposer::ProtocolVersion;
+use crate::walproposer::{ProtocolVersion, STOCK_VERSION};
 use crate::{Lsn, PgTimelineId, Term};
 
 /// What a client asks for.
@@ -55,6 +57,10 @@ pub enum Command {
     StartWalPush(StartWalPush),
     /// Positions of a timeline (Neon).
     TimelineStatus,
+    /// Who keeps the timeline (ours; the answer is JSON).
+    TimelineMembers,
+    /// One safekeeper tells another what it knows (ours; JSON both ways).
+    PeerExchange(String),
     /// Sent by psycopg2 on connect.
     SetDatestyle,
 }
@@ -164,6 +170,8 @@ impl Command {
         match keyword.as_str() {
             "IDENTIFY_SYSTEM" => operands()?.end(Command::IdentifySystem),
             "TIMELINE_STATUS" => operands()?.end(Command::TimelineStatus),
+            "TIMELINE_MEMBERS" => operands()?.end(Command::TimelineMembers),
+            "PEER_EXCHANGE" => operands()?.peer_exchange(),
             "SHOW" => operands()?.show(),
             "TIMELINE_HISTORY" => operands()?.timeline_history(),
             "READ_REPLICATION_SLOT" => operands()?.read_slot(),
@@ -292,6 +300,13 @@ impl<'a> Parser<'a> {
         self.end(Command::TimelineHistory(timeline))
     }
 
+    fn peer_exchange(mut self) -> Result<Command, CommandError> {
+        match self.advance()? {
+            Some(Token::Text(json)) => self.end(Command::PeerExchange(json)),
+            _ => Err(CommandError::Syntax { expected: "quoted JSON" }),
+        }
+    }
+
     fn read_slot(mut self) -> Result<Command, CommandError> {
         let name = self.name("the name of a slot")?;
         self.end(Command::ReadReplicationSlot(name))
@@ -366,6 +381,7 @@ impl<'a> Parser<'a> {
 
     fn start_wal_push(mut self) -> Result<Command, CommandError> {
         let mut operands = StartWalPush::default();
+        let mut stock = false;
         if self.eat_symbol('(')? {
             self.options(|parser, option| {
                 let value =
@@ -373,11 +389,16 @@ impl<'a> Parser<'a> {
                 match option.as_str() {
                     "proto_version" => operands.version = parse_version(value)?,
                     "allow_timeline_creation" => operands.allow_timeline_creation = parse_creation(value)?,
+                    // Of another version of the extension is known only that it isn't this one.
+                    "stock" => stock = value == STOCK_VERSION,
                     // Neon's safekeeper ignores what it doesn't know, so that newer computes can connect.
                     _ => {}
                 }
                 Ok(())
             })?;
+        }
+        if stock && operands.version == ProtocolVersion::V3 {
+            operands.version = ProtocolVersion::V3Stock;
         }
         self.end(Command::StartWalPush(operands))
     }
@@ -500,6 +521,10 @@ mod tests {
         parses("START_WAL_PUSH ()", push(ProtocolVersion::V2, true));
         parses("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'false')", push(ProtocolVersion::V3, false));
         parses("START_WAL_PUSH (proto_version 3, newer_option 'x',)", push(ProtocolVersion::V3, true));
+        parses("START_WAL_PUSH (proto_version '3', stock '1')", push(ProtocolVersion::V3Stock, true));
+        parses("START_WAL_PUSH (stock '1', proto_version '3')", push(ProtocolVersion::V3Stock, true));
+        parses("START_WAL_PUSH (proto_version '3', stock '2')", push(ProtocolVersion::V3, true));
+        parses("START_WAL_PUSH (proto_version '2', stock '1')", push(ProtocolVersion::V2, true));
         refused("START_WAL_PUSH (proto_version '4')", SqlState::INVALID_PARAMETER_VALUE);
         refused("START_WAL_PUSH (allow_timeline_creation 'perhaps')", SqlState::INVALID_PARAMETER_VALUE);
         refused("START_WAL_PUSH (proto_version)", SqlState::SYNTAX_ERROR);

@@ -2,7 +2,8 @@
 //!
 //! One CopyData body is one message, in both directions. The values here are independent of the protocol version;
 //! `v3` (big-endian, generations) and `v2` (little-endian, none) turn them into bytes and back.
-//! Protocol 2 carries no generation and no configuration: both read as "none" (generation 0).
+//! Protocol 2 carries no generation and no configuration: both read as "none" (generation 0). Protocol 3 has an extension
+//! for stock PostgreSQL, which both sides must agree on.
 //!
 //! ```text
 //! proposer                          acceptor
@@ -23,10 +24,15 @@ use serde::{Deserialize, Serialize};
 use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
 use crate::ids::ParseIdError;
 use crate::read::Reader;
-use crate::{DecodeError, Generation, Lsn, NodeId, SystemId, TenantTimelineId, Term};
+use crate::{Ancestry, DecodeError, Generation, Lsn, NodeId, SystemId, TenantTimelineId, Term};
 
+mod stock;
 mod v2;
 mod v3;
+
+pub use stock::{
+    HistoryFile, MAX_HISTORY_FILE, MAX_HISTORY_FILES, MAX_SERVER_VERSION, STOCK_PARAMETER, STOCK_VERSION, StockPrimary,
+};
 
 /// Most WAL bytes in one AppendRequest or XLogData: 16 pages.
 pub const MAX_SEND_SIZE: usize = 131_072;
@@ -41,8 +47,8 @@ pub const MAX_MEMBERS: usize = 32;
 /// Longest host of a member in bytes; computes keep no more.
 pub const MAX_HOST_LENGTH: usize = 1023;
 
-/// No message of either direction or version is longer: an Elected with the longest history.
-pub const MAX_MESSAGE_SIZE: usize = 64 + MAX_TERM_HISTORY * HISTORY_ENTRY_SIZE;
+/// No message of either direction or version is longer: an Elected with the longest histories, of terms and of timelines.
+pub const MAX_MESSAGE_SIZE: usize = 64 + MAX_TERM_HISTORY * HISTORY_ENTRY_SIZE + stock::MAX_BLOCK;
 
 /// A term and an LSN.
 const HISTORY_ENTRY_SIZE: usize = 16;
@@ -59,6 +65,8 @@ pub enum ProtocolVersion {
     V2,
     /// Big-endian, generations and membership configurations.
     V3,
+    /// The same with what stock PostgreSQL needs: the one who pushes asked for it, and the safekeeper agreed.
+    V3Stock,
 }
 
 /// A member of a configuration.
@@ -142,6 +150,8 @@ pub struct ProposerElected {
     pub start_streaming_at: Lsn,
     /// The leader's whole term history; the last entry is its own term.
     pub term_history: Vec<TermLsn>,
+    /// The stock server (only in [`ProtocolVersion::V3Stock`], and always there).
+    pub stock: Option<StockPrimary>,
 }
 
 /// WAL, or a heartbeat when `wal` is empty.
@@ -171,7 +181,7 @@ impl AppendRequest {
     pub fn encode_header(&self, version: ProtocolVersion, out: &mut BytesMut) {
         match version {
             ProtocolVersion::V2 => v2::encode_append_header(self, out),
-            ProtocolVersion::V3 => v3::encode_append_header(self, out),
+            ProtocolVersion::V3 | ProtocolVersion::V3Stock => v3::encode_append_header(self, out),
         }
     }
 }
@@ -215,6 +225,9 @@ pub struct VoteResponse {
     pub truncate_lsn: Lsn,
     /// Own term history, cut at `flush_lsn`.
     pub term_history: Vec<TermLsn>,
+    /// The Postgres timelines of the log, cut at `flush_lsn`; `None` without a log (only in
+    /// [`ProtocolVersion::V3Stock`]).
+    pub ancestry: Option<Ancestry>,
 }
 
 /// What is durable here. `flush_lsn` 0 together with a higher term is a refusal.
@@ -250,7 +263,8 @@ impl ProposerMessage {
     pub fn decode(body: Bytes, version: ProtocolVersion) -> Result<Self, DecodeError> {
         match version {
             ProtocolVersion::V2 => v2::decode_proposer(body),
-            ProtocolVersion::V3 => v3::decode_proposer(body),
+            ProtocolVersion::V3 => v3::decode_proposer(body, false),
+            ProtocolVersion::V3Stock => v3::decode_proposer(body, true),
         }
     }
 
@@ -258,7 +272,8 @@ impl ProposerMessage {
     pub fn encode(&self, version: ProtocolVersion, out: &mut BytesMut) {
         match version {
             ProtocolVersion::V2 => v2::encode_proposer(self, out),
-            ProtocolVersion::V3 => v3::encode_proposer(self, out),
+            ProtocolVersion::V3 => v3::encode_proposer(self, out, false),
+            ProtocolVersion::V3Stock => v3::encode_proposer(self, out, true),
         }
     }
 }
@@ -268,7 +283,8 @@ impl AcceptorMessage {
     pub fn decode(body: Bytes, version: ProtocolVersion) -> Result<Self, DecodeError> {
         match version {
             ProtocolVersion::V2 => v2::decode_acceptor(body),
-            ProtocolVersion::V3 => v3::decode_acceptor(body),
+            ProtocolVersion::V3 => v3::decode_acceptor(body, false),
+            ProtocolVersion::V3Stock => v3::decode_acceptor(body, true),
         }
     }
 
@@ -276,7 +292,8 @@ impl AcceptorMessage {
     pub fn encode(&self, version: ProtocolVersion, out: &mut BytesMut) {
         match version {
             ProtocolVersion::V2 => v2::encode_acceptor(self, out),
-            ProtocolVersion::V3 => v3::encode_acceptor(self, out),
+            ProtocolVersion::V3 => v3::encode_acceptor(self, out, false),
+            ProtocolVersion::V3Stock => v3::encode_acceptor(self, out, true),
         }
     }
 }

@@ -155,7 +155,7 @@ fn read_elected(body: &mut Reader) -> Result<ProposerElected, DecodeError> {
     let start_streaming_at = Lsn(body.u64_le("start_streaming_at")?);
     let term_history = read_history(body)?;
     body.u64_le("timeline_start_lsn")?;
-    Ok(ProposerElected { generation: Generation(0), term, start_streaming_at, term_history })
+    Ok(ProposerElected { generation: Generation(0), term, start_streaming_at, term_history, stock: None })
 }
 
 fn read_append(body: &mut Reader) -> Result<AppendRequest, DecodeError> {
@@ -177,7 +177,15 @@ fn read_vote_response(body: &mut Reader) -> Result<VoteResponse, DecodeError> {
     let truncate_lsn = Lsn(body.u64_le("truncate_lsn")?);
     let term_history = read_history(body)?;
     body.u64_le("timeline_start_lsn")?;
-    Ok(VoteResponse { generation: Generation(0), term, vote_given, flush_lsn, truncate_lsn, term_history })
+    Ok(VoteResponse {
+        generation: Generation(0),
+        term,
+        vote_given,
+        flush_lsn,
+        truncate_lsn,
+        term_history,
+        ancestry: None,
+    })
 }
 
 fn read_append_response(body: &mut Reader) -> Result<AppendResponse, DecodeError> {

@@ -2,11 +2,12 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use super::stock::{encode_ancestry, read_ancestry};
 use super::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, MAX_HOST_LENGTH, MAX_MEMBERS,
-    Member, ProposerElected, ProposerGreeting, ProposerMessage, TAG_APPEND, TAG_ELECTED, TAG_GREETING, TAG_VOTE,
-    TermLsn, VoteRequest, VoteResponse, checked_count, decode_flag, history_count, put_cstr, read_hex_id, wal_length,
-    wire_count,
+    Member, ProposerElected, ProposerGreeting, ProposerMessage, StockPrimary, TAG_APPEND, TAG_ELECTED, TAG_GREETING,
+    TAG_VOTE, TermLsn, VoteRequest, VoteResponse, checked_count, decode_flag, history_count, put_cstr, read_hex_id,
+    wal_length, wire_count,
 };
 use crate::feedback::{HotStandbyFeedback, PageserverFeedback};
 use crate::read::Reader;
@@ -15,18 +16,19 @@ use crate::{DecodeError, Generation, Lsn, NodeId, SystemId, TenantTimelineId, Te
 /// Smallest encoding of a member: id, empty host, port.
 const MIN_MEMBER_SIZE: usize = 8 + 1 + 2;
 
-pub(super) fn decode_proposer(body: Bytes) -> Result<ProposerMessage, DecodeError> {
+/// `stock`: with the blocks of the extension, here and below.
+pub(super) fn decode_proposer(body: Bytes, stock: bool) -> Result<ProposerMessage, DecodeError> {
     let mut body = Reader::new(body);
     match body.u8("tag")? {
         TAG_GREETING => read_greeting(&mut body).map(ProposerMessage::Greeting),
         TAG_VOTE => read_vote_request(&mut body).map(ProposerMessage::VoteRequest),
-        TAG_ELECTED => read_elected(&mut body).map(ProposerMessage::Elected),
+        TAG_ELECTED => read_elected(&mut body, stock).map(ProposerMessage::Elected),
         TAG_APPEND => read_append(&mut body).map(ProposerMessage::Append),
         value => Err(DecodeError::UnknownTag { what: "proposer message", value: value.into() }),
     }
 }
 
-pub(super) fn decode_acceptor(body: Bytes) -> Result<AcceptorMessage, DecodeError> {
+pub(super) fn decode_acceptor(body: Bytes, stock: bool) -> Result<AcceptorMessage, DecodeError> {
     let mut body = Reader::new(body);
     let message = match body.u8("tag")? {
         TAG_GREETING => AcceptorMessage::Greeting(AcceptorGreeting {
@@ -34,7 +36,7 @@ pub(super) fn decode_acceptor(body: Bytes) -> Result<AcceptorMessage, DecodeErro
             configuration: read_configuration(&mut body)?,
             term: Term(body.u64("term")?),
         }),
-        TAG_VOTE => read_vote_response(&mut body).map(AcceptorMessage::VoteResponse)?,
+        TAG_VOTE => read_vote_response(&mut body, stock).map(AcceptorMessage::VoteResponse)?,
         TAG_APPEND => read_append_response(&mut body).map(AcceptorMessage::AppendResponse)?,
         value => return Err(DecodeError::UnknownTag { what: "acceptor message", value: value.into() }),
     };
@@ -42,7 +44,7 @@ pub(super) fn decode_acceptor(body: Bytes) -> Result<AcceptorMessage, DecodeErro
     Ok(message)
 }
 
-pub(super) fn encode_proposer(message: &ProposerMessage, out: &mut BytesMut) {
+pub(super) fn encode_proposer(message: &ProposerMessage, out: &mut BytesMut, stock: bool) {
     match message {
         ProposerMessage::Greeting(greeting) => {
             out.put_u8(TAG_GREETING);
@@ -64,6 +66,9 @@ pub(super) fn encode_proposer(message: &ProposerMessage, out: &mut BytesMut) {
             out.put_u64(elected.term.0);
             out.put_u64(elected.start_streaming_at.0);
             put_history(out, &elected.term_history);
+            if let Some(primary) = elected.stock.as_ref().filter(|_| stock) {
+                primary.encode(out);
+            }
         }
         ProposerMessage::Append(request) => {
             encode_append_header(request, out);
@@ -82,7 +87,7 @@ pub(super) fn encode_append_header(request: &AppendRequest, out: &mut BytesMut) 
     out.put_u64(request.truncate_lsn.0);
 }
 
-pub(super) fn encode_acceptor(message: &AcceptorMessage, out: &mut BytesMut) {
+pub(super) fn encode_acceptor(message: &AcceptorMessage, out: &mut BytesMut, stock: bool) {
     match message {
         AcceptorMessage::Greeting(greeting) => {
             out.put_u8(TAG_GREETING);
@@ -98,6 +103,9 @@ pub(super) fn encode_acceptor(message: &AcceptorMessage, out: &mut BytesMut) {
             out.put_u64(response.flush_lsn.0);
             out.put_u64(response.truncate_lsn.0);
             put_history(out, &response.term_history);
+            if stock {
+                encode_ancestry(response.ancestry.as_ref(), out);
+            }
         }
         AcceptorMessage::AppendResponse(response) => {
             out.put_u8(TAG_APPEND);
@@ -131,12 +139,13 @@ fn read_vote_request(body: &mut Reader) -> Result<VoteRequest, DecodeError> {
     Ok(VoteRequest { generation: Generation(body.u32("generation")?), term: Term(body.u64("term")?) })
 }
 
-fn read_elected(body: &mut Reader) -> Result<ProposerElected, DecodeError> {
+fn read_elected(body: &mut Reader, stock: bool) -> Result<ProposerElected, DecodeError> {
     Ok(ProposerElected {
         generation: Generation(body.u32("generation")?),
         term: Term(body.u64("term")?),
         start_streaming_at: Lsn(body.u64("start_streaming_at")?),
         term_history: read_history(body)?,
+        stock: if stock { Some(StockPrimary::read(body)?) } else { None },
     })
 }
 
@@ -151,7 +160,7 @@ fn read_append(body: &mut Reader) -> Result<AppendRequest, DecodeError> {
     Ok(AppendRequest { generation, term, begin_lsn, commit_lsn, truncate_lsn, wal })
 }
 
-fn read_vote_response(body: &mut Reader) -> Result<VoteResponse, DecodeError> {
+fn read_vote_response(body: &mut Reader, stock: bool) -> Result<VoteResponse, DecodeError> {
     Ok(VoteResponse {
         generation: Generation(body.u32("generation")?),
         term: Term(body.u64("term")?),
@@ -159,6 +168,7 @@ fn read_vote_response(body: &mut Reader) -> Result<VoteResponse, DecodeError> {
         flush_lsn: Lsn(body.u64("flush_lsn")?),
         truncate_lsn: Lsn(body.u64("truncate_lsn")?),
         term_history: read_history(body)?,
+        ancestry: if stock { read_ancestry(body)? } else { None },
     })
 }
 

@@ -225,7 +225,8 @@ impl Node {
         for action in actions.into_iter().take(count) {
             match action {
                 Action::Persist(state) => self.persist(*state)?,
-                Action::InitFirstSegment { .. } => {}
+                // No compute of the model is a stock server, which alone has history files.
+                Action::InitFirstSegment { .. } | Action::StoreHistory(_) => {}
                 Action::Truncate { end } => self.truncate(end)?,
                 Action::Write { at, wal: bytes } => {
                     let index =

@@ -22,8 +22,8 @@ use bytes::Bytes;
 use pgproto::feedback::HotStandbyFeedback;
 use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
-    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting,
-    ProposerMessage, VoteRequest, VoteResponse,
+    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, HistoryFile, ProposerElected,
+    ProposerGreeting, ProposerMessage, VoteRequest, VoteResponse,
 };
 use pgproto::{Lsn, NodeId, Term};
 
@@ -47,6 +47,9 @@ pub enum Action {
         /// New end of the log, a record boundary.
         end: Lsn,
     },
+    /// Durably keep history files of Postgres timelines, as the leader told them. One that is here already with other
+    /// content is replaced: it was of a timeline whose WAL has been cut off.
+    StoreHistory(Vec<HistoryFile>),
     /// Write WAL; need not be durable yet.
     Write {
         /// Position of the first byte.
@@ -286,6 +289,7 @@ impl Acceptor {
             flush_lsn,
             truncate_lsn: self.lazy.peer_horizon_lsn,
             term_history: self.durable.term_history.visible_at(flush_lsn).entries().to_vec(),
+            ancestry: flush_lsn.is_valid().then(|| self.durable.stock.ancestry.up_to(flush_lsn)),
         })));
         Ok(actions)
     }

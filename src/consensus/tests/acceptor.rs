@@ -58,6 +58,7 @@ fn elected(term: u64, start: Lsn, history: &[(u64, u64)]) -> ProposerMessage {
         term: Term(term),
         start_streaming_at: start,
         term_history: history.iter().copied().map(TermLsn::from).collect(),
+        stock: None,
     })
 }
 
@@ -82,6 +83,10 @@ fn brief(actions: Vec<Action>) -> Vec<String> {
         }
         Action::InitFirstSegment { start } => format!("lay out segment at {:x}", start.0),
         Action::Truncate { end } => format!("truncate to {:x}", end.0),
+        Action::StoreHistory(files) => {
+            let timelines: Vec<_> = files.iter().map(|file| file.timeline.to_string()).collect();
+            format!("keep history of {}", timelines.join(" "))
+        }
         Action::Write { at, wal } => format!("write {} bytes at {:x}", wal.len(), at.0),
         Action::Flush => "flush".to_owned(),
         Action::Reply(AcceptorMessage::Greeting(g)) => format!("reply greeting term {}", g.term),

@@ -45,6 +45,7 @@ fn vote_in(generation: u32, term: u64, given: bool, flush: u64, history: &[(u64,
         flush_lsn: Lsn(flush),
         truncate_lsn: Lsn(0),
         term_history: history.iter().copied().map(TermLsn::from).collect(),
+        ancestry: None,
     })
 }
 

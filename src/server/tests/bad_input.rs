@@ -93,6 +93,7 @@ fn whole_push(term: u64, history: &[(u64, Lsn)], begin: Lsn, wal: Bytes) -> Byte
             term: Term(term),
             start_streaming_at: begin,
             term_history,
+            stock: None,
         }),
         ProposerMessage::Append(append(term, begin, Lsn(0), wal)),
     ];

@@ -318,8 +318,13 @@ impl Pusher {
 
     pub(super) async fn elected(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)]) {
         let term_history = history.iter().map(|&(term, lsn)| TermLsn { term: Term(term), lsn }).collect();
-        let message =
-            ProposerElected { generation: Generation(0), term: Term(term), start_streaming_at: start, term_history };
+        let message = ProposerElected {
+            generation: Generation(0),
+            term: Term(term),
+            start_streaming_at: start,
+            term_history,
+            stock: None,
+        };
         self.send(ProposerMessage::Elected(message)).await;
     }
 

@@ -47,6 +47,7 @@ fn v10() -> ControlFile {
                 system_id: SystemId(0x1234_5678_8765_4321),
                 wal_seg_size: SegmentSize::DEFAULT,
             },
+            stock: StockInfo::default(),
             timeline_start_lsn: start,
             local_start_lsn: start,
             commit_lsn: commit,

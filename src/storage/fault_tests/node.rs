@@ -179,6 +179,7 @@ impl Slot {
             term: history.last_term(),
             start_streaming_at: self.start_of(line, history),
             term_history: history.entries().to_vec(),
+            stock: None,
         };
         self.handle(ProposerMessage::Elected(elected)).await?;
         Ok(())
@@ -244,6 +245,7 @@ impl Slot {
                 }
                 Action::Flush => self.write_out().await?,
                 Action::Persist(state) => self.store.persist(&state).await?,
+                Action::StoreHistory(files) => self.store.store_history(&files).await?,
                 Action::InitFirstSegment { start } => self.store.init_first_segment(start).await?,
                 Action::Truncate { end } => {
                     self.write_out().await?;

@@ -11,6 +11,7 @@ use pgproto::lsn::Lsn;
 
 use crate::http::http_get;
 use crate::postgres::{DEFAULT_SEGMENT_MEGABYTES, Postgres};
+use crate::programs::Programs;
 use crate::scratch::Scratch;
 use crate::secs;
 use crate::wait::wait_for;
@@ -34,6 +35,8 @@ pub struct ClusterOptions<'a> {
     pub safekeeper_args: &'a [&'a str],
     /// Size of the primary's WAL segments, in megabytes.
     pub segment_megabytes: u32,
+    /// The primary's server; if `None`, what [`Programs::find`] finds.
+    pub programs: Option<Programs>,
 }
 
 impl Default for ClusterOptions<'_> {
@@ -45,6 +48,7 @@ impl Default for ClusterOptions<'_> {
             synchronous: true,
             safekeeper_args: &[],
             segment_megabytes: DEFAULT_SEGMENT_MEGABYTES,
+            programs: None,
         }
     }
 }
@@ -68,7 +72,9 @@ impl Cluster {
     /// # Errors
     /// When a program doesn't start, or WAL doesn't flow in time.
     pub fn start(scratch: &Scratch, binaries: &Binaries, options: &ClusterOptions) -> Result<Cluster> {
-        let mut primary = Postgres::init_with(scratch, "primary", options.primary_settings, options.segment_megabytes)?;
+        let programs = options.programs.clone().map_or_else(Programs::find, Ok)?;
+        let settings = options.primary_settings;
+        let mut primary = Postgres::init_with(programs, scratch, "primary", settings, options.segment_megabytes)?;
         primary.start()?;
         let mut safekeepers = Vec::new();
         for id in 1..=options.safekeepers {

@@ -63,20 +63,20 @@ impl Postgres {
     /// # Errors
     /// When PostgreSQL isn't installed or initdb fails.
     pub fn init(scratch: &Scratch, name: &str, settings: &[(&str, &str)]) -> Result<Postgres> {
-        Self::init_with(scratch, name, settings, DEFAULT_SEGMENT_MEGABYTES)
+        Self::init_with(Programs::find()?, scratch, name, settings, DEFAULT_SEGMENT_MEGABYTES)
     }
 
-    /// Same, with WAL segments of so many megabytes (1 to 1024, a power of two).
+    /// Same with a certain server, and WAL segments of so many megabytes (1 to 1024, a power of two).
     ///
     /// # Errors
     /// The same.
     pub fn init_with(
+        programs: Programs,
         scratch: &Scratch,
         name: &str,
         settings: &[(&str, &str)],
         segment_megabytes: u32,
     ) -> Result<Postgres> {
-        let programs = Programs::find()?;
         let data = scratch.postgres_dir(name)?.join("data");
         let initdb = Launch::new(programs.path("initdb"))
             .args(["--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C", "--no-sync", "-D"])
@@ -98,7 +98,7 @@ impl Postgres {
     /// When the backup fails.
     pub fn standby_of(scratch: &Scratch, name: &str, primary: &Postgres, primary_conninfo: &str) -> Result<Postgres> {
         let data = scratch.postgres_dir(name)?.join("data");
-        let backup = Launch::new(primary.programs.path("pg_basebackup"))
+        let backup = Launch::new(primary.programs.clients().path("pg_basebackup"))
             .args(["-X", "none", "--checkpoint=fast", "--no-sync", "-d", &primary.conninfo(), "-D"])
             .arg(&data)
             .account(scratch.account());

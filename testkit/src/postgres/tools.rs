@@ -8,7 +8,7 @@ use anyhow::{Context, Result, anyhow};
 
 use super::Postgres;
 use crate::process::{Daemon, Launch, run_within};
-use crate::programs::{Programs, run};
+use crate::programs::{Clients, Programs, run};
 use crate::scratch::Scratch;
 use crate::secs;
 
@@ -71,7 +71,7 @@ impl Postgres {
     }
 
     fn client(&self, scratch: &Scratch, program: &str) -> Launch {
-        Launch::new(self.programs.path(program)).account(scratch.account())
+        Launch::new(self.programs.clients().path(program)).account(scratch.account())
     }
 }
 
@@ -108,8 +108,22 @@ impl ReceiveWal {
     /// # Errors
     /// When it cannot be started.
     pub fn start(scratch: &Scratch, name: &str, conninfo: &str, args: &[&str]) -> Result<ReceiveWal> {
+        Self::start_from(Programs::find()?.clients(), scratch, name, conninfo, args)
+    }
+
+    /// The same with the program of a certain version.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_from(
+        clients: &Clients,
+        scratch: &Scratch,
+        name: &str,
+        conninfo: &str,
+        args: &[&str],
+    ) -> Result<ReceiveWal> {
         let dir = scratch.postgres_dir(name)?;
-        let launch = Launch::new(Programs::find()?.path("pg_receivewal"))
+        let launch = Launch::new(clients.path("pg_receivewal"))
             .args(["--verbose", "-d", conninfo, "-D"])
             .arg(&dir)
             .args(args)
@@ -138,7 +152,8 @@ pub fn pg_waldump(segment: &Path, args: &[&str]) -> Result<String> {
     let name = segment.file_stem().context("a segment's file name")?;
     let dir = tempfile::tempdir()?;
     std::os::unix::fs::symlink(segment, dir.path().join(name))?;
-    let launch = Launch::new(Programs::find()?.path("pg_waldump")).args(args).arg("-p").arg(dir.path()).arg(name);
+    let launch =
+        Launch::new(Programs::find()?.clients().path("pg_waldump")).args(args).arg("-p").arg(dir.path()).arg(name);
     let output = run(&mut launch.command())?;
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
@@ -148,7 +163,7 @@ pub fn pg_waldump(segment: &Path, args: &[&str]) -> Result<String> {
 /// # Errors
 /// When it fails, or there is no such field.
 pub fn pg_controldata(server: &Postgres, field: &str) -> Result<String> {
-    let output = run(&mut Launch::new(server.programs.path("pg_controldata")).arg(&server.data).command())?;
+    let output = run(&mut Launch::new(server.programs.clients().path("pg_controldata")).arg(&server.data).command())?;
     let text = String::from_utf8_lossy(&output.stdout);
     let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
     value.map(|value| value.trim().to_owned()).with_context(|| format!("no {field} in:\n{text}"))

@@ -1,0 +1,103 @@
+//! What safekeepers tell each other, and what clients may ask of it: the JSON of two commands on the Postgres port.
+//!
+//! ```text
+//! PEER_EXCHANGE '<Exchange>'   one row, one column "exchange": the Exchange of the node that was asked, about the same timelines
+//! TIMELINE_MEMBERS             one row, one column "members": TimelineMembers of the connection's timeline
+//! ```
+//!
+//! Unknown fields are ignored and missing lists are empty, so that versions can talk to each other.
+
+use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use serde::{Deserialize, Serialize};
+
+use crate::timeline::slots::Slot;
+
+/// Who keeps a timeline, as one of them knows it: the answer to `TIMELINE_MEMBERS`. For clients that want to know where else
+/// to go. The node that answers is in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineMembers {
+    /// The members, in no particular order.
+    pub members: Vec<TimelineMember>,
+}
+
+/// One node that keeps a timeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineMember {
+    /// Its id; unknown until it was reached once.
+    pub node_id: Option<NodeId>,
+    /// Where its Postgres port is.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// Where it stands, as its operator named that.
+    #[serde(default)]
+    pub availability_zone: Option<String>,
+    /// Committed there, as far as it knows; `0/0` when nothing is known.
+    pub commit_lsn: Lsn,
+    /// How long ago that was true, in milliseconds; 0 for the node that answers, absent if it was never heard of.
+    #[serde(default)]
+    pub age_ms: Option<u64>,
+}
+
+/// What a node tells another, and is answered with.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exchange {
+    /// Who speaks.
+    pub from: Sender,
+    /// Timelines of which something is said. The answer is about those of them that it has.
+    #[serde(default)]
+    pub timelines: Vec<TimelineReport>,
+}
+
+/// A node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sender {
+    /// Its id.
+    pub node_id: NodeId,
+    /// A number that is another after each start: who sees a new one has to tell everything again.
+    pub life: u64,
+    /// Where others reach it, if it was told.
+    #[serde(default)]
+    pub advertised: Option<Address>,
+    /// Where it stands.
+    #[serde(default)]
+    pub availability_zone: Option<String>,
+}
+
+/// Host and port.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Address {
+    /// Name or IP address.
+    pub host: String,
+    /// TCP port.
+    pub port: u16,
+}
+
+/// What a node says of a timeline.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimelineReport {
+    /// Which.
+    #[serde(flatten)]
+    pub ttid: TenantTimelineId,
+    /// Durable there.
+    pub flush_lsn: Lsn,
+    /// Known to be committed there.
+    pub commit_lsn: Lsn,
+    /// Term of its last record.
+    pub last_log_term: Term,
+    /// All its slots, and the tombstones of dropped ones.
+    #[serde(default)]
+    pub slots: Vec<Slot>,
+    /// The temporary slots of its clients.
+    #[serde(default)]
+    pub temporary: Vec<TemporaryReport>,
+}
+
+/// A temporary slot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TemporaryReport {
+    /// Its name.
+    pub name: String,
+    /// WAL from here on is needed; `0/0` while nothing is.
+    pub restart_lsn: Lsn,
+}

@@ -1,0 +1,79 @@
+//! What the other nodes that keep this timeline said of it, last.
+//!
+//! Kept in memory only: a node that is silent for [`STALE`] counts for nothing but a line in the list of members.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use pgproto::{Lsn, NodeId, Term};
+use tokio::time::Instant;
+
+/// What a node says holds no WAL and proves nothing after this time. Longer than a restart takes.
+pub const STALE: Duration = Duration::from_secs(60);
+
+/// Nodes that are remembered per timeline: more than keep any. Whoever reaches the port can claim to be one.
+const MAX_MEMBERS: usize = 32;
+
+/// A slot that ends with its connection, on another node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RemoteTemporary {
+    /// Its name; other nodes may have temporary slots of the same name.
+    pub name: String,
+    /// WAL from here on is needed for it.
+    pub restart_lsn: Lsn,
+}
+
+/// What a node said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemberReport {
+    /// Durable there.
+    pub flush_lsn: Lsn,
+    /// Known to be committed there.
+    pub commit_lsn: Lsn,
+    /// Term of its last record.
+    pub last_log_term: Term,
+    /// Temporary slots of its clients.
+    pub temporary: Vec<RemoteTemporary>,
+    /// When it was last heard of; an unchanged report isn't repeated.
+    pub heard: Instant,
+}
+
+/// The other nodes of a timeline.
+#[derive(Debug, Default)]
+pub struct Members {
+    table: Mutex<BTreeMap<NodeId, MemberReport>>,
+}
+
+impl Members {
+    /// Takes in what `node` says.
+    pub fn heard(&self, node: NodeId, report: MemberReport) {
+        let mut table = self.table.lock();
+        if !table.contains_key(&node) && table.len() >= MAX_MEMBERS {
+            table.retain(|_, report| report.heard.elapsed() < STALE);
+            if table.len() >= MAX_MEMBERS {
+                return;
+            }
+        }
+        table.insert(node, report);
+    }
+
+    /// `node` is there, and nothing has changed on it.
+    pub fn unchanged(&self, node: NodeId) {
+        if let Some(report) = self.table.lock().get_mut(&node) {
+            report.heard = Instant::now();
+        }
+    }
+
+    /// What `node` said last.
+    pub fn get(&self, node: NodeId) -> Option<MemberReport> {
+        self.table.lock().get(&node).cloned()
+    }
+
+    /// What all nodes said that are not [`STALE`].
+    pub fn fresh(&self) -> Vec<(NodeId, MemberReport)> {
+        let table = self.table.lock();
+        let fresh = table.iter().filter(|(_, report)| report.heard.elapsed() < STALE);
+        fresh.map(|(node, report)| (*node, report.clone())).collect()
+    }
+}

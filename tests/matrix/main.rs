@@ -1,0 +1,102 @@
+//! The matrix: primaries of PostgreSQL 14 to 18 behind the safekeepers, read by standbys of the same version and by the client
+//! programs of several versions. Each test exists once for each version (`v14` to `v18`), so that they run side by side.
+//!
+//! The versions come from scripts/postgres-versions. One that isn't there is left out with a line that says so, and is a
+//! failure where all were asked for (`EVERY_POSTGRES=1`, as in continuous integration).
+
+mod libpq;
+mod receivers;
+mod standbys;
+
+use anyhow::{Context, Result, ensure};
+use testkit::{
+    Binaries, Cluster, ClusterOptions, Postgres, Programs, Safekeeper, Scratch, leave_out, scenario, secs, wait_for,
+};
+
+/// Runs `body` with a cluster whose primary has the version `major`.
+fn with_version(major: u32, name: &str, body: fn(&Scratch, &mut Cluster) -> Result<()>) {
+    let Some(programs) = Programs::of(major) else {
+        return leave_out(&format!("PostgreSQL {major}"), name);
+    };
+    scenario(&format!("{name}-{major}"), |scratch| {
+        let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
+        let options = ClusterOptions { programs: Some(programs), ..ClusterOptions::default() };
+        let mut cluster = Cluster::start(scratch, &binaries, &options)?;
+        cluster.primary.sql()?.run("CREATE TABLE t (step text)")?;
+        body(scratch, &mut cluster)
+    });
+}
+
+/// Makes a module with a test for each version out of the function `body` of the module that calls it.
+macro_rules! for_each_version {
+    ($name:ident) => {
+        mod $name {
+            #[test]
+            fn v14() {
+                crate::with_version(14, stringify!($name), super::$name);
+            }
+            #[test]
+            fn v15() {
+                crate::with_version(15, stringify!($name), super::$name);
+            }
+            #[test]
+            fn v16() {
+                crate::with_version(16, stringify!($name), super::$name);
+            }
+            #[test]
+            fn v17() {
+                crate::with_version(17, stringify!($name), super::$name);
+            }
+            #[test]
+            fn v18() {
+                crate::with_version(18, stringify!($name), super::$name);
+            }
+        }
+    };
+}
+pub(crate) use for_each_version;
+
+/// Commits a row that names this step of a test.
+fn commit_step(primary: &Postgres, step: &str) -> Result<()> {
+    primary.sql()?.run(&format!("INSERT INTO t VALUES ('{step}')"))
+}
+
+/// Commits a row on the primary and finds it by a query on each of the standbys.
+fn step(cluster: &Cluster, standbys: &[&Postgres], step: &str) -> Result<()> {
+    commit_step(&cluster.primary, step)?;
+    for standby in standbys {
+        see_step(cluster, standby, step)?;
+    }
+    Ok(())
+}
+
+/// Waits until a query on `standby` finds the row of `step`.
+fn see_step(cluster: &Cluster, standby: &Postgres, step: &str) -> Result<()> {
+    wait_for(secs(60), &format!("the standby to have the row of the step {step:?}"), || {
+        let count = standby.sql()?.value(&format!("SELECT count(*) FROM t WHERE step = '{step}'"))?;
+        ensure!(
+            count == "1",
+            "it has {count}, and replayed up to {} of {}",
+            standby.replay_lsn()?,
+            cluster.primary.flush_lsn()?
+        );
+        Ok(())
+    })
+}
+
+/// A running hot standby of the cluster's primary that knows nobody but the safekeepers.
+fn standby(scratch: &Scratch, cluster: &Cluster, name: &str, settings: &[(&str, &str)]) -> Result<Postgres> {
+    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, &cluster.readers_conninfo(name))?;
+    standby.configure(settings)?;
+    standby.start()?;
+    Ok(standby)
+}
+
+/// The index of the safekeeper that `standby` streams from.
+fn source_of(cluster: &Cluster, standby: &Postgres) -> Result<usize> {
+    let port = wait_for(secs(60), "the standby's source", || {
+        standby.sql()?.parsed::<u16>("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
+    })?;
+    let index = cluster.safekeepers.iter().position(|safekeeper: &Safekeeper| safekeeper.pg_port() == port);
+    index.with_context(|| format!("the standby reads from port {port}, no safekeeper's"))
+}
