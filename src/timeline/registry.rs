@@ -11,6 +11,7 @@ use pgproto::wal::page::magic_of;
 use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
+use super::tail::Tails;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
@@ -76,6 +77,7 @@ enum Slot {
 pub struct Registry {
     data_dir: DataDir,
     lanes: Lanes,
+    tails: Arc<Tails>,
     limit: usize,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
@@ -84,12 +86,13 @@ impl Registry {
     /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name.
     pub async fn load(data_dir: DataDir, lanes: Lanes) -> Result<Arc<Self>, DiskError> {
         let mut timelines = BTreeMap::new();
+        let tails = Arc::new(Tails::default());
         for ttid in data_dir.timelines()? {
             let slot = match TimelineStore::open(&data_dir, ttid).await {
                 Ok((store, recovered)) => {
                     let acceptor = acceptor(data_dir.node_id(), recovered);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
-                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid)))
+                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), &tails))
                 }
                 Err(error) => {
                     tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
@@ -98,7 +101,7 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, lanes, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
+        Ok(Arc::new(Self { data_dir, lanes, tails, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
     }
 
     /// The node these timelines are on.
@@ -190,7 +193,7 @@ impl Registry {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
                 let acceptor = acceptor(self.node_id(), recovered);
-                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid));
+                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), &self.tails);
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
             }

@@ -20,6 +20,8 @@ mod habits;
 mod listen;
 mod stream;
 
+use std::sync::Arc;
+
 use pgproto::backend::{SqlState, encode};
 use pgproto::replication::command::StartReplication;
 use pgproto::{Lsn, PgTimelineId, SegmentNumber};
@@ -31,8 +33,8 @@ use super::horizon::Horizon;
 use super::interrupt::Interrupt;
 use super::session::{Session, no_slots};
 use crate::metrics;
-use crate::storage::WalReader;
 use crate::timeline::Timeline;
+use crate::timeline::feed::WalFeed;
 
 /// Serves a reader until it ends the stream, which leaves the session ready for commands.
 pub(super) async fn run(session: &mut Session, request: StartReplication) -> Result<(), Interrupt> {
@@ -47,7 +49,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
     let Session { house, client, reader, writer } = session;
     encode::copy_both_response(writer.out());
     writer.flush().await?;
-    let wal = open(&timeline, request.start)?;
+    let feed = open(&timeline, request.start)?;
     let _counted = metrics::reader(client.application());
     let listed = timeline.readers().register(client.id, client.address, client.application_name.clone());
     let now = Instant::now();
@@ -56,7 +58,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         client,
         habits: Habits::of(client, &request, &house.config),
         horizon: Horizon::new(&timeline, request.term),
-        wal,
+        feed,
         at: request.start,
         reader,
         writer,
@@ -65,6 +67,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         last_sent: now,
         asked: false,
         keepalive: None,
+        rest_until: now,
     };
     let ended = tokio::select! {
         ended = stream.run() => ended,
@@ -82,10 +85,10 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
 }
 
 /// Checks that WAL from `start` can be here.
-fn open(timeline: &Timeline, start: Lsn) -> Result<WalReader, Interrupt> {
-    let wal = timeline.wal_reader()?;
-    if start.is_valid() && start >= wal.start_lsn() {
-        return Ok(wal);
+fn open(timeline: &Arc<Timeline>, start: Lsn) -> Result<WalFeed, Interrupt> {
+    let feed = WalFeed::open(timeline)?;
+    if start.is_valid() && start >= feed.start_lsn() {
+        return Ok(feed);
     }
     let size = timeline.control_state().server.wal_seg_size;
     Err(removed(&SegmentNumber::containing(start, size).file_name(PgTimelineId::FIRST, size)))
