@@ -176,7 +176,10 @@ fn pg_receivewal_makes_uses_and_drops_a_slot() {
         receivewal(&one, &["--slot", "archive", "--create-slot"])?;
         ensure!(receivewal(&one, &["--slot", "archive", "--create-slot"]).is_err(), "made twice");
         receivewal(&one, &["--slot", "archive", "--create-slot", "--if-not-exists"])?;
-        ensure!(position(&cluster, &cluster.safekeepers[0], "archive").is_err(), "pg_receivewal asks for no WAL to be kept");
+        ensure!(
+            position(&cluster, &cluster.safekeepers[0], "archive").is_err(),
+            "pg_receivewal asks for no WAL to be kept"
+        );
         receivewal(&one, &["--slot", "archive", "--drop-slot"])?;
         command(&cluster.safekeepers[0], "CREATE_REPLICATION_SLOT archive PHYSICAL (RESERVE_WAL)")?;
         let reserved = position(&cluster, &cluster.safekeepers[0], "archive")?;

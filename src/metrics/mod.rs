@@ -11,6 +11,7 @@
 //! ([`Application`]).
 
 mod journal;
+mod readers;
 mod retention;
 mod safekeeper;
 mod timelines;
@@ -25,13 +26,14 @@ use prometheus::{
 };
 
 pub use journal::JournalSample;
+pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
 pub use retention::{HoldSample, SlotSample, peer_exchange, segments_removed, slots_file_damaged};
 pub use safekeeper::{
     Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
     control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader,
     receiver, storage_operation, wal_flushed, wal_written,
 };
-pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
+pub use timelines::{PageserverSample, TimelineHealth, TimelineSample, TimelineSource};
 
 /// Buckets of all time histograms, in seconds. Neon's, and finer ones below a millisecond, where a good disk is.
 const SECONDS: &[f64] =

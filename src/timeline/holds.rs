@@ -149,7 +149,7 @@ impl Timeline {
         let (progress, control) = (self.progress(), self.control.load());
         add(HoldOwner::Peers, progress.peer_horizon_lsn, None, None);
         // It is raised to where the timeline begins without a page server's word.
-        if self.readers.has_pageserver() || progress.remote_consistent_lsn > control.timeline_start_lsn {
+        if self.readers.pageserver().is_some() || progress.remote_consistent_lsn > control.timeline_start_lsn {
             add(HoldOwner::PageServer, progress.remote_consistent_lsn.max(control.timeline_start_lsn), None, None);
         }
         if self.slots.is_incomplete() {
