@@ -178,10 +178,11 @@ async fn readers_are_shown_with_their_feedback() {
     let timeline = server.registry.as_ref().unwrap().list().remove(0);
     let readers = timeline.readers();
     let addr = "127.0.0.1:4242".parse().unwrap();
-    let pageserver = readers.register(3, addr, Some("pageserver".to_owned()));
-    pageserver.pageserver_feedback(PageserverFeedback { last_received_lsn: Lsn(0x10), ..Default::default() });
-    let standby = readers.register(4, addr, None);
-    standby.standby_status(StandbyStatus { flush: Lsn(0x20), ..Default::default() });
+    let pageserver = readers.register(3, addr, Some("pageserver".to_owned()), Lsn(0x10));
+    let feedback = PageserverFeedback { last_received_lsn: Lsn(0x10), ..Default::default() };
+    pageserver.pageserver_feedback(feedback, Lsn(0x20));
+    let standby = readers.register(4, addr, None, Lsn(0x10));
+    standby.standby_status(StandbyStatus { flush: Lsn(0x20), ..Default::default() }, Lsn(0x20));
     let walsenders = server.get(&timeline_path()).await.json()["walsenders"].take();
     let ttid = json!({"tenant_id": TENANT, "timeline_id": TIMELINE});
     let expected = json!([

@@ -217,8 +217,10 @@ impl TimelineStatus {
 
 fn wal_sender(ttid: TenantTimelineId, reader: ReaderStatus) -> WalSender {
     let feedback = match reader.feedback {
-        ReaderFeedback::Pageserver(report) => Feedback::Pageserver(report.into()),
-        ReaderFeedback::Standby { status, hot_standby } => {
+        // As Neon has it for those that haven't reported yet.
+        None => Feedback::Pageserver(PageserverFeedback::default().into()),
+        Some(ReaderFeedback::Pageserver(report)) => Feedback::Pageserver(report.into()),
+        Some(ReaderFeedback::Standby { status, hot_standby }) => {
             Feedback::Standby(StandbyReport { reply: status.into(), hs_feedback: hot_standby.into() })
         }
     };

@@ -14,6 +14,7 @@ mod journal;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
+pub mod walreceiver;
 
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
@@ -24,9 +25,9 @@ use prometheus::{
 
 pub use journal::JournalSample;
 pub use safekeeper::{
-    Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, acceptor_message,
-    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader,
-    receiver, storage_operation, wal_flushed, wal_written,
+    Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
+    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, peer_exchange,
+    query, reader, receiver, slots_file_damaged, storage_operation, wal_flushed, wal_written,
 };
 pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
 
@@ -62,6 +63,14 @@ impl Exposition {
         let mut exposition = Self::process("walproposer");
         walproposer::collectors().into_iter().for_each(|collector| exposition.add(collector));
         exposition.add(Box::new(walproposer::ProposerCollector::new(proposer)));
+        exposition
+    }
+
+    /// What a walreceiver exposes; `receiver` is asked at every scrape.
+    pub fn walreceiver(receiver: impl walreceiver::ReceiverSource + 'static) -> Self {
+        let mut exposition = Self::process("walreceiver");
+        walreceiver::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(walreceiver::ReceiverCollector::new(receiver)));
         exposition
     }
 

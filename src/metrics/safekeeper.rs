@@ -26,11 +26,14 @@ struct Metrics {
     fork_bytes_set_aside: IntCounter,
     proposer_acceptor_messages: IntCounterVec,
     received_ps_feedbacks: IntCounter,
+    absurd_reports: IntCounter,
     pg_queries_received: IntCounterVec,
     pg_queries_finished: IntCounterVec,
     pg_io_bytes: IntCounterVec,
     wal_receivers: IntGauge,
     wal_readers: IntGaugeVec,
+    slots_files_damaged: IntCounter,
+    peer_exchanges: IntCounterVec,
 }
 
 /// Seldom and slow operations on the files of a timeline.
@@ -195,6 +198,10 @@ impl Metrics {
                 "safekeeper_received_ps_feedbacks_total",
                 "Feedback messages from page servers.",
             ),
+            absurd_reports: counter(
+                "safekeeper_reader_absurd_reports_total",
+                "Reports of readers that name positions this node hasn't got. They are not believed.",
+            ),
             pg_queries_received: counter_vec(
                 "safekeeper_pg_queries_received_total",
                 "Commands on the Postgres port that began.",
@@ -216,14 +223,24 @@ impl Metrics {
                 "Readers connected, one per START_REPLICATION, by what they call themselves.",
                 &["target"],
             ),
+            slots_files_damaged: counter(
+                "safekeeper_slots_files_damaged_total",
+                "Files of replication slots that were found damaged.",
+            ),
+            peer_exchanges: counter_vec(
+                "safekeeper_peer_exchanges_total",
+                "Exchanges with other safekeepers that this one began, by how they ended.",
+                &["outcome"],
+            ),
         }
     }
 }
 
-pub(super) fn collectors() -> [Box<dyn Collector>; 16] {
+pub(super) fn collectors() -> [Box<dyn Collector>; 19] {
     // A series that exists from the start makes rate() right for its first event.
     for outcome in ["success", "error"] {
         METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
+        METRICS.peer_exchanges.with_label_values(&[outcome]);
     }
     for what in [Mendable::ControlCopy, Mendable::LedgerHeader, Mendable::LedgerEntries] {
         METRICS.damage_mended.with_label_values(&[what.label()]);
@@ -240,11 +257,14 @@ pub(super) fn collectors() -> [Box<dyn Collector>; 16] {
         Box::new(METRICS.fork_bytes_set_aside.clone()),
         Box::new(METRICS.proposer_acceptor_messages.clone()),
         Box::new(METRICS.received_ps_feedbacks.clone()),
+        Box::new(METRICS.absurd_reports.clone()),
         Box::new(METRICS.pg_queries_received.clone()),
         Box::new(METRICS.pg_queries_finished.clone()),
         Box::new(METRICS.pg_io_bytes.clone()),
         Box::new(METRICS.wal_receivers.clone()),
         Box::new(METRICS.wal_readers.clone()),
+        Box::new(METRICS.slots_files_damaged.clone()),
+        Box::new(METRICS.peer_exchanges.clone()),
     ]
 }
 
@@ -298,9 +318,24 @@ pub fn acceptor_message(ok: bool) {
     METRICS.proposer_acceptor_messages.with_label_values(&[label]).inc();
 }
 
+/// A file of replication slots was found damaged.
+pub fn slots_file_damaged() {
+    METRICS.slots_files_damaged.inc();
+}
+
+/// An exchange with another safekeeper ended.
+pub fn peer_exchange(ok: bool) {
+    METRICS.peer_exchanges.with_label_values(&[if ok { "success" } else { "error" }]).inc();
+}
+
 /// A page server sent feedback.
 pub fn pageserver_feedback() {
     METRICS.received_ps_feedbacks.inc();
+}
+
+/// A reader reported a position that this node hasn't got.
+pub fn absurd_report() {
+    METRICS.absurd_reports.inc();
 }
 
 /// A command begins; keep the result until it ends.

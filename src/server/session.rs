@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use pgproto::PgTimelineId;
 use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::Command;
@@ -11,7 +10,7 @@ use super::connection::{MessageReader, MessageWriter};
 use super::handshake::{Client, NoTimeline, find_timeline};
 use super::interrupt::Interrupt;
 use super::listener::House;
-use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, status};
+use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, status, timeline_history};
 use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
 
@@ -97,7 +96,7 @@ impl Session {
                 encode::command_complete(self.writer.out(), "SELECT 1");
                 Ok(())
             }
-            Command::TimelineHistory(timeline) => Err(no_history(timeline)),
+            Command::TimelineHistory(timeline) => timeline_history::run(self, timeline),
             Command::StartReplication(request) => start_replication::run(self, request).await,
             Command::StartWalPush(request) => Err(Interrupt::Push(request)),
             Command::TimelineMembers | Command::PeerExchange(_) => {
@@ -133,12 +132,6 @@ fn kind(command: &Command) -> QueryKind {
         Command::TimelineStatus => QueryKind::TimelineStatus,
         _ => QueryKind::Other,
     }
-}
-
-/// Only Postgres timeline 1 is served so far, and that has no history file.
-fn no_history(timeline: PgTimelineId) -> Interrupt {
-    let text = format!("could not open file \"pg_wal/{}\": No such file or directory", timeline.history_file_name());
-    Interrupt::refused(SqlState::UNDEFINED_FILE, text)
 }
 
 /// Slots are not offered yet.

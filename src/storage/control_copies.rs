@@ -62,6 +62,14 @@ pub struct Checkpoint {
     pub dirty_to: Lsn,
 }
 
+impl Checkpoint {
+    /// From where on a start reads WAL: the records behind the last one known, and the block that isn't complete. 0 when there
+    /// is no WAL.
+    pub fn read_from(&self) -> Lsn {
+        self.chain.map_or(Lsn::INVALID, |chain| chain.block_start().min(self.record_end))
+    }
+}
+
 /// What a copy holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ControlCopy {

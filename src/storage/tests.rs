@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use pgproto::wal::page::{LONG_HEADER_SIZE, PageHeader};
 use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, TimelineId};
 
@@ -12,6 +12,7 @@ use super::*;
 use crate::consensus::state::ControlState;
 
 mod damage;
+mod pg_timelines;
 
 const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 /// In the middle of a segment, and of a page that is not the segment's first.

@@ -78,6 +78,8 @@ impl SqlState {
     pub const OBJECT_NOT_IN_PREREQUISITE_STATE: SqlState = SqlState(*b"55000");
     /// Somebody else uses it.
     pub const OBJECT_IN_USE: SqlState = SqlState(*b"55006");
+    /// What was under way took too long.
+    pub const QUERY_CANCELED: SqlState = SqlState(*b"57014");
     /// The server ends the session.
     pub const ADMIN_SHUTDOWN: SqlState = SqlState(*b"57P01");
     /// Nothing was received for too long.

@@ -255,10 +255,19 @@ async fn stopping_tells_every_kind_of_session() {
     let mut reader = server.reader().await;
     reader.start_replication(&START.to_string()).await;
     reader.wal(START, log.since(START).len()).await;
+    let login = [("application_name", "pageserver-1"), ("replication", "true"), ("options", &options(ttid()))];
+    let mut pageserver = server.login(&login).await;
+    pageserver.start_replication(&log.position().to_string()).await;
+    let mut before_startup = server.dial().await;
+    before_startup.send(&[0, 0, 0, 8, 0x04, 0xD2, 0x16, 0x2F]).await;
+    assert_eq!(before_startup.byte().await, b'N');
     server.shutdown.cancel();
     waiting.fatal(SqlState::ADMIN_SHUTDOWN).await;
     greeting_awaited.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
-    reader.fatal(SqlState::ADMIN_SHUTDOWN).await;
+    assert_eq!(reader.next().await, BackendMessage::CommandComplete("COPY 0".into()), "as a walsender says it");
+    assert_eq!(reader.try_next().await, None);
+    pageserver.fatal(SqlState::ADMIN_SHUTDOWN).await;
+    before_startup.fatal(SqlState::CANNOT_CONNECT_NOW).await;
     leader.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
     server.stop().await;
 }

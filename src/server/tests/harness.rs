@@ -6,13 +6,14 @@ use std::time::Duration;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, ErrorFields, SqlState};
+use pgproto::frame::{self, Frame};
 use pgproto::replication::message::ServerMessage;
 use pgproto::startup::StartupMessage;
 use pgproto::walproposer::{
     AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting, ProposerMessage,
-    ProtocolVersion, TermLsn, VoteRequest,
+    ProtocolVersion, StockPrimary, TermLsn, VoteRequest,
 };
-use pgproto::{Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId, frame, frontend};
+use pgproto::{Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId, frontend};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -101,8 +102,15 @@ impl TestServer {
     /// A proposer that was let in, before its greeting.
     pub(super) async fn pusher(&self, version: ProtocolVersion) -> Pusher {
         let mut client = self.login(&[("user", "walproposer"), ("options", &options(ttid()))]).await;
-        let number = if version == ProtocolVersion::V2 { 2 } else { 3 };
-        client.query(&format!("START_WAL_PUSH (proto_version '{number}', allow_timeline_creation 'true')")).await;
+        let (number, more) = match version {
+            ProtocolVersion::V2 => (2, ""),
+            ProtocolVersion::V3 => (3, ""),
+            ProtocolVersion::V3Stock => (3, ", stock '1'"),
+        };
+        client.query(&format!("START_WAL_PUSH (proto_version '{number}', allow_timeline_creation 'true'{more})")).await;
+        if version == ProtocolVersion::V3Stock {
+            assert!(matches!(client.next().await, BackendMessage::ParameterStatus { .. }));
+        }
         assert_eq!(client.next().await, BackendMessage::CopyBothResponse);
         Pusher { client, version }
     }
@@ -113,6 +121,21 @@ impl TestServer {
         pusher.greet().await;
         pusher.vote(term).await;
         pusher.elected(term, start, history).await;
+        pusher
+    }
+
+    /// The same for a stock primary.
+    pub(super) async fn stock_leader(
+        &self,
+        term: u64,
+        start: Lsn,
+        history: &[(u64, Lsn)],
+        primary: StockPrimary,
+    ) -> Pusher {
+        let mut pusher = self.pusher(ProtocolVersion::V3Stock).await;
+        pusher.greet().await;
+        pusher.vote(term).await;
+        pusher.elected_with(term, start, history, Some(primary)).await;
         pusher
     }
 
@@ -159,6 +182,17 @@ impl TestClient {
 
     pub(super) async fn byte(&mut self) -> u8 {
         tokio::time::timeout(PATIENCE, self.socket.read_u8()).await.expect("an answer").unwrap()
+    }
+
+    /// The next message, not looked into.
+    pub(super) async fn frame(&mut self) -> Frame {
+        loop {
+            if let Some(frame) = frame::decode(&mut self.buffer, 1 << 20).unwrap() {
+                return frame;
+            }
+            let read = tokio::time::timeout(PATIENCE, self.socket.read_buf(&mut self.buffer)).await;
+            assert!(read.expect("an answer").unwrap() > 0, "closed");
+        }
     }
 
     /// The next message, or `None` when the server closed the connection.
@@ -317,13 +351,17 @@ impl Pusher {
     }
 
     pub(super) async fn elected(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)]) {
+        self.elected_with(term, start, history, None).await;
+    }
+
+    async fn elected_with(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)], stock: Option<StockPrimary>) {
         let term_history = history.iter().map(|&(term, lsn)| TermLsn { term: Term(term), lsn }).collect();
         let message = ProposerElected {
             generation: Generation(0),
             term: Term(term),
             start_streaming_at: start,
             term_history,
-            stock: None,
+            stock,
         };
         self.send(ProposerMessage::Elected(message)).await;
     }

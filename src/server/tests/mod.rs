@@ -4,6 +4,7 @@ mod bad_input;
 mod commands;
 mod harness;
 mod health;
+mod pg_timelines;
 mod push;
 mod readers;
 mod replay;

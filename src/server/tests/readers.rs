@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
 use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
@@ -196,8 +196,7 @@ async fn messages_that_do_not_belong_into_a_stream_end_it() {
     let garbage = [
         message(b'Q', b"IDENTIFY_SYSTEM\0"),
         message(b'f', b"no\0"),
-        message(b'd', b""),
-        message(b'd', b"r\0\0"),
+        message(b'S', b""),
         message(b'd', b"?"),
         message(b'?', b""),
     ];
@@ -207,6 +206,29 @@ async fn messages_that_do_not_belong_into_a_stream_end_it() {
         reader.start_replication("F/0").await;
         reader.send(&bytes).await;
         reader.fatal(SqlState::PROTOCOL_VIOLATION).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn reports_of_a_wrong_length_end_the_stream_and_not_the_session() {
+    let (server, _, _leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let mut whole = BytesMut::new();
+    StandbyStatus::default().encode(&mut whole);
+    let longer = [&whole[..], &[0]].concat();
+    let mut feedback = BytesMut::new();
+    PageserverFeedback::default().encode_message(&mut feedback);
+    let huge = [&b"h"[..], &[0; 60_000]].concat();
+    for report in [&b""[..], &whole[..33], &longer, b"h", &feedback[..20], &huge] {
+        let mut reader = server.reader().await;
+        reader.start_replication("F/0").await;
+        reader.send(&message(b'd', report)).await;
+        reader.error(SqlState::PROTOCOL_VIOLATION).await;
+        assert_eq!(reader.next().await, BackendMessage::ReadyForQuery(b'I'), "{} bytes", report.len());
+        // What it had sent before it knew.
+        reader.send(&message(b'd', &whole)).await;
+        reader.copy_done().await;
+        reader.row("IDENTIFY_SYSTEM").await;
     }
     server.stop().await;
 }

@@ -110,7 +110,7 @@ fn wal(blocks: usize, seed: u8) -> Vec<u8> {
 fn entries_are_found_again_where_they_were_written() {
     let mut fx = Fixture::new();
     fx.reopen().unwrap();
-    assert_eq!(fx.ledger.base(), BASE);
+    assert_eq!(fx.ledger.first(), BASE);
     for entry in &fx.entries {
         assert_eq!(fx.ledger.read(entry.start), EntryState::Good(*entry));
         assert_eq!(
@@ -409,7 +409,7 @@ fn a_ledger_can_be_shared() {
 #[test]
 fn the_header_looks_as_documented() {
     let (_, files) = TimelineFiles::simulated();
-    let header = Header { ttid: files.ttid(), base: Lsn(0x12_0000), seed: 0x1122_3344 };
+    let header = Header { ttid: files.ttid(), base: Lsn(0x12_0000), first: Lsn(0x12_0000), seed: 0x1122_3344 };
     let expected = "534b4c4544474552010000004433221101010101010101010101010101010101020202020202020202020202020202020000\
          120000000000198e7332";
     assert_eq!(hex::encode(header.encode()), expected);

@@ -146,6 +146,10 @@ impl SlotTable {
         self.0.get(name)
     }
 
+    pub(super) fn get_mut(&mut self, name: &str) -> Option<&mut Slot> {
+        self.0.get_mut(name)
+    }
+
     /// All slots and tombstones.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.0.values()
