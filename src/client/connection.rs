@@ -293,11 +293,11 @@ impl Connection {
 
     async fn rows_of(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         self.send_query(text).await?;
-        self.rows(text).await
+        self.rest_of_rows(text).await
     }
 
-    /// The rows of a command, up to its end.
-    async fn rows(&mut self, command: &str) -> Result<Vec<Row>, ConnectError> {
+    /// What is still to come of an answer, up to the end of the command.
+    async fn rest_of_rows(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         let mut rows = Vec::new();
         let mut failure = None;
         loop {
@@ -311,7 +311,7 @@ impl Connection {
                 | BackendMessage::ParameterStatus { .. } => {}
                 // Left of a COPY that is ending.
                 BackendMessage::CopyData(_) | BackendMessage::CopyDone => {}
-                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {command}"))),
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
             }
         }
     }
@@ -336,7 +336,7 @@ impl Connection {
                         self.parameters.insert(name, value);
                     }
                     BackendMessage::NoticeResponse(_) => {}
-                    BackendMessage::RowDescription(_) => return self.rows(text).await.map(Some),
+                    BackendMessage::RowDescription(_) => return self.rest_of_rows(text).await.map(Some),
                     BackendMessage::ErrorResponse(error) => {
                         // A connection that the server closes says so to the next command.
                         while !matches!(self.reader.next().await, Ok(BackendMessage::ReadyForQuery(_)) | Err(_)) {}
@@ -349,6 +349,16 @@ impl Connection {
         timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
     }
 
+    /// Ends COPY, whichever side wants it, and returns the rows that the command ends with. WAL still under way is dropped.
+    pub async fn end_copy(&mut self) -> Result<Vec<Row>, ConnectError> {
+        let end = async {
+            self.put_copy_done();
+            self.flush().await?;
+            self.rest_of_rows("the end of COPY").await
+        };
+        timeout(CONNECT_LIMIT, end).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
     /// Ends COPY from this side, with the next [`Self::flush`].
     pub fn put_copy_done(&mut self) {
         frontend::copy_done(&mut self.outgoing);
@@ -357,16 +367,6 @@ impl Connection {
     /// Sends what has not been sent yet. Cancel safe.
     pub async fn flush(&mut self) -> Result<(), ConnectError> {
         Ok(self.writer.write_all_buf(&mut self.outgoing).await?)
-    }
-
-    /// Ends COPY, whichever side wants it, and returns the rows that the command ends with. WAL still under way is dropped.
-    pub async fn end_copy(&mut self) -> Result<Vec<Row>, ConnectError> {
-        let end = async {
-            self.put_copy_done();
-            self.flush().await?;
-            self.rows("the end of COPY").await
-        };
-        timeout(CONNECT_LIMIT, end).await.map_err(|_| ConnectError::TimedOut)?
     }
 
     async fn send_query(&mut self, text: &str) -> Result<(), ConnectError> {

@@ -11,6 +11,7 @@
 //! ([`Application`]).
 
 mod journal;
+mod readers;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
@@ -24,12 +25,13 @@ use prometheus::{
 };
 
 pub use journal::JournalSample;
+pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
 pub use safekeeper::{
     Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
     control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, peer_exchange,
     query, reader, receiver, slots_file_damaged, storage_operation, wal_flushed, wal_written,
 };
-pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
+pub use timelines::{PageserverSample, TimelineHealth, TimelineSample, TimelineSource};
 
 /// Buckets of all time histograms, in seconds. Neon's, and finer ones below a millisecond, where a good disk is.
 const SECONDS: &[f64] =

@@ -17,7 +17,7 @@ use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::command::StartWalPush;
 use pgproto::walproposer::{
-    AcceptorMessage, ProposerGreeting, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
+    AcceptorMessage, AppendResponse, ProposerGreeting, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
 };
 use pgproto::{SegmentSize, TenantTimelineId};
 use tokio::sync::mpsc;
@@ -165,6 +165,12 @@ async fn answer(
                     Ack::Refused(error) => return Err(error.into()),
                 }
             }
+            () = push.feedback_arrived() => {}
+        }
+        let Ack::Response(last) = &*acks.borrow() else { continue };
+        for report in push.take_feedback() {
+            let response = AppendResponse { pageserver_feedback: Some(report), ..last.clone() };
+            put_reply(writer.out(), &AcceptorMessage::AppendResponse(response), version);
         }
     }
 }

@@ -46,6 +46,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::ArcSwap;
 use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
+use pgproto::feedback::PageserverFeedback;
 use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::Configuration;
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
@@ -55,14 +56,14 @@ use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
-use crate::metrics::{TimelineHealth, TimelineSample};
+use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, TimelineHealth, TimelineSample};
 use crate::storage::{
     Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
 };
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
 use members::Members;
-use readers::Readers;
+use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
 use writer::{Command, Writer};
 
@@ -346,7 +347,20 @@ impl Timeline {
             remote_consistent_lsn: progress.remote_consistent_lsn,
             receivers,
             written_wal_bytes: self.written_bytes.load(Ordering::Relaxed),
+            readers: self.readers.list().iter().map(|reader| self.sample_reader(reader)).collect(),
+            pageserver: self.readers.pageserver(),
         }
+    }
+
+    fn sample_reader(&self, reader: &ReaderStatus) -> ReaderSample {
+        let Positions { write, flush, apply } = reader.positions;
+        let reported = [(ReaderPosition::Write, write), (ReaderPosition::Flush, flush), (ReaderPosition::Apply, apply)];
+        let lags = reported.into_iter().filter(|(_, lsn)| lsn.is_valid()).map(|(position, lsn)| {
+            let Lag { bytes, time } = self.lag(lsn);
+            ReaderLag { position, bytes, time }
+        });
+        let application = Application::classify(reader.application_name.as_deref().unwrap_or_default());
+        ReaderSample { conn_id: reader.conn_id, application, lags: lags.collect() }
     }
 
     /// Who reads here.
@@ -396,6 +410,17 @@ impl Timeline {
     /// the log's end needs stays, and so does everything while the timeline can't vouch for its log.
     pub async fn remove_wal_before(self: &Arc<Self>, lsn: Lsn) -> Result<Removed, TimelineError> {
         self.ask(|reply| Command::RemoveBefore { lsn, reply }).await
+    }
+
+    /// Takes in what a page server reports: proposers are told, and WAL that all page servers have in remote storage needs
+    /// no more care. `false` while the writer has more to do than it can take; the next report brings it again.
+    pub fn pageserver_reported(self: &Arc<Self>, feedback: &PageserverFeedback) -> bool {
+        self.push_sessions.forward(feedback);
+        let lsn = self.readers.remote_consistent_lsn();
+        if lsn <= self.progress().remote_consistent_lsn {
+            return true;
+        }
+        self.mailbox().is_ok_and(|mailbox| mailbox.try_send(Command::RemoteConsistent(lsn)).is_ok())
     }
 
     /// Saves the lazily saved LSNs now.

@@ -464,6 +464,12 @@ impl Acceptor {
         }
     }
 
+    /// Page servers claim to have everything below `lsn` in remote storage. Of what isn't committed here nobody can.
+    pub fn remote_consistent(&mut self, lsn: Lsn) {
+        let known = &mut self.lazy.remote_consistent_lsn;
+        *known = lsn.min(self.lazy.commit_lsn).max(*known);
+    }
+
     /// Persists the lazily saved LSNs if they moved since they were last saved.
     pub fn checkpoint(&mut self) -> Vec<Action> {
         let mut actions = Vec::new();

@@ -354,7 +354,13 @@ impl Pusher {
         self.elected_with(term, start, history, None).await;
     }
 
-    async fn elected_with(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)], stock: Option<StockPrimary>) {
+    pub(super) async fn elected_with(
+        &mut self,
+        term: u64,
+        start: Lsn,
+        history: &[(u64, Lsn)],
+        stock: Option<StockPrimary>,
+    ) {
         let term_history = history.iter().map(|&(term, lsn)| TermLsn { term: Term(term), lsn }).collect();
         let message = ProposerElected {
             generation: Generation(0),
