@@ -29,6 +29,7 @@
 //! | [`slots`] | replication slots, which all members know |
 //! | [`members`] | what the other members said last |
 //! | [`holds`] | who needs which WAL |
+//! | [`retention`] | saves slots, removes WAL that nobody needs |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
 pub mod holds;
@@ -37,6 +38,7 @@ pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod retention;
 pub mod slots;
 mod writer;
 
@@ -179,9 +181,9 @@ impl Timeline {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
+        let slots = Slots::load(files.clone(), acceptor.node_id());
         let mut commit_times = CommitTimes::default();
         commit_times.committed(progress.commit_lsn);
-        let slots = Slots::load(files.clone(), acceptor.node_id());
         let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),

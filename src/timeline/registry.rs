@@ -15,7 +15,7 @@ use super::holds::RetentionPolicy;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{JournalSample, TimelineSample, TimelineSource};
+use crate::metrics::{HoldSample, JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -257,6 +257,10 @@ impl TimelineSource for Registry {
             failed_checkpoints: stats.failed_checkpoints,
             failed: journal.failed().is_some(),
         }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        self.list().iter().filter_map(|timeline| timeline.hold_sample()).collect()
     }
 }
 

@@ -32,19 +32,20 @@ use self::habits::Habits;
 use self::pg_timeline::Course;
 use self::stream::{Ended, Stream};
 use super::interrupt::Interrupt;
-use super::session::{Session, no_slots};
+use super::session::Session;
+use super::slots;
 use crate::metrics;
 use crate::storage::WalReader;
 use crate::timeline::Timeline;
+use crate::timeline::slots::SlotGuard;
 
 /// Serves a reader until it ends the stream or its Postgres timeline ends, which leaves the session ready for commands.
 pub(super) async fn run(session: &mut Session, request: StartReplication) -> Result<(), Interrupt> {
-    if request.slot.is_some() {
-        return Err(no_slots());
-    }
     let timeline = session.timeline().map_err(|error| error.refusal())?;
+    let slot = slots::acquire(session, &timeline, request.slot.as_deref()).await?;
+    let slot_ended = slot.as_ref().map(SlotGuard::ended).unwrap_or_default();
     let course = Course::plan(&timeline, &session.client, &request)?;
-    let Session { house, client, reader, writer } = session;
+    let Session { house, client, reader, writer, .. } = session;
     let horizon = course.horizon(&timeline, request.term);
     if let Some(next) = horizon.next_pg_timeline(request.start) {
         pg_timeline::tell_next(writer.out(), next);
@@ -68,6 +69,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         reader,
         writer,
         listed,
+        slot,
         last_heard: now,
         last_sent: now,
         asked: false,
@@ -76,6 +78,10 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
     tokio::select! {
         ended = stream.serve() => ended,
         () = house.shutdown.cancelled() => Err(stream_ends(habits)),
+        () = slot_ended.cancelled() => {
+            let name = request.slot.as_deref().unwrap_or_default();
+            Err(slots::taken_away(name, timeline.slots().why_taken_away(name)))
+        }
     }
 }
 

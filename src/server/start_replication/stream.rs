@@ -19,6 +19,7 @@ use crate::server::interrupt::Interrupt;
 use crate::storage::{ReadError, WalReader};
 use crate::timeline::Timeline;
 use crate::timeline::readers::ReaderGuard;
+use crate::timeline::slots::SlotGuard;
 
 /// How a stream came to its end.
 pub(super) enum Ended {
@@ -40,6 +41,8 @@ pub(super) struct Stream<'a> {
     pub(super) reader: &'a mut MessageReader,
     pub(super) writer: &'a mut MessageWriter,
     pub(super) listed: ReaderGuard<'a>,
+    /// The slot it uses.
+    pub(super) slot: Option<SlotGuard<'a>>,
     pub(super) last_heard: Instant,
     pub(super) last_sent: Instant,
     /// The reader was asked for a reply since it was last heard.

@@ -10,3 +10,4 @@ mod push;
 mod readers;
 mod replay;
 mod replies;
+mod slots;
