@@ -138,7 +138,7 @@ fn combinations_are_checked() {
 
 #[test]
 fn neons_flags_warn_or_refuse() {
-    let args = ["--id", "1", "--availability-zone", "sk-1", "--broker-endpoint", "http://127.0.0.1:50051"];
+    let args = ["--id", "1", "--heartbeat-timeout", "5s", "--broker-endpoint", "http://127.0.0.1:50051"];
     let extras = ["--enable-offload", "--delete-offloaded-wal", "--partial-backup-timeout", "10s"];
     let loaded = safekeeper(&[&args[..], &extras].concat()).unwrap();
     assert_eq!(loaded.settings.id, Some(NodeId(1)));

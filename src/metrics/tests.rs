@@ -23,6 +23,15 @@ impl TimelineSource for Fixed {
     fn journal(&self) -> JournalSample {
         JournalSample { batches: 7, entries: 9, limit_bytes: 1 << 28, ..JournalSample::default() }
     }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        let slot = SlotSample { name: "s".to_owned(), wal_status: "reserved", held_bytes: 30 };
+        let held_bytes = BTreeMap::from([("slot", 30), ("peers", 40)]);
+        self.0
+            .iter()
+            .map(|t| HoldSample { ttid: t.ttid, slots: vec![slot.clone()], held_bytes: held_bytes.clone() })
+            .collect()
+    }
 }
 
 struct FixedProposer(ProposerSample);
