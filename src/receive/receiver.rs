@@ -1,5 +1,7 @@
 //! The receiver itself: chooses, connects, checks what comes and hands it to the sink.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -36,8 +38,37 @@ pub enum Start {
     /// Where the slot stands, if there is one; else with the segment that is being written.
     #[default]
     Current,
+    /// With the oldest segment that the first node has.
+    Oldest,
     /// With the segment that holds this position.
     At(Lsn),
+}
+
+/// The text was no place to begin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected \"current\", \"oldest\", or an LSN such as 0/5000000")]
+pub struct ParseStartError;
+
+impl FromStr for Start {
+    type Err = ParseStartError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "current" => Ok(Start::Current),
+            "oldest" => Ok(Start::Oldest),
+            lsn => lsn.parse().map(Start::At).map_err(|_| ParseStartError),
+        }
+    }
+}
+
+impl fmt::Display for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Start::Current => f.write_str("current"),
+            Start::Oldest => f.write_str("oldest"),
+            Start::At(lsn) => lsn.fmt(f),
+        }
+    }
 }
 
 /// What to receive, and how.
@@ -190,7 +221,12 @@ impl<S: Sink> Receiver<'_, S> {
         let at = self.log.as_ref().map_or(Lsn::INVALID, |log| log.at.lsn);
         self.candidates.connecting(address.clone(), at, now);
         let Settings { access, slot, status_interval, .. } = &self.settings;
-        let plan = Plan { access: access.clone(), slot: slot.clone(), status_interval: *status_interval };
+        let plan = Plan {
+            access: access.clone(),
+            slot: slot.clone(),
+            status_interval: *status_interval,
+            find_oldest: self.log.is_none() && self.settings.start == Start::Oldest,
+        };
         let link = Link::begin(address.clone(), plan, self.feedback.subscribe());
         self.link = Some((address, link));
         self.probes.follow(&self.candidates);
@@ -314,7 +350,8 @@ impl<S: Sink> Receiver<'_, S> {
         let at = there.unwrap_or_else(|| {
             let lsn = match (self.settings.start, node.slot) {
                 (Start::At(lsn), _) => lsn,
-                (Start::Current, SlotPosition::At(_, lsn)) => lsn,
+                (Start::Oldest, _) => node.oldest.unwrap_or(node.identity.end),
+                (Start::Current, SlotPosition::At(lsn)) => lsn,
                 (Start::Current, _) => node.identity.end,
             };
             // Whole segments, as every user of files of WAL expects.

@@ -25,7 +25,8 @@ use super::node::{Access, Introduction, NodeError, members};
 use super::sink::{Feedback, Origin, Position};
 use crate::client::connection::{ConnectError, Connection};
 use crate::client::replication::{
-    Identity, SlotPosition, identify_system, quoted, read_slot, segment_size, timeline_history, version_number,
+    Identity, SlotPosition, identify_system, oldest_segment, quoted, read_slot, segment_size, server_version_num,
+    timeline_history,
 };
 use crate::clock::since_2000;
 use crate::config::HostPort;
@@ -73,6 +74,8 @@ pub(super) struct Identified {
     pub(super) ancestry: Ancestry,
     /// Where our slot stands, if we have one.
     pub(super) slot: SlotPosition,
+    /// Begin of the oldest segment that is there, if that was asked for.
+    pub(super) oldest: Option<Lsn>,
     pub(super) introduction: Introduction,
     /// To be answered with where to begin.
     pub(super) order: oneshot::Sender<Order>,
@@ -93,6 +96,8 @@ pub(super) struct Plan {
     pub(super) slot: Option<String>,
     /// Between reports without news; `None`: only those asked for.
     pub(super) status_interval: Option<Duration>,
+    /// Whether to find out where the node's WAL begins.
+    pub(super) find_oldest: bool,
 }
 
 /// The receiver's end. Dropping it closes the connection.
@@ -188,7 +193,7 @@ impl Talk {
         let origin = Origin {
             system_id: identity.system_id,
             segment_size: segment_size(connection).await?,
-            pg_version: connection.parameter("server_version").and_then(version_number).unwrap_or(0),
+            pg_version: server_version_num(connection).await?,
         };
         let newest = match identity.timeline {
             PgTimelineId::FIRST => None,
@@ -202,9 +207,13 @@ impl Talk {
             Some(slot) => read_slot(connection, slot).await?,
             None => SlotPosition::Unknown,
         };
+        let oldest = match self.plan.find_oldest {
+            true => Some(oldest_segment(connection, &identity, origin.segment_size, &ancestry).await?),
+            false => None,
+        };
         let introduction = members(connection).await?;
         let (order, ordered) = oneshot::channel();
-        let told = Identified { identity, origin, ancestry: ancestry.clone(), slot, introduction, order };
+        let told = Identified { identity, origin, ancestry: ancestry.clone(), slot, oldest, introduction, order };
         self.tell(Event::Identified(Box::new(told))).await?;
         let order = ordered.await.map_err(|_| ConnectError::Closed)?;
         Ok((order, ancestry, newest))

@@ -335,7 +335,11 @@ impl Acceptor {
                 actions.push(Action::StoreHistory(primary.history));
             }
             let StockPrimary { pg_version, server_version, safekeepers, .. } = primary;
-            next.server.pg_version = pg_version;
+            // Without a primary they aren't known, as in a mere sync of the safekeepers.
+            if pg_version != 0 {
+                next.server.pg_version = pg_version;
+            }
+            let server_version = if server_version.is_empty() { next.stock.server_version } else { server_version };
             next.stock = StockInfo { ancestry, server_version, safekeepers };
         }
         self.adopt(next, start, &mut actions);

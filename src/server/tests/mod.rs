@@ -11,3 +11,4 @@ mod push;
 mod readers;
 mod replay;
 mod replies;
+mod slots;
