@@ -40,14 +40,14 @@ const VERSION: u32 = 2;
 /// Without `first` and its seed.
 const FIRST_VERSION: u32 = 1;
 const FIRST_HEADER_LEN: usize = 60;
-const HEADER_LEN: usize = 72;
+const HEADER_LEN: usize = 68;
 const CRC_LEN: usize = 4;
 const HEADER_PLACES: [u64; 2] = [0, 2048];
 /// The header's page; entries begin behind it, and the file grows in such steps.
 const PAGE: u64 = 4096;
 const ZEROS: &[u8] = &[0; BLOCK_LEN];
 /// Entries of removed WAL are given back to the disk from so many bytes on: of 2 GiB of WAL.
-const WORTH_TRIMMING: u64 = if cfg!(test) { 0 } else { 1 << 20 };
+const WORTH_TRIMMING: u64 = if cfg!(test) { ENTRY_LEN as u64 } else { 1 << 20 };
 /// Most lost entries in a row that are rebuilt together (1 GiB of WAL): more isn't a lost sector but a lost file.
 const MAX_REBUILD: usize = 16 * 1024;
 
@@ -222,7 +222,7 @@ impl Ledger {
         let mut state = self.state.write();
         let Some(kept) = state.header.place(state.header.first) else { return Ok(()) };
         let (unused, used) = (kept.saturating_sub(PAGE), state.len.saturating_sub(kept));
-        if unused < used.max(WORTH_TRIMMING).max(1) {
+        if unused < used.max(WORTH_TRIMMING) {
             return Ok(());
         }
         let header = Header { base: state.header.first, ..state.header };
@@ -522,7 +522,6 @@ impl Header {
         out.put_slice(&self.ttid.timeline_id.0);
         out.put_u64_le(self.base.0);
         out.put_u64_le(self.first.0);
-        out.put_u32_le(0);
         out.put_u32_le(crc32c::crc32c(&out));
         out
     }

@@ -90,7 +90,7 @@ pub(super) fn bring_up_to_date(
 fn settle_names(files: &TimelineFiles, noted: &Noted, records: &[Replayed]) -> Result<(), ReplayError> {
     let state = |replayed: &Replayed| match &replayed.record {
         // What can't be decoded is a fault, later.
-        Record::Control { sequence, state } if *sequence > noted.sequence => ControlFile::decode(state).ok(),
+        Record::Control { sequence, state } if *sequence > noted.sequence => ControlFile::decode_state(state).ok(),
         _ => None,
     };
     let states: Vec<ControlFile> = records.iter().filter_map(state).collect();

@@ -79,11 +79,16 @@ impl TimelineFiles {
     /// A timeline with an empty directory on a simulated disk.
     #[cfg(test)]
     pub(crate) fn simulated() -> (super::simdisk::SimDisk, Self) {
-        let root = Path::new("/data");
-        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
-        let dir = root.join(ttid.tenant_id.to_string()).join(ttid.timeline_id.to_string());
+        let dir = Self::on(&super::simdisk::SimDisk::default()).dir();
         let disk = super::simdisk::SimDisk::with_dir(&dir);
-        (disk.clone(), Self::new(Arc::new(disk), root.into(), ttid))
+        (disk.clone(), Self::on(&disk))
+    }
+
+    /// The same timeline on another disk.
+    #[cfg(test)]
+    pub(super) fn on(disk: &super::simdisk::SimDisk) -> Self {
+        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
+        Self::new(Arc::new(disk.clone()), Path::new("/data").into(), ttid)
     }
 
     /// Which timeline.

@@ -13,6 +13,7 @@ use crate::consensus::state::ControlState;
 
 mod damage;
 mod pg_timelines;
+mod removal;
 
 const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 /// In the middle of a segment, and of a page that is not the segment's first.

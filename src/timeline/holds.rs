@@ -9,6 +9,7 @@
 //! | page server | what it has durably, once one reported | no |
 //! | slots that aren't known | the oldest WAL there is, as long as the file of slots was damaged and not made whole | no |
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pgproto::{Lsn, NodeId};
@@ -16,6 +17,7 @@ use pgproto::{Lsn, NodeId};
 use super::Timeline;
 use super::slots::Slot;
 use crate::clock;
+use crate::metrics::{HoldSample, SlotSample};
 
 /// What WAL is kept for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,6 +172,31 @@ impl Timeline {
             false if limit.is_some_and(|limit| held > limit) => WalStatus::Unreserved,
             false => WalStatus::Reserved,
         })
+    }
+}
+
+impl Timeline {
+    /// Its holds for metrics, unless there is nothing to tell.
+    pub(super) fn hold_sample(&self) -> Option<HoldSample> {
+        let commit_lsn = self.progress().commit_lsn;
+        let sample = |slot: &Slot| {
+            let status = self.wal_status(slot);
+            SlotSample {
+                name: slot.name.clone(),
+                wal_status: status.map_or("unused", WalStatus::name),
+                held_bytes: status.map_or(0, |_| commit_lsn.saturating_sub(slot.restart_lsn)),
+            }
+        };
+        let slots: Vec<SlotSample> = self.slots.table().kept().map(sample).collect();
+        if slots.is_empty() && self.readers.count() == 0 && self.push_sessions.count() == 0 {
+            return None;
+        }
+        let mut held_bytes = BTreeMap::new();
+        for hold in self.holds() {
+            let most: &mut u64 = held_bytes.entry(hold.owner.kind()).or_default();
+            *most = hold.bytes(commit_lsn).max(*most);
+        }
+        Some(HoldSample { ttid: self.ttid, slots, held_bytes })
     }
 }
 

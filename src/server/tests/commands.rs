@@ -111,10 +111,6 @@ async fn refused_commands_leave_the_session_usable() {
     client.refused("START_REPLICATION foo", SqlState::SYNTAX_ERROR).await;
     client.refused("BASE_BACKUP", SqlState::FEATURE_NOT_SUPPORTED).await;
     client.refused("TIMELINE_HISTORY 2", SqlState::UNDEFINED_FILE).await;
-    for slot in ["CREATE_REPLICATION_SLOT s PHYSICAL", "READ_REPLICATION_SLOT s", "DROP_REPLICATION_SLOT s"] {
-        let error = client.refused(slot, SqlState::FEATURE_NOT_SUPPORTED).await;
-        assert!(error.hint.is_some(), "{slot}");
-    }
     client.query("set datestyle to 'ISO'").await;
     assert_eq!(client.until_ready().await, [BackendMessage::CommandComplete("SELECT 1".into())]);
     // Left over from a COPY that failed: ignored.
