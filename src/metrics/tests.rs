@@ -48,7 +48,23 @@ fn sample(number: usize, active: bool) -> TimelineSample {
         remote_consistent_lsn: Lsn(0),
         receivers: 1,
         written_wal_bytes: 77,
+        readers: Vec::new(),
+        pageserver: None,
     }
+}
+
+/// A standby that is behind in replaying only.
+fn standby() -> ReaderSample {
+    let lag = |position, bytes, seconds| ReaderLag { position, bytes, time: Duration::from_secs(seconds) };
+    ReaderSample {
+        conn_id: 7,
+        application: Application::classify("walreceiver"),
+        lags: vec![lag(ReaderPosition::Write, 0, 0), lag(ReaderPosition::Apply, 30, 2)],
+    }
+}
+
+fn pageserver() -> PageserverSample {
+    PageserverSample { last_received_lsn: Lsn(90), unix_time: 1_700_000_000, reports: 5, corruption_detected: true }
 }
 
 /// A safekeeper after one of everything has happened.
@@ -101,6 +117,25 @@ fn timelines_are_read_at_scrape_time() {
         assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
     }
     assert!(!text.contains("safekeeper_remote_consistent_lsn"), "an unknown position is not exported");
+}
+
+#[test]
+fn readers_are_shown_with_their_lag() {
+    let sample = TimelineSample { readers: vec![standby()], pageserver: Some(pageserver()), ..sample(1, true) };
+    let text = busy_safekeeper(vec![sample]).render().unwrap();
+    let timeline = "tenant_id=\"00000000000000000000000000000001\",timeline_id=\"02020202020202020202020202020202\"";
+    let reader = |position| format!("{{conn_id=\"7\",position=\"{position}\",target=\"walreceiver\",{timeline}}}");
+    for line in [
+        format!("safekeeper_reader_lag_bytes{} 0", reader("write")),
+        format!("safekeeper_reader_lag_bytes{} 30", reader("apply")),
+        format!("safekeeper_reader_lag_seconds{} 2", reader("apply")),
+        format!("safekeeper_ps_last_received_lsn{{{timeline}}} 90"),
+        format!("safekeeper_ps_feedback_count_total{{{timeline}}} 5"),
+        format!("safekeeper_ps_corruption_detected{{{timeline}}} 1"),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
+    assert!(!text.contains("position=\"flush\""), "what was not reported is not exported");
 }
 
 #[test]
@@ -189,6 +224,8 @@ fn documented() -> BTreeMap<String, String> {
 fn the_document_tells_of_every_metric_and_of_no_other() {
     let mut sample = sample(1, true);
     sample.remote_consistent_lsn = Lsn(1);
+    sample.readers = vec![standby()];
+    sample.pageserver = Some(pageserver());
     let mut exported = families(&busy_safekeeper(vec![sample]).render().unwrap());
     exported.extend(families(&busy_walproposer().render().unwrap()));
     assert_eq!(exported, documented());

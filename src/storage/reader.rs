@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize};
+use pgproto::{Lsn, SegmentNumber, SegmentSize};
 
 use super::blocking;
 use super::chain::{Chain, block_end, block_start};
 use super::disk::{DiskError, DiskFile, During};
 use super::ledger::{Ledger, LedgerError, RebuildError, Verdict};
-use super::segments::{SegmentFile, TimelineFiles, offset};
+use super::segments::{TimelineFiles, offset};
 use crate::consensus::history::TermHistory;
 use crate::consensus::state::ControlState;
 use crate::metrics;
@@ -55,8 +55,8 @@ pub enum ReadError {
         /// End as asked.
         end: Lsn,
     },
-    /// This node never had the position.
-    #[error("requested WAL at {at}, but WAL here starts at {start}")]
+    /// This node never had the position, or it was removed.
+    #[error("requested WAL at {at}, but WAL here starts at {start}: what is before was removed, or never here")]
     BeforeStart {
         /// Position as asked.
         at: Lsn,
@@ -108,9 +108,9 @@ impl WalReader {
         Ok(Self { files, segment_size, start, open: None, ledger: None, history: state.term_history.clone() })
     }
 
-    /// First position that can be read, unless it was removed since.
+    /// First position that can be read. It moves when WAL is removed.
     pub fn start_lsn(&self) -> Lsn {
-        self.start
+        self.start.max(self.files.oldest_lsn())
     }
 
     /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, or for [`MAX_READ_SIZE`].
@@ -130,19 +130,15 @@ impl WalReader {
             Some(wanted) if at.is_valid() => wanted,
             _ => return Err(ReadError::InvalidRange { at, end }),
         };
-        if at < self.start {
-            return Err(ReadError::BeforeStart { at, start: self.start });
-        }
         let wanted = wanted.min(self.segment_size.bytes() - offset(at, self.segment_size));
         let wanted = usize::try_from(wanted).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
-        if wanted == 0 {
-            return Ok(Bytes::new());
-        }
         let to = Lsn(at.0.saturating_add(wanted as u64));
         let files = self.files.clone();
-        unless_cut(
-            || files.trusted(),
-            |trusted| match trusted {
+        unless_changed(
+            || (files.trusted(), files.oldest_lsn()),
+            |(trusted, _)| match trusted {
+                _ if at < self.start_lsn() => Err(ReadError::BeforeStart { at, start: self.start_lsn() }),
+                _ if wanted == 0 => Ok(Bytes::new()),
                 Some(trusted) if at >= trusted.end() => self.read_stored(at, wanted),
                 _ => self.read_checked(at, trusted.map_or(to, |trusted| to.min(trusted.end())), trusted),
             },
@@ -153,8 +149,8 @@ impl WalReader {
         let number = SegmentNumber::containing(at, self.segment_size);
         let file = self.segment(number)?;
         let mut wal = BytesMut::zeroed(wanted);
-        let path = || self.files.segment_path(SegmentFile { number, partial: false }, self.segment_size);
-        let count = file.read_at(&mut wal, offset(at, self.segment_size)).during("read", &path())?;
+        let read = file.read_at(&mut wal, offset(at, self.segment_size));
+        let count = read.during_at("read", || self.files.present_path(number, self.segment_size))?;
         if count < wanted {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
@@ -177,7 +173,7 @@ impl WalReader {
                 Arc::clone(self.ledger.insert(ledger))
             }
         };
-        let first = block_start(at).max(ledger.base());
+        let first = block_start(at).max(ledger.first());
         if at < first {
             return Err(damaged(at, format!("its checksums begin at {first}")));
         }
@@ -247,20 +243,21 @@ impl WalReader {
     }
 
     fn name(&self, number: SegmentNumber) -> String {
-        number.file_name(PgTimelineId::FIRST, self.segment_size)
+        self.files.segment_name(number, self.segment_size)
     }
 }
 
-/// Reads, and again when a leader cut the log meanwhile and what was read looks damaged: the cut lowers the `mark` before it
-/// touches a byte that the mark vouched for.
-fn unless_cut<T>(
-    mark: impl Fn() -> Option<Chain>,
-    mut read: impl FnMut(Option<Chain>) -> Result<T, ReadError>,
+/// Reads, and again when a leader cut the log meanwhile, or WAL was removed, and what was read looks damaged: the cut lowers
+/// the `mark` before it touches a byte that the mark vouched for, and the removal raises it before.
+fn unless_changed<T, M: Copy + PartialEq>(
+    mark: impl Fn() -> M,
+    mut read: impl FnMut(M) -> Result<T, ReadError>,
 ) -> Result<T, ReadError> {
     loop {
         let before = mark();
         match read(before) {
-            Err(ReadError::Damaged { .. } | ReadError::ShortSegment { .. }) if mark() != before => {}
+            Err(ReadError::Damaged { .. } | ReadError::ShortSegment { .. } | ReadError::SegmentMissing { .. })
+                if mark() != before => {}
             read => return read,
         }
     }
@@ -287,8 +284,8 @@ mod tests {
             }
             Err(damaged())
         };
-        assert_eq!(unless_cut(|| mark.get(), read).unwrap(), 7);
-        let damaged = unless_cut::<()>(|| mark.get(), |_| Err(damaged()));
+        assert_eq!(unless_changed(|| mark.get(), read).unwrap(), 7);
+        let damaged = unless_changed::<(), _>(|| mark.get(), |_| Err(damaged()));
         assert!(matches!(damaged, Err(ReadError::Damaged { .. })), "without a cut it is");
     }
 }

@@ -11,10 +11,11 @@ use pgproto::wal::page::magic_of;
 use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
+use super::holds::RetentionPolicy;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{JournalSample, TimelineSample, TimelineSource};
+use crate::metrics::{HoldSample, JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -76,20 +77,30 @@ enum Slot {
 pub struct Registry {
     data_dir: DataDir,
     lanes: Lanes,
+    retention: RetentionPolicy,
     limit: usize,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
 
 impl Registry {
-    /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name.
+    /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name. No WAL is ever removed.
     pub async fn load(data_dir: DataDir, lanes: Lanes) -> Result<Arc<Self>, DiskError> {
+        Self::load_with(data_dir, lanes, RetentionPolicy::default()).await
+    }
+
+    /// The same, and says what WAL is kept for.
+    pub async fn load_with(
+        data_dir: DataDir,
+        lanes: Lanes,
+        retention: RetentionPolicy,
+    ) -> Result<Arc<Self>, DiskError> {
         let mut timelines = BTreeMap::new();
         for ttid in data_dir.timelines()? {
             let slot = match TimelineStore::open(&data_dir, ttid).await {
                 Ok((store, recovered)) => {
                     let acceptor = acceptor(data_dir.node_id(), recovered);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
-                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid)))
+                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), retention))
                 }
                 Err(error) => {
                     tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
@@ -98,7 +109,7 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, lanes, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
+        Ok(Arc::new(Self { data_dir, lanes, retention, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
     }
 
     /// The node these timelines are on.
@@ -190,7 +201,7 @@ impl Registry {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
                 let acceptor = acceptor(self.node_id(), recovered);
-                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid));
+                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), self.retention);
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
             }
@@ -246,6 +257,10 @@ impl TimelineSource for Registry {
             failed_checkpoints: stats.failed_checkpoints,
             failed: journal.failed().is_some(),
         }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        self.list().iter().filter_map(|timeline| timeline.hold_sample()).collect()
     }
 }
 

@@ -31,7 +31,7 @@ pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::{Commit, Ledger};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
-pub use process::{Daemon, Launch};
+pub use process::{Daemon, Launch, run_within};
 pub use programs::{Account, Clients, Programs, in_ci, leave_out, run};
 pub use prometheus::{Prometheus, promtool};
 pub use random::Random;

@@ -2,8 +2,12 @@
 
 mod bad_input;
 mod commands;
+mod feedback;
 mod harness;
 mod health;
+mod pg_timelines;
 mod push;
 mod readers;
 mod replay;
+mod replies;
+mod slots;
