@@ -57,7 +57,6 @@ mod import;
 pub mod journal;
 mod ledger;
 mod opening;
-mod read_ahead;
 mod reader;
 mod removal;
 mod replay;
@@ -91,8 +90,7 @@ pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk}
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
 pub use history_files::{HistoryError, MAX_HISTORY_FILE};
-pub use read_ahead::{PIECE_SIZE, ReadAhead};
-pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
+pub use reader::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
 pub use timeline_store::{Recovered, TimelineStore, Verified, verify};
