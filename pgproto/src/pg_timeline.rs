@@ -226,6 +226,22 @@ pub fn parse_history(timeline: PgTimelineId, content: &[u8]) -> Result<Ancestry,
     Ancestry::new(branches)
 }
 
+/// The history file of `ancestor`, as a descendant's history file has it: PostgreSQL begins a new one with a copy of the
+/// parent's, and separates its own line by a blank one.
+pub fn history_of_ancestor(content: &[u8], ancestor: PgTimelineId) -> Option<&[u8]> {
+    let mut start = 0;
+    for line in content.split_inclusive(|&byte| byte == b'\n') {
+        let text = String::from_utf8_lossy(line);
+        let parent = text.split_ascii_whitespace().next().and_then(|word| word.parse().ok());
+        if parent == Some(ancestor) {
+            let before = content.get(..start)?;
+            return Some(before.strip_suffix(b"\n").filter(|parents| parents.ends_with(b"\n")).unwrap_or(before));
+        }
+        start += line.len();
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -289,6 +305,15 @@ mod tests {
         assert!(!third().agrees_below(&Ancestry::default(), Lsn(0x1700_B501)));
         assert_eq!(third().up_to(Lsn(0x1A01_5567)).current(), TWO);
         assert_eq!(third().up_to(Lsn(0x1A01_5568)).current(), THREE);
+    }
+
+    #[test]
+    fn a_history_file_begins_with_those_of_the_ancestors() {
+        assert_eq!(history_of_ancestor(THIRD, TWO), Some(&b"1\t0/1700B500\tno recovery target specified\n"[..]));
+        assert_eq!(history_of_ancestor(THIRD, ONE), Some(&b""[..]));
+        assert_eq!(history_of_ancestor(THIRD, THREE), None);
+        let by_hand = b"# a comment\n1\t0/9\tx\n2\t0/19\ty\n";
+        assert_eq!(history_of_ancestor(by_hand, TWO), Some(&b"# a comment\n1\t0/9\tx\n"[..]));
     }
 
     #[test]

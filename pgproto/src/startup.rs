@@ -9,7 +9,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use crate::frame::{put_cstr, put_length_prefixed};
 use crate::ids::ParseIdError;
 use crate::read::Reader;
-use crate::{DecodeError, TenantId, TimelineId};
+use crate::{DecodeError, TenantId, TenantTimelineId, TimelineId};
 
 /// Smallest first packet: length and code.
 pub const MIN_PACKET_LEN: u32 = 8;
@@ -175,6 +175,18 @@ impl StartupMessage {
         }
     }
 
+    /// The user's name and, if the `user` parameter is written as `name.tenant_id.timeline_id`, the timeline it names: for
+    /// programs that can't send `options`. Anything else is a name as a whole.
+    pub fn user(&self) -> (&str, Option<TenantTimelineId>) {
+        let whole = self.get("user").unwrap_or_default();
+        let mut parts = whole.rsplitn(3, '.');
+        let mut named = || {
+            let (timeline_id, tenant_id, name) = (parts.next()?, parts.next()?, parts.next()?);
+            Some((name, Some(TenantTimelineId::new(tenant_id.parse().ok()?, timeline_id.parse().ok()?))))
+        };
+        named().unwrap_or((whole, None))
+    }
+
     /// The settings in the `options` parameter; none without it.
     pub fn options(&self) -> Options {
         Options::parse(self.get("options").unwrap_or_default())
@@ -282,6 +294,21 @@ mod tests {
         let mut out = BytesMut::new();
         encode_ssl_request(&mut out);
         assert_eq!(hex::encode(out), "0000000804d2162f");
+    }
+
+    #[test]
+    fn a_user_name_may_name_a_timeline() {
+        let user = |text: &str| {
+            let message = StartupMessage { minor_version: 0, parameters: vec![("user".into(), text.into())] };
+            let (name, ttid) = message.user();
+            (name.to_owned(), ttid)
+        };
+        let ttid = TenantTimelineId::new(TENANT.parse().unwrap(), TIMELINE.parse().unwrap());
+        assert_eq!(user(&format!("barman.{TENANT}.{TIMELINE}")), ("barman".to_owned(), Some(ttid)));
+        assert_eq!(user(&format!("first.last.{TENANT}.{TIMELINE}")), ("first.last".to_owned(), Some(ttid)));
+        for plain in ["", "barman", "a.b.c", TENANT, &format!("x.{TENANT}"), &format!("{TENANT}.{TIMELINE}")] {
+            assert_eq!(user(plain), (plain.to_owned(), None));
+        }
     }
 
     #[test]

@@ -138,6 +138,11 @@ mod real {
         let next = starts.iter().find(|(start, _)| *start > Lsn(0x80_8000)).unwrap().0;
         let (ends, result) = record_ends(at, VERSION, &SWITCHED[0x4000..]);
         assert_eq!((ends[0], result), (next, Ok(())));
+        let mut scanner = RecordScanner::new(at, segment_size(), VERSION);
+        scanner.feed(&SWITCHED[0x4000..0x6000]).unwrap();
+        assert_eq!(scanner.checked_from(), Lsn(0x80_6000), "nothing yet");
+        scanner.feed(&SWITCHED[0x6000..]).unwrap();
+        assert_eq!(scanner.checked_from(), next);
         // Only the first page may do so.
         let mut wal = SWITCHED[0x4000..0x6000].to_vec();
         wal.extend_from_slice(&SWITCHED[0x8000..]);

@@ -9,6 +9,7 @@ pub mod history;
 pub mod membership;
 pub mod proposer;
 pub mod state;
+pub mod timelines;
 
 #[cfg(test)]
 mod tests;

@@ -9,6 +9,8 @@
 //! (rule 20 would allow it to go on). Changes of the membership are rare and an election is a matter of milliseconds, while
 //! votes and acknowledgements of two generations in one leader are easily mixed up.
 //!
+//! The log of a stock primary also has to be of the primary's own Postgres timelines ([`super::timelines`]).
+//!
 //! Without a primary a proposer only brings the safekeepers to one LSN: [`Proposer::synced`].
 //!
 //! The proposer has no durable state and never sees a byte of WAL: it deals in positions, and its caller attaches the
@@ -22,13 +24,14 @@ use std::hash::{Hash, Hasher};
 use bytes::Bytes;
 use pgproto::walproposer::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, Member, ProposerElected,
-    ProposerGreeting, ProposerMessage, TermLsn, VoteRequest, VoteResponse,
+    ProposerGreeting, ProposerMessage, StockPrimary, TermLsn, VoteRequest, VoteResponse,
 };
-use pgproto::{Generation, Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::{Generation, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 
 use super::history::{TermHistory, highest_common_point};
 use super::membership::{self, majority, same_members};
 use super::state::ServerInfo;
+use super::timelines::{Divergence, StockServer};
 
 /// Index of an acceptor in the proposer's list.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -127,6 +130,9 @@ pub enum StepDown {
     /// The best log among the voters is not one.
     #[error("the donor's term history is damaged: {0}")]
     BadDonorHistory(#[from] super::history::HistoryError),
+    /// The voters' log and the primary's WAL are not the same. A new campaign would come to the same.
+    #[error(transparent)]
+    Diverged(#[from] Divergence),
 }
 
 /// An append to send to one acceptor; the caller attaches the bytes `[begin, end)`. Empty: a heartbeat.
@@ -172,6 +178,8 @@ pub struct ProposerConfig {
     pub configuration: Configuration,
     /// Where the log begins if no voter has any WAL; 0: then don't begin one ([`Effect::NoLog`]).
     pub initial_start: Lsn,
+    /// A stock server's timelines; `None`: the acceptors were not asked to hear of such.
+    pub stock: Option<StockServer>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -181,7 +189,7 @@ enum Phase {
     /// Asking for votes.
     Campaigning { term: Term },
     /// Elected.
-    Leading { term: Term, start: Lsn, history: TermHistory },
+    Leading { term: Term, start: Lsn, history: TermHistory, stock: Option<StockPrimary> },
 }
 
 /// Where the talk with an acceptor stands.
@@ -285,6 +293,14 @@ impl Proposer {
     pub fn term_start(&self) -> Option<Lsn> {
         match &self.phase {
             Phase::Leading { start, .. } => Some(*start),
+            _ => None,
+        }
+    }
+
+    /// The Postgres timeline that WAL from the start of the own term on is of, once elected.
+    pub fn timeline(&self) -> Option<PgTimelineId> {
+        match &self.phase {
+            Phase::Leading { stock, .. } => stock.as_ref().map(|primary| primary.timeline),
             _ => None,
         }
     }
@@ -532,6 +548,7 @@ impl Proposer {
         let best = votes().max_by_key(|v| (last_term(v), v.flush_lsn));
         let (donor_history, donor_end) =
             best.map_or((Vec::new(), Lsn::INVALID), |vote| (vote.term_history.clone(), vote.flush_lsn));
+        let donor_timelines = best.and_then(|vote| vote.ancestry.as_ref());
         let start = if donor_end.is_valid() { donor_end } else { self.config.initial_start };
         if !start.is_valid() {
             return vec![Effect::NoLog];
@@ -544,9 +561,14 @@ impl Proposer {
                 Ok(history) => history,
                 Err(damage) => return vec![Effect::StepDown(StepDown::BadDonorHistory(damage))],
             };
+        let stock = match self.config.stock.as_ref().map(|server| server.lead_from(start, donor_timelines)).transpose()
+        {
+            Ok(stock) => stock,
+            Err(divergence) => return vec![Effect::StepDown(divergence.into())],
+        };
         self.truncate_lsn = horizon;
         self.wal_end = start;
-        self.phase = Phase::Leading { term, start, history };
+        self.phase = Phase::Leading { term, start, history, stock };
         let voters = |(_, p): &(usize, &Peer)| p.state == PeerState::Voted;
         let voters: Vec<_> = self.peers.iter().enumerate().filter(voters).map(|(i, _)| PeerIndex(i)).collect();
         let mut effects = vec![Effect::Elected { term, start }];
@@ -556,7 +578,7 @@ impl Proposer {
 
     /// Tells an acceptor where its log and ours part, and makes it follow.
     fn lead(&mut self, index: PeerIndex) -> Vec<Effect> {
-        let Phase::Leading { term, history, .. } = &self.phase else { return Vec::new() };
+        let Phase::Leading { term, history, stock, .. } = &self.phase else { return Vec::new() };
         let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };
         let Some(vote) = &peer.vote else { return Vec::new() };
         let own = TermHistory::new(vote.term_history.clone());
@@ -576,7 +598,7 @@ impl Proposer {
             term: *term,
             start_streaming_at,
             term_history: history.entries().to_vec(),
-            stock: None,
+            stock: stock.clone(),
         };
         vec![Effect::Send(index, ProposerMessage::Elected(elected)), Effect::Follows(index)]
     }

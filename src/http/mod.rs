@@ -18,13 +18,16 @@
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `timeline_status` | the JSON form of a timeline |
 //! | [`walproposer`] | routes of the walproposer |
+//! | [`walreceiver`] | routes of the walreceiver |
 
 pub mod error;
 mod request;
+mod retention_status;
 pub mod safekeeper;
 mod serve;
 mod timeline_status;
 pub mod walproposer;
+pub mod walreceiver;
 
 pub use request::MAX_BODY;
 pub use serve::{Limits, serve};

@@ -26,6 +26,7 @@ struct Metrics {
     fork_bytes_set_aside: IntCounter,
     proposer_acceptor_messages: IntCounterVec,
     received_ps_feedbacks: IntCounter,
+    absurd_reports: IntCounter,
     pg_queries_received: IntCounterVec,
     pg_queries_finished: IntCounterVec,
     pg_io_bytes: IntCounterVec,
@@ -195,6 +196,10 @@ impl Metrics {
                 "safekeeper_received_ps_feedbacks_total",
                 "Feedback messages from page servers.",
             ),
+            absurd_reports: counter(
+                "safekeeper_reader_absurd_reports_total",
+                "Reports of readers that name positions this node hasn't got. They are not believed.",
+            ),
             pg_queries_received: counter_vec(
                 "safekeeper_pg_queries_received_total",
                 "Commands on the Postgres port that began.",
@@ -220,7 +225,7 @@ impl Metrics {
     }
 }
 
-pub(super) fn collectors() -> [Box<dyn Collector>; 16] {
+pub(super) fn collectors() -> [Box<dyn Collector>; 17] {
     // A series that exists from the start makes rate() right for its first event.
     for outcome in ["success", "error"] {
         METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
@@ -240,6 +245,7 @@ pub(super) fn collectors() -> [Box<dyn Collector>; 16] {
         Box::new(METRICS.fork_bytes_set_aside.clone()),
         Box::new(METRICS.proposer_acceptor_messages.clone()),
         Box::new(METRICS.received_ps_feedbacks.clone()),
+        Box::new(METRICS.absurd_reports.clone()),
         Box::new(METRICS.pg_queries_received.clone()),
         Box::new(METRICS.pg_queries_finished.clone()),
         Box::new(METRICS.pg_io_bytes.clone()),
@@ -301,6 +307,11 @@ pub fn acceptor_message(ok: bool) {
 /// A page server sent feedback.
 pub fn pageserver_feedback() {
     METRICS.received_ps_feedbacks.inc();
+}
+
+/// A reader reported a position that this node hasn't got.
+pub fn absurd_report() {
+    METRICS.absurd_reports.inc();
 }
 
 /// A command begins; keep the result until it ends.

@@ -7,10 +7,11 @@
 //!
 //! Unknown fields are ignored and missing lists are empty, so that versions can talk to each other.
 
-use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, NodeId, TenantTimelineId, Term};
 use serde::{Deserialize, Serialize};
 
-use crate::timeline::slots::Slot;
+use crate::timeline::members::RemoteTemporary;
+use crate::timeline::slots::{InUse, Slot};
 
 /// Who keeps a timeline, as one of them knows it: the answer to `TIMELINE_MEMBERS`. For clients that want to know where else
 /// to go. The node that answers is in it.
@@ -58,19 +59,10 @@ pub struct Sender {
     pub life: u64,
     /// Where others reach it, if it was told.
     #[serde(default)]
-    pub advertised: Option<Address>,
+    pub advertised: Option<HostPort>,
     /// Where it stands.
     #[serde(default)]
     pub availability_zone: Option<String>,
-}
-
-/// Host and port.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Address {
-    /// Name or IP address.
-    pub host: String,
-    /// TCP port.
-    pub port: u16,
 }
 
 /// What a node says of a timeline.
@@ -90,14 +82,8 @@ pub struct TimelineReport {
     pub slots: Vec<Slot>,
     /// The temporary slots of its clients.
     #[serde(default)]
-    pub temporary: Vec<TemporaryReport>,
-}
-
-/// A temporary slot.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct TemporaryReport {
-    /// Its name.
-    pub name: String,
-    /// WAL from here on is needed; `0/0` while nothing is.
-    pub restart_lsn: Lsn,
+    pub temporary: Vec<RemoteTemporary>,
+    /// Slots that its clients use at the moment.
+    #[serde(default)]
+    pub in_use: Vec<InUse>,
 }

@@ -77,10 +77,17 @@ pub enum SinkError {
     Other(Box<dyn std::error::Error + Send + Sync>),
 }
 
+impl SinkError {
+    /// Whether it is only that the reader of a pipe went away.
+    pub fn is_closed_pipe(&self) -> bool {
+        matches!(self, SinkError::Io { source, .. } if source.kind() == std::io::ErrorKind::BrokenPipe)
+    }
+}
+
 /// Takes WAL in order.
 pub trait Sink: Send {
-    /// Finds out what is there already. Returns where to go on: the start of a segment or of a record (that of a page counts);
-    /// `None` if there is nothing, and the receiver shall choose. WAL that is there behind that position comes again: the
+    /// Finds out what is there already. Returns where to go on, and under which timeline (servers give out all of a segment
+    /// under the timeline that begins in it): the start of a segment or of a record (that of a page counts); `None` if there is nothing, and the receiver shall choose. WAL that is there behind that position comes again: the
     /// same bytes, or the sink ends with [`SinkError::Diverged`].
     fn open(&mut self, origin: &Origin) -> impl Future<Output = Result<Option<Position>, SinkError>> + Send;
 

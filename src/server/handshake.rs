@@ -12,14 +12,13 @@ use super::STARTUP_LIMIT;
 use super::connection::{MessageReader, MessageWriter};
 use super::interrupt::Interrupt;
 use super::listener::House;
+use super::settings::{self, Version};
 use crate::metrics::{self, Application};
 use crate::timeline::Timeline;
 use crate::timeline::registry::{LookupError, Registry};
 
-/// Advertised while the primary's version isn't known: Neon's value, and old enough for every client to accept.
-const DEFAULT_SERVER_VERSION: &str = "14.1";
-
-const SELECTOR_HINT: &str = "Name the timeline: options='-c tenant_id=... -c timeline_id=...'.";
+const SELECTOR_HINT: &str =
+    "Name the timeline: options='-c tenant_id=... -c timeline_id=...', or user=NAME.TENANT_ID.TIMELINE_ID.";
 
 /// Whether there is room for one more session.
 pub(super) enum Admission {
@@ -124,9 +123,12 @@ pub(super) async fn run(
 ) -> Result<Client, Interrupt> {
     let first = tokio::select! {
         first = timeout(STARTUP_LIMIT, first_packets(reader, writer)) => first,
-        () = house.shutdown.cancelled() => return Err(Interrupt::Gone("stopping before a session began".to_owned())),
+        () = house.shutdown.cancelled() => {
+            return Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, "this safekeeper is shutting down"));
+        }
     };
-    let message = first.map_err(|_| Interrupt::Gone("no startup packet in time".to_owned()))??;
+    let late = |_| Interrupt::fatal(SqlState::QUERY_CANCELED, "no startup packet came in time");
+    let message = first.map_err(late)??;
     if message.needs_negotiation() {
         encode::negotiate_protocol_version(writer.out(), message.extensions());
     }
@@ -163,7 +165,6 @@ async fn first_packets(reader: &mut MessageReader, writer: &mut MessageWriter) -
             }
             FirstPacket::Cancel => return gone("cancel request"),
             FirstPacket::DirectTls => return gone("TLS is not supported"),
-            FirstPacket::UnsupportedVersion { major: 1234, .. } => return gone("unknown request"),
             FirstPacket::UnsupportedVersion { major, minor } => {
                 let supported = startup::PROTOCOL_MAJOR;
                 let text = format!(
@@ -182,7 +183,7 @@ fn admit(house: &House, id: u32, address: SocketAddr, message: &StartupMessage) 
     })?;
     let options = message.options();
     refuse_interpreted(&options)?;
-    let named = selected(&options)?;
+    let named = selected(&options, message.user().1)?;
     let application_name = message.get("application_name").map(str::to_owned);
     let found = find_timeline(&house.registry, named);
     if mode != ReplicationMode::Off {
@@ -190,7 +191,8 @@ fn admit(house: &House, id: u32, address: SocketAddr, message: &StartupMessage) 
     }
     let timeline = found.ok();
     let ttid = named.or(timeline.as_ref().map(|timeline| timeline.ttid()));
-    let parameters = parameters(message, mode, timeline.as_deref());
+    let version = timeline.as_deref().map(Version::of).unwrap_or_default();
+    let parameters = settings::told(message, mode, &version);
     Ok(Client { id, address, application_name, named, ttid, parameters })
 }
 
@@ -206,14 +208,23 @@ fn refuse_interpreted(options: &Options) -> Result<(), Interrupt> {
     }
 }
 
-fn selected(options: &Options) -> Result<Option<TenantTimelineId>, Interrupt> {
+/// The timeline that a client names, in `options` or in its user name.
+fn selected(options: &Options, by_user: Option<TenantTimelineId>) -> Result<Option<TenantTimelineId>, Interrupt> {
     let wrong = |text: String| {
         Interrupt::Fatal(ErrorFields::fatal(SqlState::INVALID_PARAMETER_VALUE, text).with_hint(SELECTOR_HINT))
     };
     let selector = options.selector().map_err(|error| wrong(error.to_string()))?;
     match (selector.tenant_id, selector.timeline_id) {
-        (Some(tenant_id), Some(timeline_id)) => Ok(Some(TenantTimelineId::new(tenant_id, timeline_id))),
-        (None, None) => Ok(None),
+        (Some(tenant_id), Some(timeline_id)) => {
+            let ttid = TenantTimelineId::new(tenant_id, timeline_id);
+            match by_user {
+                Some(other) if other != ttid => {
+                    Err(wrong(format!("options name timeline {ttid}, the user name names {other}")))
+                }
+                _ => Ok(Some(ttid)),
+            }
+        }
+        (None, None) => Ok(by_user),
         (Some(_), None) => Err(wrong("options name a tenant_id but no timeline_id".to_owned())),
         (None, Some(_)) => Err(wrong("options name a timeline_id but no tenant_id".to_owned())),
     }
@@ -234,41 +245,6 @@ fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, recovering: bool) -
     Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, reason))
 }
 
-/// The settings a PostgreSQL 15 tells its clients (spec: postgres clients 1.4).
-fn parameters(
-    message: &StartupMessage,
-    mode: ReplicationMode,
-    timeline: Option<&Timeline>,
-) -> Vec<(&'static str, String)> {
-    // As a walsender, which has no database and so no encoding of its own.
-    let server_encoding = if mode == ReplicationMode::Off { "UTF8" } else { "SQL_ASCII" };
-    let asked = |name: &str, default: &str| message.get(name).unwrap_or(default).to_owned();
-    let version = timeline.map(|timeline| timeline.control_state().server.pg_version).unwrap_or_default();
-    vec![
-        ("application_name", asked("application_name", "")),
-        ("client_encoding", asked("client_encoding", server_encoding)),
-        ("DateStyle", "ISO, MDY".to_owned()),
-        ("default_transaction_read_only", "off".to_owned()),
-        ("in_hot_standby", "off".to_owned()),
-        ("integer_datetimes", "on".to_owned()),
-        ("IntervalStyle", "postgres".to_owned()),
-        ("is_superuser", "on".to_owned()),
-        ("server_encoding", server_encoding.to_owned()),
-        ("server_version", server_version(version)),
-        ("session_authorization", asked("user", "")),
-        ("standard_conforming_strings", "on".to_owned()),
-        ("TimeZone", "Etc/UTC".to_owned()),
-    ]
-}
-
-/// `15.18` for 150018. pg_receivewal refuses a server of a newer major version than its own, so it must be the primary's.
-fn server_version(pg_version: u32) -> String {
-    match pg_version {
-        0 => DEFAULT_SERVER_VERSION.to_owned(),
-        version => format!("{}.{}", version / 10_000, version % 10_000),
-    }
-}
-
 /// Ends a connection: a last word if there is one, and none otherwise.
 pub(super) async fn take_leave(
     house: &House,
@@ -285,19 +261,23 @@ pub(super) async fn take_leave(
             tracing::debug!(id, %address, reason, "connection ended");
             return;
         }
-        Interrupt::Fatal(fields) | Interrupt::Refused(fields) => fields,
+        Interrupt::Stopped => None,
+        Interrupt::Fatal(fields) | Interrupt::Refused(fields) => Some(fields),
     };
-    match fields.code {
-        SqlState::SUCCESSFUL_COMPLETION | SqlState::ADMIN_SHUTDOWN | SqlState::CANNOT_CONNECT_NOW => {
-            tracing::info!(id, %address, error = %fields, "connection ended");
-        }
-        _ => tracing::warn!(id, %address, error = %fields, "connection ended"),
+    let expected = [SqlState::SUCCESSFUL_COMPLETION, SqlState::ADMIN_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
+    match &fields {
+        Some(error) if !expected.contains(&error.code) => tracing::warn!(id, %address, %error, "connection ended"),
+        Some(error) => tracing::info!(id, %address, %error, "connection ended"),
+        None => tracing::info!(id, %address, "connection ended: this safekeeper is stopping"),
     }
     // A message that was cut short by a stalled peer has to be completed first.
     if writer.flush().await.is_err() {
         return;
     }
-    fields.encode(writer.out());
+    match fields {
+        Some(fields) => fields.encode(writer.out()),
+        None => encode::command_complete(writer.out(), "COPY 0"),
+    }
     if writer.close().await.is_ok() {
         tokio::select! {
             biased;
@@ -312,13 +292,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn server_version_is_that_of_the_primary() {
-        assert_eq!(server_version(150_018), "15.18");
-        assert_eq!(server_version(180_004), "18.4");
-        assert_eq!(server_version(0), DEFAULT_SERVER_VERSION);
-    }
-
-    #[test]
     fn recovery_clients_are_known_by_name() {
         for name in ["wal_proposer_recovery", "safekeeper", "safekeeper_3"] {
             assert!(is_recovery_name(name), "{name}");
@@ -331,7 +304,7 @@ mod tests {
     #[test]
     fn a_selector_has_both_parts() {
         let id = "cf0480929707ee75372337efaa5ecf96";
-        let select = |text: &str| selected(&Options::parse(text));
+        let select = |text: &str| selected(&Options::parse(text), None);
         assert!(matches!(select(""), Ok(None)));
         assert!(matches!(select(&format!("-c tenant_id={id} -c timeline_id={id}")), Ok(Some(_))));
         for bad in [format!("tenant_id={id}"), format!("timeline_id={id}"), format!("tenant_id={id} timeline_id=1")] {

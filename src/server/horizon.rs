@@ -1,8 +1,11 @@
 //! How far a reader may see, and what may be cut out for one message.
 
+use std::sync::Arc;
+
 use pgproto::backend::SqlState;
+use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::MAX_SEND_SIZE;
-use pgproto::{Lsn, Term};
+use pgproto::{Lsn, PgTimelineId, Term};
 use tokio::sync::watch;
 
 use super::interrupt::Interrupt;
@@ -12,6 +15,15 @@ use crate::timeline::{Progress, Timeline};
 pub enum Horizon {
     /// Committed WAL, for everybody.
     Committed(watch::Receiver<Lsn>),
+    /// Committed WAL up to the end of one Postgres timeline.
+    OnPgTimeline {
+        /// The Postgres timeline.
+        pg_timeline: PgTimelineId,
+        /// Knows where it ends.
+        timeline: Arc<Timeline>,
+        /// End of committed WAL.
+        commit_lsn: watch::Receiver<Lsn>,
+    },
     /// All durable WAL, as long as the acceptor stays in this term: for its leader and for peers. Such WAL may be
     /// replaced in a later term.
     InTerm {
@@ -31,10 +43,19 @@ impl Horizon {
         }
     }
 
+    /// Committed WAL of `timeline` as far as it belongs to `pg_timeline` or its ancestors.
+    pub fn on_pg_timeline(timeline: &Arc<Timeline>, pg_timeline: PgTimelineId) -> Self {
+        Horizon::OnPgTimeline { pg_timeline, timeline: Arc::clone(timeline), commit_lsn: timeline.watch_commit_lsn() }
+    }
+
     /// The end now; [`Self::changed`] waits for a newer one. Fails when the term is over.
     pub fn end(&mut self) -> Result<Lsn, Interrupt> {
         match self {
             Horizon::Committed(commit_lsn) => Ok(*commit_lsn.borrow_and_update()),
+            Horizon::OnPgTimeline { pg_timeline, timeline, commit_lsn } => {
+                let committed = *commit_lsn.borrow_and_update();
+                Ok(timeline.successor(*pg_timeline).map_or(committed, |next| committed.min(next.begin)))
+            }
             Horizon::InTerm { term, progress } => {
                 let now = *progress.borrow_and_update();
                 check_term(*term, &now)?;
@@ -43,11 +64,21 @@ impl Horizon {
         }
     }
 
+    /// What comes behind `at`, if that is where the reader's Postgres timeline ended.
+    pub fn next_pg_timeline(&self, at: Lsn) -> Option<Branch> {
+        match self {
+            Horizon::OnPgTimeline { pg_timeline, timeline, .. } => {
+                timeline.successor(*pg_timeline).filter(|next| at >= next.begin)
+            }
+            _ => None,
+        }
+    }
+
     /// Bytes that were just read are right only if the term is still the same: a new leader may have cut them off
     /// meanwhile. Terms are published before WAL is cut.
     pub fn confirm(&self) -> Result<(), Interrupt> {
         match self {
-            Horizon::Committed(_) => Ok(()),
+            Horizon::Committed(_) | Horizon::OnPgTimeline { .. } => Ok(()),
             Horizon::InTerm { term, progress } => check_term(*term, &progress.borrow()),
         }
     }
@@ -68,7 +99,7 @@ impl Horizon {
     /// Waits until the end may have moved. Cancel safe.
     pub async fn changed(&mut self) -> Result<(), Interrupt> {
         let changed = match self {
-            Horizon::Committed(commit_lsn) => commit_lsn.changed().await,
+            Horizon::Committed(commit_lsn) | Horizon::OnPgTimeline { commit_lsn, .. } => commit_lsn.changed().await,
             Horizon::InTerm { progress, .. } => progress.changed().await,
         };
         // The timeline outlives its readers, unless it was removed.

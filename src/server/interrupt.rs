@@ -21,6 +21,8 @@ pub enum Interrupt {
     Fatal(ErrorFields),
     /// The rest of the session is a proposer's stream, to be served on the lane of its timeline.
     Push(StartWalPush),
+    /// The server stops while it streams: say so as a walsender does, with CommandComplete, then close.
+    Stopped,
     /// Close without a word: the client left, or there is nobody left to tell.
     Gone(String),
 }

@@ -33,7 +33,10 @@
 //! | `interrupt` | how a command or a session ends |
 //! | `handshake` | first packets, choice of the timeline, letting the client in |
 //! | `session` | the command loop |
-//! | `identify_system`, `show`, `status` | commands with an answer |
+//! | `settings` | what a client is told before its first command |
+//! | `identify_system`, `show`, `status`, `timeline_history` | commands with an answer |
+//! | `slots` | replication slots |
+//! | `members` | who else keeps a timeline, and what safekeepers tell each other |
 //! | `start_wal_push` | a proposer's stream |
 //! | `start_replication`, `horizon` | a reader's stream, and how far it may see |
 //!
@@ -45,13 +48,17 @@ mod horizon;
 mod identify_system;
 mod interrupt;
 mod listener;
+mod members;
 mod session;
+mod settings;
 mod show;
+mod slots;
 mod start_replication;
 mod start_wal_push;
 mod status;
 #[cfg(test)]
 mod tests;
+mod timeline_history;
 
 use std::time::Duration;
 

@@ -40,6 +40,8 @@ pub(super) struct Noted {
     pub chain: Option<Chain>,
     /// End of some whole record not far below the end.
     pub record_end: Lsn,
+    /// A restart after a crash now would read WAL from here on, if there is any.
+    pub read_from: Lsn,
     /// Up to here segments may hold bytes that nobody acknowledged.
     pub dirty_to: Lsn,
     /// Newest batch of the journal whose records are noted here.
@@ -59,12 +61,14 @@ pub(super) struct Noted {
 impl Noted {
     /// As found in the control copies.
     pub fn of(copy: ControlCopy) -> Self {
+        let read_from = copy.checkpoint.read_from();
         let Checkpoint { chain, record_end, batch, dirty_to } = copy.checkpoint;
         Self {
             sequence: copy.sequence,
             control: copy.control,
             chain,
             record_end,
+            read_from,
             dirty_to,
             batch,
             fault: copy.fault,
@@ -225,7 +229,7 @@ impl WrittenBehind {
             copies.control.sync(writing, Which::Second)?;
             copies.control.end();
         } else {
-            together.touched.sync(&self.files)?;
+            together.touched.sync(&self.files, together.copy.control.state.server.wal_seg_size)?;
             if let Some(ledger) = self.write_entries(&together)? {
                 ledger.sync()?;
             }
@@ -242,6 +246,7 @@ impl WrittenBehind {
     /// for years, and what it wrote long ago is as good as any disk.
     fn note_settled(&self, copies: &mut Copies, copy: &ControlCopy) {
         copies.settled = copy.checkpoint.batch;
+        self.noted.lock().read_from = copy.checkpoint.read_from();
         if let (Some(chain), None) = (copy.checkpoint.chain, &copy.fault) {
             self.files.trust_no_more_before(&chain);
         }

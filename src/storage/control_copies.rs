@@ -1,7 +1,7 @@
 //! `safekeeper.control` and `safekeeper.control.copy`: the durable state of one timeline, twice.
 //!
 //! Each copy is whole: a header with its number, the checkpoint (how far the timeline's own files are complete without the
-//! journal), the control state in Neon's format, and a CRC-32C over everything. The file format is in
+//! journal), the control state ([`super::control_stock`]), and a CRC-32C over everything. The file format is in
 //! `docs/file-formats.md`.
 //!
 //! What it promises:
@@ -35,6 +35,8 @@ const NAMES: [&str; 2] = [CONTROL_FILE_NAME, CONTROL_COPY_NAME];
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKCONTRL");
 const VERSION: u32 = 1;
+/// With what a stock server needs in front of the control state.
+const VERSION_WITH_STOCK: u32 = 2;
 /// Everything before the control state.
 const HEADER_LEN: usize = 84;
 const CRC_LEN: usize = 4;
@@ -58,6 +60,14 @@ pub struct Checkpoint {
     pub batch: u64,
     /// Behind the end of the chain, segments may hold bytes that were never acknowledged up to here.
     pub dirty_to: Lsn,
+}
+
+impl Checkpoint {
+    /// From where on a start reads WAL: the records behind the last one known, and the block that isn't complete. 0 when there
+    /// is no WAL.
+    pub fn read_from(&self) -> Lsn {
+        self.chain.map_or(Lsn::INVALID, |chain| chain.block_start().min(self.record_end))
+    }
 }
 
 /// What a copy holds.
@@ -114,7 +124,7 @@ pub enum CopyError {
         stored: u32,
     },
     /// The checksum is right, but it was written by a version of the software that this one doesn't know.
-    #[error("control file has layout version {0}; this safekeeper reads version {VERSION}")]
+    #[error("control file has layout version {0}; this safekeeper reads versions {VERSION} and {VERSION_WITH_STOCK}")]
     Version(u32),
     /// The checksum is right, but the checkpoint makes no sense.
     #[error("control file cannot be understood: its checkpoint contradicts itself")]
@@ -482,12 +492,12 @@ fn check_length(content: &[u8]) -> Result<(), WriteError> {
 
 /// The bytes of a copy, with zeros behind them up to a multiple of [`PAGE`].
 fn encode(copy: &ControlCopy, writes: u64) -> Vec<u8> {
-    let control = copy.control.encode();
+    let control = copy.control.encode_state();
     let fault = copy.fault.as_ref().map(encode_fault).unwrap_or_default();
     let length = HEADER_LEN + fault.len() + control.len() + CRC_LEN;
     let mut out = Vec::with_capacity(length.next_multiple_of(PAGE));
     out.put_u64_le(MAGIC);
-    out.put_u32_le(VERSION);
+    out.put_u32_le(if copy.control.has_stock() { VERSION_WITH_STOCK } else { VERSION });
     // Longer ones are refused before they are written.
     out.put_u32_le(u32::try_from(length).unwrap_or(u32::MAX));
     out.put_u64_le(writes);
@@ -528,9 +538,11 @@ fn decode(content: &[u8]) -> Result<Whole, CopyError> {
     if computed != stored {
         return Err(CopyError::Checksum { computed, stored });
     }
-    if version != VERSION {
-        return Err(CopyError::Version(version));
-    }
+    let decode_control = match version {
+        VERSION => ControlFile::decode,
+        VERSION_WITH_STOCK => ControlFile::decode_state,
+        other => return Err(CopyError::Version(other)),
+    };
     let writes = header.get_u64_le();
     let sequence = header.get_u64_le();
     let batch = header.get_u64_le();
@@ -551,7 +563,7 @@ fn decode(content: &[u8]) -> Result<Whole, CopyError> {
         _ => Some(decode_fault(&mut rest).ok_or(CopyError::Checkpoint)?),
     };
     let checkpoint = Checkpoint { chain, record_end, batch, dirty_to };
-    Ok(Whole { writes, copy: ControlCopy { sequence, checkpoint, control: ControlFile::decode(rest)?, fault } })
+    Ok(Whole { writes, copy: ControlCopy { sequence, checkpoint, control: decode_control(rest)?, fault } })
 }
 
 fn encode_fault(fault: &Fault) -> Vec<u8> {

@@ -275,6 +275,8 @@ impl ControlFile {
     /// The form in which tools and the HTTP interface show it (spec: HTTP API, `CF` of `debug_dump`).
     pub fn to_json(&self) -> serde_json::Value {
         let state = &self.state;
+        let timelines = state.stock.ancestry.branches().iter();
+        let timelines = timelines.map(|b| serde_json::json!({ "timeline": b.timeline, "begin": b.begin }));
         serde_json::json!({
             "tenant_id": state.ttid.tenant_id,
             "timeline_id": state.ttid.timeline_id,
@@ -295,6 +297,11 @@ impl ControlFile {
             "partial_backup": { "segments": self.partial_backup },
             "eviction_state": self.eviction,
             "creation_ts": self.creation_ts,
+            "stock": {
+                "timelines": timelines.collect::<Vec<_>>(),
+                "server_version": state.stock.server_version,
+                "safekeepers": state.stock.safekeepers.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            },
         })
     }
 }
@@ -337,11 +344,11 @@ impl PartialSegment {
     }
 }
 
-fn put_count(out: &mut Vec<u8>, count: usize) {
+pub(super) fn put_count(out: &mut Vec<u8>, count: usize) {
     out.put_u64_le(count as u64);
 }
 
-fn put_text(out: &mut Vec<u8>, text: &str) {
+pub(super) fn put_text(out: &mut Vec<u8>, text: &str) {
     put_count(out, text.len());
     out.put_slice(text.as_bytes());
 }
@@ -368,7 +375,7 @@ fn put_members(out: &mut Vec<u8>, members: &[Member]) {
 }
 
 /// A length, and as many values. Reserves nothing: a wrong length runs out of bytes before it runs out of memory.
-fn list<T>(
+pub(super) fn list<T>(
     body: &mut Reader,
     field: &'static str,
     mut one: impl FnMut(&mut Reader) -> Result<T, DecodeError>,
@@ -376,7 +383,7 @@ fn list<T>(
     (0..body.u64_le(field)?).map(|_| one(body)).collect()
 }
 
-fn text(body: &mut Reader, field: &'static str) -> Result<String, DecodeError> {
+pub(super) fn text(body: &mut Reader, field: &'static str) -> Result<String, DecodeError> {
     let length = usize::try_from(body.u64_le(field)?).map_err(|_| DecodeError::Truncated(field))?;
     let bytes = body.bytes(length, field)?;
     String::from_utf8(bytes.into()).map_err(|_| DecodeError::BadString(field))
@@ -387,7 +394,7 @@ fn id<T: std::str::FromStr>(body: &mut Reader, field: &'static str) -> Result<T,
     text.parse().map_err(|_| DecodeError::Invalid(field, text))
 }
 
-fn lsn(body: &mut Reader, field: &'static str) -> Result<Lsn, DecodeError> {
+pub(super) fn lsn(body: &mut Reader, field: &'static str) -> Result<Lsn, DecodeError> {
     body.u64_le(field).map(Lsn)
 }
 

@@ -332,11 +332,18 @@ impl DiskError {
 pub(super) trait During<T> {
     /// Names the `action` (a verb) and the file it was done to.
     fn during(self, action: &'static str, path: &Path) -> Result<T, DiskError>;
+
+    /// Same, where it takes time to find out which file that was.
+    fn during_at(self, action: &'static str, path: impl FnOnce() -> PathBuf) -> Result<T, DiskError>;
 }
 
 impl<T> During<T> for io::Result<T> {
     fn during(self, action: &'static str, path: &Path) -> Result<T, DiskError> {
-        self.map_err(|source| DiskError { action, path: path.to_owned(), source })
+        self.during_at(action, || path.to_owned())
+    }
+
+    fn during_at(self, action: &'static str, path: impl FnOnce() -> PathBuf) -> Result<T, DiskError> {
+        self.map_err(|source| DiskError { action, path: path(), source })
     }
 }
 

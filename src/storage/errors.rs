@@ -3,12 +3,11 @@
 use std::sync::Arc;
 
 use pgproto::wal::page::UnsupportedVersion;
-use pgproto::{Lsn, PgTimelineId, TenantTimelineId};
+use pgproto::{Lsn, TenantTimelineId};
 
 use super::behind::SettleError;
 use super::control_copies::{LoadError, WriteError};
 use super::disk::DiskError;
-use super::history_files::MAX_HISTORY_FILE;
 use super::journal::CommitError;
 use super::ledger::LedgerError;
 
@@ -66,14 +65,6 @@ pub enum StorageError {
         at: Lsn,
         /// Bytes to append.
         length: u64,
-    },
-    /// A history file is longer than any real one. It wasn't stored.
-    #[error("history file of timeline {timeline} has {length} bytes, more than {MAX_HISTORY_FILE}")]
-    HistoryTooLong {
-        /// Which Postgres timeline.
-        timeline: PgTimelineId,
-        /// Its length.
-        length: usize,
     },
     /// The server's WAL format is not known. Nothing was done.
     #[error(transparent)]

@@ -14,15 +14,12 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use pgproto::PgTimelineId;
 use pgproto::pg_timeline::parse_history;
-use pgproto::walproposer::HistoryFile;
+use pgproto::walproposer::{HistoryFile, MAX_HISTORY_FILE};
 
 use super::blocking;
 use super::disk::{DiskError, During, read_file};
 use super::errors::StorageError;
 use super::segments::TimelineFiles;
-
-/// Longest history file, in bytes: enough for 1,000 promotions.
-pub const MAX_HISTORY_FILE: usize = 64 * 1024;
 
 /// Why a history file that is there is not given out.
 #[derive(Debug, thiserror::Error)]
@@ -88,9 +85,6 @@ impl TimelineFiles {
     }
 
     fn store_one(&self, timeline: PgTimelineId, content: &Bytes) -> Result<(), StorageError> {
-        if content.len() > MAX_HISTORY_FILE {
-            return Err(StorageError::HistoryTooLong { timeline, length: content.len() });
-        }
         let path = self.history_path(timeline);
         // One that can't be read is written again.
         if read_file(self.disk(), &path, MAX_HISTORY_FILE + 1).is_ok_and(|known| known == *content) {

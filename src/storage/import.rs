@@ -12,7 +12,7 @@ use super::behind::{Noted, SettleError};
 use super::chain::Chain;
 use super::disk::During;
 use super::segment_writer::SegmentWriter;
-use super::segments::{SegmentFile, TimelineFiles, offset};
+use super::segments::{TimelineFiles, offset};
 
 /// Bytes read at a time.
 const CHUNK: usize = 256 * 1024;
@@ -80,13 +80,13 @@ fn find_end(files: &TimelineFiles, noted: &Noted) -> Result<(Lsn, Lsn), SettleEr
             break; // the very last position there is
         }
         let Some(file) = files.open_to_read(number, size)? else { break };
-        let path = files.segment_path(SegmentFile { number, partial: true }, size);
-        file.drop_cache().during("drop from memory", &path)?;
+        let path = || files.present_path(number, size);
+        file.drop_cache().during_at("drop from memory", path)?;
         while scanner.position() < number.end(size) {
             let at = scanner.position();
             let room = usize::try_from(number.end(size).saturating_sub(at)).unwrap_or(CHUNK).min(CHUNK);
             let chunk = chunk.split_at_mut(room).0;
-            let count = file.read_at(chunk, offset(at, size)).during("read", &path)?;
+            let count = file.read_at(chunk, offset(at, size)).during_at("read", path)?;
             let (found, _) = chunk.split_at(count);
             if scanner.feed(found).is_err() || count < room {
                 break 'segments;
@@ -109,12 +109,11 @@ fn check_committed(files: &TimelineFiles, noted: &Noted) -> Result<(), SettleErr
     let last = Lsn(commit_lsn.0.saturating_sub(1));
     let number = SegmentNumber::containing(last, size);
     let missing = || {
-        let name = number.file_name(pgproto::PgTimelineId::FIRST, size);
+        let name = files.segment_name(number, size);
         let text = format!("WAL before the commit LSN {commit_lsn} is missing: segment {name} is absent or too short");
         SettleError::Failed(text.into())
     };
     let file = files.open_to_read(number, size)?.ok_or_else(missing)?;
-    let path = files.segment_path(SegmentFile { number, partial: false }, size);
-    let length = file.len().during("read the length of", &path)?;
+    let length = file.len().during_at("read the length of", || files.present_path(number, size))?;
     if length <= offset(last, size) { Err(missing()) } else { Ok(()) }
 }

@@ -11,6 +11,7 @@
 //!   becomes of the write, and a torn write leaves entries that are whole or missing.
 //! * [`Ledger::reserve`] is the only call of the hot path that can meet a full disk.
 //! * Nothing is durable before [`Ledger::sync`]. Until then the journal has what is needed to write it again.
+//! * [`Ledger::keep_from`] says, durably, that older WAL is gone on purpose. Its entries mean nothing from then on.
 //! * [`Ledger::verify_block`] says whether bytes are those that were received. When it is the entry that got lost,
 //!   [`Ledger::rebuild`] makes it again from the WAL, and only if the blocks behind it prove that WAL right.
 //!
@@ -35,12 +36,18 @@ pub const LEDGER_FILE_NAME: &str = "safekeeper.control.ledger";
 const PARTIAL_NAME: &str = "safekeeper.control.ledger.partial";
 
 const MAGIC: u64 = u64::from_le_bytes(*b"SKLEDGER");
-const VERSION: u32 = 1;
-const HEADER_LEN: usize = 60;
+const VERSION: u32 = 2;
+/// Without `first` and its seed.
+const FIRST_VERSION: u32 = 1;
+const FIRST_HEADER_LEN: usize = 60;
+const HEADER_LEN: usize = 68;
+const CRC_LEN: usize = 4;
 const HEADER_PLACES: [u64; 2] = [0, 2048];
 /// The header's page; entries begin behind it, and the file grows in such steps.
 const PAGE: u64 = 4096;
 const ZEROS: &[u8] = &[0; BLOCK_LEN];
+/// Entries of removed WAL are given back to the disk from so many bytes on: of 2 GiB of WAL.
+const WORTH_TRIMMING: u64 = if cfg!(test) { ENTRY_LEN as u64 } else { 1 << 20 };
 /// Most lost entries in a row that are rebuilt together (1 GiB of WAL): more isn't a lost sector but a lost file.
 const MAX_REBUILD: usize = 16 * 1024;
 
@@ -64,8 +71,10 @@ struct State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Header {
     ttid: TenantTimelineId,
-    /// Where the first block begins.
+    /// Where the block begins that has the first place.
     base: Lsn,
+    /// Where the first block begins: at the base, until WAL is removed.
+    first: Lsn,
     /// The chain's value there.
     seed: u32,
 }
@@ -149,15 +158,9 @@ pub enum RebuildError<E: std::error::Error + 'static> {
 impl Ledger {
     /// Makes an empty ledger for a log that begins at `base`, replacing one that is there. Durable on return.
     pub fn create(files: TimelineFiles, base: Lsn) -> Result<Self, LedgerError> {
-        let header = Header { ttid: files.ttid(), base, seed: 0 };
-        let partial = files.dir().join(PARTIAL_NAME);
-        let file = files.disk().create(&partial, true).during("create", &partial)?;
-        file.write_at(&mut [IoSlice::new(prefix(ZEROS, PAGE))], 0).during("write", &partial)?;
-        header.write(&*file, &partial)?;
-        file.sync_all().during("sync", &partial)?;
-        let path = files.dir().join(LEDGER_FILE_NAME);
-        files.disk().rename(&partial, &path).during("rename into place", &path)?;
-        files.sync_dir()?;
+        let header = Header { ttid: files.ttid(), base, first: base, seed: 0 };
+        let file = prepare(&files, &header, |_, _| Ok(()))?;
+        adopt_prepared(&files)?;
         Ok(Self { files, state: RwLock::new(State { file, header, len: PAGE, cuts: 0 }) })
     }
 
@@ -174,11 +177,16 @@ impl Ledger {
         let copies = HEADER_PLACES.map(|place| Header::read(&*file, place));
         let header = match copies {
             [Ok(one), Ok(two)] if one == two => one,
+            // Between the two writes nothing was removed yet.
+            [Ok(one), Ok(two)] if (Header { first: two.first, seed: two.seed, ..one }) == two => {
+                let header = if one.first < two.first { one } else { two };
+                header.write(&*file, &path)?;
+                header
+            }
             [Ok(good), Err(HeaderError::Damaged)] | [Err(HeaderError::Damaged), Ok(good)] => {
                 metrics::damage_mended(Mendable::LedgerHeader);
                 tracing::warn!("one copy of the header of \"{}\" was damaged and is written again", path.display());
                 good.write(&*file, &path)?;
-                file.sync_data().during("sync", &path)?;
                 good
             }
             [Err(HeaderError::Version(version)), _] | [_, Err(HeaderError::Version(version))] => {
@@ -192,9 +200,57 @@ impl Ledger {
         Ok(Some(Self { files, state: RwLock::new(State { file, header, len, cuts: 0 }) }))
     }
 
-    /// Where the first block begins that it can speak of.
-    pub fn base(&self) -> Lsn {
-        self.state.read().header.base
+    /// Where the first block begins that it can speak of: WAL before was removed, or never here.
+    pub fn first(&self) -> Lsn {
+        self.state.read().header.first
+    }
+
+    /// Says, durably, that WAL before `first` is of no use any more and may be missing: the start of a block at or behind
+    /// what was said before, where the chain's value is `seed`.
+    pub fn keep_from(&self, first: Lsn, seed: u32) -> Result<(), LedgerError> {
+        let path = self.path();
+        let mut state = self.state.write();
+        let header = Header { first, seed, ..state.header };
+        header.write(&*state.file, &path)?;
+        state.header = header;
+        Ok(())
+    }
+
+    /// Gives the space of entries of removed WAL back, once they are half of the file and the disk has space for the rest
+    /// once more. Whatever needs the ledger waits meanwhile.
+    pub fn trim(&self) -> Result<(), LedgerError> {
+        let mut state = self.state.write();
+        let Some(kept) = state.header.place(state.header.first) else { return Ok(()) };
+        let (unused, used) = (kept.saturating_sub(PAGE), state.len.saturating_sub(kept));
+        if unused < used.max(WORTH_TRIMMING) {
+            return Ok(());
+        }
+        let header = Header { base: state.header.first, ..state.header };
+        let length = used.next_multiple_of(PAGE);
+        let path = self.path();
+        let prepared = prepare(&self.files, &header, |file, partial| {
+            let mut bytes = vec![0; BLOCK_LEN];
+            let mut copied = 0;
+            while copied < length {
+                let bytes = prefix_mut(&mut bytes, length - copied);
+                bytes.fill(0);
+                // What can't be read is lost, and its WAL remains.
+                if state.file.read_at(bytes, kept + copied).is_err() {
+                    tracing::warn!("could not read all of \"{}\" from offset {} on", path.display(), kept + copied);
+                    bytes.fill(0);
+                }
+                file.write_at(&mut [IoSlice::new(bytes)], PAGE + copied).during("write", partial)?;
+                copied += bytes.len() as u64;
+            }
+            Ok(())
+        });
+        let file = match prepared {
+            Err(error) if error.is_disk_full() => return Ok(()),
+            prepared => prepared?,
+        };
+        adopt_prepared(&self.files)?;
+        (state.file, state.header, state.len) = (file, header, PAGE + length);
+        Ok(())
     }
 
     /// Allocates places for the entries of all blocks that begin below `upto`. Nothing is to be done when they have
@@ -296,8 +352,8 @@ impl Ledger {
     pub fn seed_of(&self, lsn: Lsn) -> Option<u32> {
         let header = self.state.read().header;
         let start = header.block_of(lsn);
-        if start <= header.base {
-            return (start == header.base).then_some(header.seed);
+        if start <= header.first {
+            return (start == header.first).then_some(header.seed);
         }
         match (self.read(start), self.read(Lsn(start.0 - 1))) {
             (EntryState::Good(entry), _) => Some(entry.seed),
@@ -321,7 +377,7 @@ impl Ledger {
     /// The chain's value before the block at `start`, as the block before says.
     fn chain_before(&self, start: Lsn) -> Option<u32> {
         let header = self.state.read().header;
-        if start == header.base {
+        if start == header.first {
             return Some(header.seed);
         }
         match self.read(Lsn(start.0.checked_sub(1)?)) {
@@ -374,7 +430,7 @@ impl Ledger {
         let header = self.state.read().header;
         let is_lost = |lsn| !matches!(self.read(lsn), EntryState::Good(_));
         let complete = chain.block_start();
-        let mut from = header.block_of(lsn.max(header.base));
+        let mut from = header.block_of(lsn.max(header.first));
         let mut to = from;
         let mut count = 0;
         let mut too_many = |from| {
@@ -385,7 +441,7 @@ impl Ledger {
             to = block_end(to);
             too_many(from)?;
         }
-        while from < to && from > header.base && is_lost(Lsn(from.0 - 1)) {
+        while from < to && from > header.first && is_lost(Lsn(from.0 - 1)) {
             from = header.block_of(Lsn(from.0 - 1));
             too_many(from)?;
         }
@@ -401,6 +457,34 @@ impl Ledger {
     fn path(&self) -> PathBuf {
         self.files.dir().join(LEDGER_FILE_NAME)
     }
+}
+
+/// Makes a ledger, durably, under a temporary name, with what `fill` puts behind the header. Leaves nothing when it fails.
+fn prepare(
+    files: &TimelineFiles,
+    header: &Header,
+    fill: impl FnOnce(&dyn DiskFile, &Path) -> Result<(), DiskError>,
+) -> Result<Arc<dyn DiskFile>, DiskError> {
+    let partial = files.dir().join(PARTIAL_NAME);
+    let write = || {
+        let file = files.disk().create(&partial, true).during("create", &partial)?;
+        file.write_at(&mut [IoSlice::new(prefix(ZEROS, PAGE))], 0).during("write", &partial)?;
+        header.put(&*file, &partial, &HEADER_PLACES)?;
+        fill(&*file, &partial)?;
+        file.sync_all().during("sync", &partial)?;
+        Ok(file)
+    };
+    write().inspect_err(|_| {
+        // What there is of it takes space that may be what others wait for.
+        let _ = files.disk().remove_file(&partial);
+    })
+}
+
+/// Puts the prepared ledger, durably, in place of one that is there.
+fn adopt_prepared(files: &TimelineFiles) -> Result<(), DiskError> {
+    let (partial, path) = (files.dir().join(PARTIAL_NAME), files.dir().join(LEDGER_FILE_NAME));
+    files.disk().rename(&partial, &path).during("rename into place", &path)?;
+    files.sync_dir()
 }
 
 /// Entries in a row that are lost, and what stands on both sides.
@@ -437,16 +521,24 @@ impl Header {
         out.put_slice(&self.ttid.tenant_id.0);
         out.put_slice(&self.ttid.timeline_id.0);
         out.put_u64_le(self.base.0);
+        out.put_u64_le(self.first.0);
         out.put_u32_le(crc32c::crc32c(&out));
         out
     }
 
+    /// Writes the header in place, durably, one copy after the other: one of them is whole at any time.
     fn write(&self, file: &dyn DiskFile, path: &Path) -> Result<(), DiskError> {
-        let content = self.encode();
         for place in HEADER_PLACES {
-            file.write_at(&mut [IoSlice::new(&content)], place).during("write", path)?;
+            self.put(file, path, &[place])?;
+            file.sync_data().during("sync", path)?;
         }
         Ok(())
+    }
+
+    fn put(&self, file: &dyn DiskFile, path: &Path, places: &[u64]) -> Result<(), DiskError> {
+        let content = self.encode();
+        let mut places = places.iter();
+        places.try_for_each(|place| file.write_at(&mut [IoSlice::new(&content)], *place).during("write", path))
     }
 
     fn read(file: &dyn DiskFile, place: u64) -> Result<Self, HeaderError> {
@@ -458,21 +550,26 @@ impl Header {
     }
 
     fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Self, HeaderError> {
-        let (checked, mut stored) = bytes.split_at(HEADER_LEN - 4);
-        let mut rest = checked;
-        if rest.get_u64_le() != MAGIC || crc32c::crc32c(checked) != stored.get_u32_le() {
+        let checked = |length: usize| {
+            let (checked, mut stored) = bytes.split_at(length - CRC_LEN);
+            (crc32c::crc32c(checked) == stored.get_u32_le()).then_some(checked)
+        };
+        let mut rest = checked(HEADER_LEN).or_else(|| checked(FIRST_HEADER_LEN)).ok_or(HeaderError::Damaged)?;
+        if rest.get_u64_le() != MAGIC {
             return Err(HeaderError::Damaged);
         }
-        match rest.get_u32_le() {
-            VERSION => {}
-            other => return Err(HeaderError::Version(other)),
+        let version = rest.get_u32_le();
+        if !(FIRST_VERSION..=VERSION).contains(&version) {
+            return Err(HeaderError::Version(version));
         }
         let seed = rest.get_u32_le();
         let (mut tenant_id, mut timeline_id) = ([0; 16], [0; 16]);
         rest.copy_to_slice(&mut tenant_id);
         rest.copy_to_slice(&mut timeline_id);
         let ttid = TenantTimelineId::new(TenantId(tenant_id), TimelineId(timeline_id));
-        Ok(Self { ttid, base: Lsn(rest.get_u64_le()), seed })
+        let base = Lsn(rest.get_u64_le());
+        let first = rest.try_get_u64_le().map_or(base, Lsn);
+        Ok(Self { ttid, base, first, seed })
     }
 }
 

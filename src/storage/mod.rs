@@ -14,6 +14,7 @@
 //! <tenant>/<timeline>/
 //!     safekeeper.control[.copy]       durable state and checkpoint                                control_copies
 //!     safekeeper.control.ledger       a checksum for every 64 KiB of WAL                          ledger, chain
+//!     safekeeper.control.slots                        replication slots                           slots_file
 //!     safekeeper.control.fork.N       WAL that a leader cut off                                   forks
 //!     000000010000000000000003        full segment                                                segments
 //!     000000010000000000000004.partial    segment being written, full length, zeros behind the WAL
@@ -48,6 +49,7 @@ mod behind;
 mod chain;
 mod control_copies;
 mod control_file;
+mod control_stock;
 mod data_dir;
 mod disk;
 mod errors;
@@ -56,12 +58,14 @@ mod history_files;
 mod import;
 pub mod journal;
 mod ledger;
+mod naming;
 mod opening;
 mod reader;
 mod removal;
 mod replay;
 mod segment_writer;
 mod segments;
+mod slots_file;
 mod timeline_store;
 
 #[cfg(test)]
@@ -89,17 +93,18 @@ pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
-pub use history_files::{HistoryError, MAX_HISTORY_FILE};
+pub use history_files::HistoryError;
 pub use reader::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
+pub use slots_file::SlotsFileError;
 pub use timeline_store::{Recovered, TimelineStore, Verified, verify};
 
 use tokio::runtime::{Handle, RuntimeFlavor};
 
 /// Runs disk work. On a multi-thread runtime the other tasks of this thread move elsewhere meanwhile; on a
 /// current-thread runtime (tests and simulations) and outside of one it simply runs.
-fn blocking<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn blocking<R>(work: impl FnOnce() -> R) -> R {
     match Handle::try_current().map(|handle| handle.runtime_flavor()) {
         Ok(RuntimeFlavor::MultiThread) => tokio::task::block_in_place(work),
         _ => work(),

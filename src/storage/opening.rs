@@ -13,6 +13,7 @@
 //!
 //! A fault doesn't keep the timeline from being opened: what is left of it can be read, and its promises are known.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use pgproto::wal::RecordScanner;
@@ -77,7 +78,9 @@ pub(super) fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Timeli
         SettleError::Disk(source) | SettleError::Full(source) => OpenError::Disk { ttid, source },
         other => OpenError::NotUpToDate { ttid, reason: other.to_string().into() },
     };
-    forks::remove_leftovers(&files).map_err(|source| OpenError::Disk { ttid, source })?;
+    let of_disk = |source| OpenError::Disk { ttid, source };
+    forks::remove_leftovers(&files).map_err(of_disk)?;
+    files.settle_names(&control.state.stock.ancestry, &[], control.state.server.wal_seg_size).map_err(of_disk)?;
     let mut noted = Noted::of(loaded.copy);
     if !noted.control.state.local_start_lsn.is_valid() {
         // A first segment was laid out for a leader that was never accepted.
@@ -124,7 +127,7 @@ impl Opening<'_> {
             let recovered = noted.recovered(Some(scan.scanner));
             return Ok((WrittenBehind::new(self.files.clone(), copies, noted), segments, recovered));
         }
-        self.remove_behind(end)?;
+        self.remove_unneeded(end)?;
         segments.complete_names_before(SegmentNumber::containing(end, self.size))?;
         let record_end = scan.scanner.last_record_end();
         let behind = self.cut_to(record_end, chain, copies, noted, &mut segments)?;
@@ -139,9 +142,17 @@ impl Opening<'_> {
 
     /// Whether what is there can be believed, as far as reading its end tells.
     fn check(&self, chain: &Chain, noted: &mut Noted) -> Result<(), SettleError> {
-        if let Some(number) = self.first_missing_segment(chain, noted)? {
+        let ledger = match self.files.ledger() {
+            Ok(Some(ledger)) => Ok(ledger),
+            Ok(None) => Err("the ledger of block checksums is missing".to_owned()),
+            Err(LedgerError::Disk(error)) => return Err(error.into()),
+            Err(error) => Err(error.to_string()),
+        };
+        let first = ledger.as_ref().map_or(Lsn::INVALID, |ledger| ledger.first());
+        self.files.set_oldest_lsn(first);
+        if let Some(number) = self.first_missing_segment(chain, noted, first)? {
             let at = number.start(self.size);
-            let name = number.file_name(pgproto::PgTimelineId::FIRST, self.size);
+            let name = self.files.segment_name(number, self.size);
             self.add_fault(noted, at, chain.end(), format!("segment {name} is missing or too short"));
         } else {
             let history = &noted.control.state.term_history;
@@ -151,37 +162,35 @@ impl Opening<'_> {
                 self.add_fault(noted, at, chain.end(), reason);
             }
         }
-        match self.files.ledger() {
-            Ok(Some(_)) => Ok(()),
-            Ok(None) => {
-                self.add_fault(noted, Lsn::INVALID, chain.end(), "the ledger of block checksums is missing".to_owned());
-                Ok(())
-            }
-            Err(LedgerError::Disk(error)) => Err(error.into()),
-            Err(error) => {
-                self.add_fault(noted, Lsn::INVALID, chain.end(), error.to_string());
-                Ok(())
-            }
+        if let Err(reason) = ledger {
+            self.add_fault(noted, Lsn::INVALID, chain.end(), reason);
         }
+        Ok(())
     }
 
-    /// Files cover everything from where the copy here begins to its end (invariant 27).
-    fn first_missing_segment(&self, chain: &Chain, noted: &Noted) -> Result<Option<SegmentNumber>, DiskError> {
-        let listed = self.files.list(self.size)?;
-        let start = noted.control.state.local_start_lsn;
+    /// Files cover everything from where the copy here begins, or from the `first` position that was not removed, to its end
+    /// (invariant 27).
+    fn first_missing_segment(
+        &self,
+        chain: &Chain,
+        noted: &Noted,
+        first: Lsn,
+    ) -> Result<Option<SegmentNumber>, DiskError> {
+        // The partial one of two names.
+        let listed: BTreeMap<_, _> = self.files.list(self.size)?.into_iter().map(|file| (file.number, file)).collect();
+        let start = noted.control.state.local_start_lsn.max(first);
         let last = SegmentNumber::containing(Lsn(chain.end().0.saturating_sub(1)), self.size);
         let mut wanted = SegmentNumber::containing(start, self.size);
         if !start.is_valid() || chain.end() <= wanted.start(self.size) {
             return Ok(None);
         }
+        let whole = |file: &SegmentFile| -> Result<bool, DiskError> {
+            let path = self.files.segment_path(*file, self.size);
+            let file = self.files.disk().open_read(&path).during("open", &path)?;
+            Ok(file.len().during("read the length of", &path)? >= self.size.bytes())
+        };
         while wanted <= last {
-            let mut names = listed.iter().filter(|file| file.number == wanted);
-            let whole = |file: &SegmentFile| -> Result<bool, DiskError> {
-                let path = self.files.segment_path(*file, self.size);
-                let file = self.files.disk().open_read(&path).during("open", &path)?;
-                Ok(file.len().during("read the length of", &path)? >= self.size.bytes())
-            };
-            match names.next_back() {
+            match listed.get(&wanted) {
                 Some(file) if whole(file)? => wanted = wanted.next(),
                 _ => return Ok(Some(wanted)),
             }
@@ -189,13 +198,15 @@ impl Opening<'_> {
         Ok(None)
     }
 
-    /// Segments in which no byte is acknowledged: room that was made, or left over by nobody knows whom.
-    fn remove_behind(&self, end: Lsn) -> Result<(), DiskError> {
+    /// Segments in which no byte is acknowledged: room that was made, or left over by nobody knows whom. And those whose
+    /// removal a crash interrupted.
+    fn remove_unneeded(&self, end: Lsn) -> Result<(), DiskError> {
         let listed = self.files.list(self.size)?;
         let unused = listed.iter().rev().take_while(|file| file.number.start(self.size) >= end);
-        for (count, file) in unused.enumerate() {
+        let outdated = listed.iter().take_while(|file| file.number.end(self.size) <= self.files.oldest_lsn());
+        for file in unused.chain(outdated) {
             self.files.remove(*file, self.size)?;
-            tracing::debug!(timeline = %self.files.ttid(), count, "removed an unused segment");
+            tracing::debug!(timeline = %self.files.ttid(), number = file.number.0, "removed an unused segment");
         }
         Ok(())
     }
@@ -262,7 +273,7 @@ pub(super) fn check_all(
     size: SegmentSize,
 ) -> Result<Option<Fault>, SettleError> {
     let Some(ledger) = files.ledger()? else { return Ok(None) };
-    let damaged = check_blocks(files, ledger.base(), chain, history, size)?;
+    let damaged = check_blocks(files, ledger.first(), chain, history, size)?;
     Ok(damaged.map(|Damaged { at, reason }| Fault { from: at, acked_end: chain.end(), reason: reason.into() }))
 }
 
@@ -299,7 +310,7 @@ pub(super) fn chain_at(
 ) -> Result<Chain, StorageError> {
     let damaged = |at, reason: String| StorageError::Damaged { at, reason };
     let ledger = files.ledger()?.ok_or_else(|| damaged(end, "the ledger is missing".to_owned()))?;
-    let start = block_start(end).max(ledger.base());
+    let start = block_start(end).max(ledger.first());
     if end < start {
         return Err(StorageError::BeyondEnd { end, write_lsn: chain.end() });
     }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize};
+use pgproto::{Lsn, SegmentNumber, SegmentSize};
 use tokio::runtime::{Handle, RuntimeFlavor};
 use tokio::task::spawn_blocking;
 
@@ -11,7 +11,7 @@ use super::blocking;
 use super::chain::{Chain, block_end, block_start};
 use super::disk::{DiskError, DiskFile, During};
 use super::ledger::{Ledger, LedgerError, RebuildError, Verdict};
-use super::segments::{SegmentFile, TimelineFiles, offset};
+use super::segments::{TimelineFiles, offset};
 use crate::consensus::history::TermHistory;
 use crate::consensus::state::ControlState;
 use crate::metrics;
@@ -84,8 +84,8 @@ pub enum ReadError {
         /// End as asked.
         end: Lsn,
     },
-    /// This node never had the position.
-    #[error("requested WAL at {at}, but WAL here starts at {start}")]
+    /// This node never had the position, or it was removed.
+    #[error("requested WAL at {at}, but WAL here starts at {start}: what is before was removed, or never here")]
     BeforeStart {
         /// Position as asked.
         at: Lsn,
@@ -139,9 +139,9 @@ impl WalReader {
         Ok(Self { files, segment_size, start, open, hinted: start, hint_to: start, ledger, history, buffer })
     }
 
-    /// First position that can be read, unless it was removed since.
+    /// First position that can be read. It moves when WAL is removed.
     pub fn start_lsn(&self) -> Lsn {
-        self.start
+        self.start.max(self.files.oldest_lsn())
     }
 
     /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, when what is behind is damaged,
@@ -190,19 +190,15 @@ impl WalReader {
             Some(wanted) if at.is_valid() => wanted,
             _ => return Err(ReadError::InvalidRange { at, end }),
         };
-        if at < self.start {
-            return Err(ReadError::BeforeStart { at, start: self.start });
-        }
         let wanted = wanted.min(self.segment_size.bytes() - offset(at, self.segment_size));
         let wanted = usize::try_from(wanted).unwrap_or(most).min(most);
-        if wanted == 0 {
-            return Ok(Some(Bytes::new()));
-        }
         let to = Lsn(at.0.saturating_add(wanted as u64));
         let files = self.files.clone();
-        unless_cut(
-            || files.trusted(),
-            |trusted| match trusted {
+        unless_changed(
+            || (files.trusted(), files.oldest_lsn()),
+            |(trusted, _)| match trusted {
+                _ if at < self.start_lsn() => Err(ReadError::BeforeStart { at, start: self.start_lsn() }),
+                _ if wanted == 0 => Ok(Some(Bytes::new())),
                 Some(trusted) if at >= trusted.end() => self.read_unchecked(at, wanted, source),
                 _ => {
                     let to = trusted.map_or(to, |trusted| to.min(trusted.end()));
@@ -235,8 +231,7 @@ impl WalReader {
             Source::Memory => file.read_cached_at(target, offset),
             Source::Disk => file.read_at(target, offset),
         };
-        let path = || self.files.segment_path(SegmentFile { number, partial: false }, self.segment_size);
-        let count = read.during("read", &path())?;
+        let count = read.during_at("read", || self.files.present_path(number, self.segment_size))?;
         if count < wanted && source == Source::Disk {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
@@ -271,7 +266,7 @@ impl WalReader {
         }
         let ledger = self.ledger(at)?;
         let damaged = |at, reason: String| ReadError::Damaged { at, reason };
-        let first = block_start(at).max(ledger.base());
+        let first = block_start(at).max(ledger.first());
         if at < first {
             return Err(damaged(at, format!("its checksums begin at {first}")));
         }
@@ -395,7 +390,7 @@ impl WalReader {
     }
 
     fn name(&self, number: SegmentNumber) -> String {
-        number.file_name(PgTimelineId::FIRST, self.segment_size)
+        self.files.segment_name(number, self.segment_size)
     }
 }
 
@@ -426,16 +421,17 @@ impl Buffer {
     }
 }
 
-/// Reads, and again when a leader cut the log meanwhile and what was read looks damaged: the cut lowers the `mark` before it
-/// touches a byte that the mark vouched for.
-fn unless_cut<T>(
-    mark: impl Fn() -> Option<Chain>,
-    mut read: impl FnMut(Option<Chain>) -> Result<T, ReadError>,
+/// Reads, and again when a leader cut the log meanwhile, or WAL was removed, and what was read looks damaged: the cut lowers
+/// the `mark` before it touches a byte that the mark vouched for, and the removal raises it before.
+fn unless_changed<T, M: Copy + PartialEq>(
+    mark: impl Fn() -> M,
+    mut read: impl FnMut(M) -> Result<T, ReadError>,
 ) -> Result<T, ReadError> {
     loop {
         let before = mark();
         match read(before) {
-            Err(ReadError::Damaged { .. } | ReadError::ShortSegment { .. }) if mark() != before => {}
+            Err(ReadError::Damaged { .. } | ReadError::ShortSegment { .. } | ReadError::SegmentMissing { .. })
+                if mark() != before => {}
             read => return read,
         }
     }
@@ -462,8 +458,8 @@ mod tests {
             }
             Err(damaged())
         };
-        assert_eq!(unless_cut(|| mark.get(), read).unwrap(), 7);
-        let damaged = unless_cut::<()>(|| mark.get(), |_| Err(damaged()));
+        assert_eq!(unless_changed(|| mark.get(), read).unwrap(), 7);
+        let damaged = unless_changed::<(), _>(|| mark.get(), |_| Err(damaged()));
         assert!(matches!(damaged, Err(ReadError::Damaged { .. })), "without a cut it is");
     }
 }

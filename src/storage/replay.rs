@@ -9,7 +9,7 @@
 //! control copies, since the journal that proves it will be gone.
 
 use bytes::Bytes;
-use pgproto::{Lsn, TenantTimelineId, Term};
+use pgproto::{Ancestry, Lsn, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
 use super::chain::{Chain, LedgerEntry, block_start};
@@ -21,7 +21,7 @@ use super::journal::{Damage, Record, Replayed};
 use super::ledger::{Ledger, RebuildError, Verdict};
 use super::opening::read_exactly;
 use super::segment_writer::SegmentWriter;
-use super::segments::{SegmentFile, TimelineFiles, offset};
+use super::segments::{TimelineFiles, offset};
 use crate::consensus::health::Fault;
 use crate::consensus::history::TermHistory;
 
@@ -60,6 +60,7 @@ pub(super) fn bring_up_to_date(
     }
     let size = loaded.copy.control.state.server.wal_seg_size;
     let noted = Noted::of(loaded.copy);
+    settle_names(files, &noted, &records)?;
     let end = noted.chain.map_or(Lsn::INVALID, |chain| chain.end());
     let mut replay = Replay {
         writer: SegmentWriter::new(files.clone(), size, end)?,
@@ -83,6 +84,20 @@ pub(super) fn bring_up_to_date(
     replay.finish(loaded.copies)?;
     tracing::info!(timeline = %files.ttid(), records = count, "brought up to date with the journal");
     Ok(())
+}
+
+/// Gives segments the names that the newest state asks for, whichever they have: records tell what is in them by position.
+fn settle_names(files: &TimelineFiles, noted: &Noted, records: &[Replayed]) -> Result<(), ReplayError> {
+    let state = |replayed: &Replayed| match &replayed.record {
+        // What can't be decoded is a fault, later.
+        Record::Control { sequence, state } if *sequence > noted.sequence => ControlFile::decode_state(state).ok(),
+        _ => None,
+    };
+    let states: Vec<ControlFile> = records.iter().filter_map(state).collect();
+    let states = std::iter::once(&noted.control).chain(&states);
+    let since: Vec<&Ancestry> = states.map(|control| &control.state.stock.ancestry).collect();
+    let Some((newest, older)) = since.split_last() else { return Ok(()) };
+    Ok(files.settle_names(newest, older, noted.control.state.server.wal_seg_size)?)
 }
 
 /// Whether a record of the timeline may have been in what is damaged.
@@ -124,7 +139,7 @@ impl Replay<'_> {
         if sequence != self.noted.sequence + 1 {
             self.fault(end, Lsn::INVALID, "a change of the timeline's state is missing in the journal");
         }
-        match ControlFile::decode(state) {
+        match ControlFile::decode_state(state) {
             Ok(control) => {
                 self.noted.control = control;
                 self.noted.sequence = sequence;
@@ -190,7 +205,7 @@ impl Replay<'_> {
             self.fault(end, Lsn::INVALID, "the ledger of block checksums is missing");
             return Ok(());
         };
-        let start = block_start(end).max(ledger.base());
+        let start = block_start(end).max(ledger.first());
         let chain = ledger.seed_of(end).and_then(|seed| Chain::from_parts(end, start, seed, value));
         let Some(chain) = chain else {
             self.fault(end, Lsn::INVALID, "the ledger of block checksums is damaged where the log was cut");
@@ -336,14 +351,14 @@ impl TimelineFiles {
         while at < to {
             let number = pgproto::SegmentNumber::containing(at, size);
             let Some(file) = self.open_to_read(number, size)? else { return Ok(false) };
-            let path = self.segment_path(SegmentFile { number, partial: true }, size);
+            let path = || self.present_path(number, size);
             // After a failed sync memory may hold WAL that is not on disk (spec: semantics 21.6).
-            file.drop_cache().during("drop from memory", &path)?;
+            file.drop_cache().during_at("drop from memory", path)?;
             let end = to.min(number.end(size));
             while at < end {
                 let length = usize::try_from(end.saturating_sub(at)).unwrap_or(CHUNK).min(CHUNK);
                 let wanted = buffer.split_at_mut(length).0;
-                if file.read_at(wanted, offset(at, size)).during("read", &path)? < length {
+                if file.read_at(wanted, offset(at, size)).during_at("read", path)? < length {
                     return Ok(false);
                 }
                 piece(wanted);

@@ -33,7 +33,7 @@ pub(super) enum FirstSegmentError {
 /// Files and names changed since they were last made durable.
 #[derive(Debug, Default)]
 pub(super) struct Touched {
-    segments: BTreeMap<SegmentNumber, OpenSegment>,
+    segments: BTreeMap<SegmentNumber, Arc<dyn DiskFile>>,
     names: bool,
 }
 
@@ -45,9 +45,9 @@ impl Touched {
     }
 
     /// Makes everything noted durable: bytes first, then the names that lead to them (D10).
-    pub fn sync(&self, files: &TimelineFiles) -> Result<(), DiskError> {
-        for segment in self.segments.values() {
-            segment.file.sync_data().during("sync", &segment.path)?;
+    pub fn sync(&self, files: &TimelineFiles, size: SegmentSize) -> Result<(), DiskError> {
+        for (number, file) in &self.segments {
+            file.sync_data().during_at("sync", || files.present_path(*number, size))?;
         }
         if self.names { files.sync_dir() } else { Ok(()) }
     }
@@ -57,7 +57,6 @@ impl Touched {
 struct OpenSegment {
     number: SegmentNumber,
     file: Arc<dyn DiskFile>,
-    path: PathBuf,
 }
 
 /// The writer's side of a timeline's segments.
@@ -155,8 +154,9 @@ impl SegmentWriter {
         let number = SegmentNumber::containing(at, self.size);
         let begin = offset(at, self.size);
         let segment = self.take_current(number)?;
-        segment.file.write_at(slices, begin).during("write", &segment.path)?;
-        self.touched.segments.entry(number).or_insert_with(|| segment.clone());
+        let written = segment.file.write_at(slices, begin);
+        written.during_at("write", || self.files.present_path(number, self.size))?;
+        self.touched.segments.entry(number).or_insert_with(|| segment.file.clone());
         if begin + length == self.size.bytes() {
             self.files.rename(number, false, self.size)?;
             self.renamed();
@@ -174,7 +174,7 @@ impl SegmentWriter {
     pub fn sync(&mut self) -> Result<(), DiskError> {
         // Whoever took over an older change of a name may not have come to its sync.
         self.touched.names |= !self.named;
-        self.touched.sync(&self.files)?;
+        self.touched.sync(&self.files, self.size)?;
         self.named = true;
         Ok(())
     }
@@ -214,8 +214,7 @@ impl SegmentWriter {
         let path = self.files.segment_path(segment, self.size);
         let file = self.files.disk().open(&path).during("open", &path)?;
         self.files.zero_tail(&*file, offset(from, self.size), self.size, &path)?;
-        let number = segment.number;
-        self.touched.segments.insert(number, OpenSegment { number, file, path });
+        self.touched.segments.insert(segment.number, file);
         Ok(())
     }
 
@@ -242,9 +241,9 @@ impl SegmentWriter {
                 }
             }
             let number = SegmentNumber::containing(start, self.size);
-            let OpenSegment { file, path, .. } = self.create(number)?;
-            file.write_at(&mut [IoSlice::new(&head)], 0).during("write", &path)?;
-            self.touched.segments.insert(number, OpenSegment { number, file, path });
+            let file = self.create(number)?.file;
+            file.write_at(&mut [IoSlice::new(&head)], 0).during_at("write", || self.partial_path(number))?;
+            self.touched.segments.insert(number, file);
         }
         self.sync()?;
         self.touched = Touched::default();
@@ -264,7 +263,7 @@ impl SegmentWriter {
         }
         let path = self.partial_path(number);
         let file = self.files.disk().open(&path).during("open", &path)?;
-        Ok(OpenSegment { number, file, path })
+        Ok(OpenSegment { number, file })
     }
 
     fn create(&mut self, number: SegmentNumber) -> Result<OpenSegment, DiskError> {
@@ -280,7 +279,7 @@ impl SegmentWriter {
         self.renamed();
         let path = self.partial_path(number);
         let file = self.files.disk().open(&path).during("open", &path)?;
-        Ok(OpenSegment { number, file, path })
+        Ok(OpenSegment { number, file })
     }
 
     fn partial_path(&self, number: SegmentNumber) -> PathBuf {

@@ -1,5 +1,8 @@
 //! The files of one timeline: their names, how a segment comes into being and how it gets its final name.
 //!
+//! A segment's name begins with the Postgres timeline that its last byte belongs to or will belong to; the control state's
+//! [`Ancestry`] tells ([`super::naming`]). So there is one file per segment.
+//!
 //! A segment is `<24 hex digits>.partial` while it is written and loses the suffix when it is full. Either way the file
 //! has the length of a segment from the start, with space for all of it on the disk: writing then never finds the disk full.
 //! The space is reserved, not filled with zeros, which would write every byte twice: nobody waits for a segment to be
@@ -12,7 +15,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use super::chain::Chain;
@@ -47,7 +50,7 @@ struct Shared {
     ledger: Mutex<Weak<Ledger>>,
     /// Which Postgres timeline names which segment. Segments are renamed under the lock.
     ancestry: RwLock<Arc<Ancestry>>,
-    /// WAL before this position was removed; 0 while nothing is known of it.
+    /// Where WAL on disk begins; 0 while there is none, or while it isn't known.
     oldest: AtomicU64,
 }
 
@@ -75,12 +78,17 @@ impl TimelineFiles {
 
     /// A timeline with an empty directory on a simulated disk.
     #[cfg(test)]
-    pub(super) fn simulated() -> (super::simdisk::SimDisk, Self) {
-        let root = Path::new("/data");
-        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
-        let dir = root.join(ttid.tenant_id.to_string()).join(ttid.timeline_id.to_string());
+    pub(crate) fn simulated() -> (super::simdisk::SimDisk, Self) {
+        let dir = Self::on(&super::simdisk::SimDisk::default()).dir();
         let disk = super::simdisk::SimDisk::with_dir(&dir);
-        (disk.clone(), Self::new(Arc::new(disk), root.into(), ttid))
+        (disk.clone(), Self::on(&disk))
+    }
+
+    /// The same timeline on another disk.
+    #[cfg(test)]
+    pub(super) fn on(disk: &super::simdisk::SimDisk) -> Self {
+        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
+        Self::new(Arc::new(disk.clone()), Path::new("/data").into(), ttid)
     }
 
     /// Which timeline.
@@ -105,12 +113,28 @@ impl TimelineFiles {
 
     /// The Postgres timelines that the log went through.
     pub fn ancestry(&self) -> Arc<Ancestry> {
-        Arc::clone(&self.shared.ancestry.read())
+        Arc::clone(&self.names())
     }
 
-    /// Where the WAL on disk begins, as far as some was removed; 0 when none was.
+    /// What names segments; it, and the names, stay as they are for as long as this is held: for moments.
+    fn names(&self) -> RwLockReadGuard<'_, Arc<Ancestry>> {
+        self.shared.ancestry.read()
+    }
+
+    /// For whoever gives segments other names.
+    pub(super) fn names_to_change(&self) -> RwLockWriteGuard<'_, Arc<Ancestry>> {
+        self.shared.ancestry.write()
+    }
+
+    /// Where the WAL on disk begins, with the start of a segment: what is before was removed, or never here. 0 while there is
+    /// no WAL. Costs nothing to ask.
     pub fn oldest_lsn(&self) -> Lsn {
         Lsn(self.shared.oldest.load(Ordering::Acquire))
+    }
+
+    /// Says so, before anything older is touched.
+    pub(super) fn set_oldest_lsn(&self, oldest: Lsn) {
+        self.shared.oldest.store(oldest.0, Ordering::Release);
     }
 
     /// Number of truncations so far. A file opened before the number changed may have been replaced since.
@@ -161,35 +185,67 @@ impl TimelineFiles {
         Ok(created)
     }
 
+    /// Name of a segment when it is full.
+    pub(super) fn segment_name(&self, number: SegmentNumber, size: SegmentSize) -> String {
+        number.file_name(self.names().of_segment(number, size), size)
+    }
+
     /// Path of a segment under its partial or its complete name.
     pub(super) fn segment_path(&self, file: SegmentFile, size: SegmentSize) -> PathBuf {
-        let mut name = file.number.file_name(PgTimelineId::FIRST, size);
+        let timeline = self.names().of_segment(file.number, size);
+        self.named_path(timeline, file, size)
+    }
+
+    /// Path of a segment under the name it has, for error messages.
+    pub(super) fn present_path(&self, number: SegmentNumber, size: SegmentSize) -> PathBuf {
+        let partial = self.segment_path(SegmentFile { number, partial: true }, size);
+        match self.disk.exists(&partial) {
+            Ok(false) => self.segment_path(SegmentFile { number, partial: false }, size),
+            _ => partial,
+        }
+    }
+
+    pub(super) fn named_path(&self, timeline: PgTimelineId, file: SegmentFile, size: SegmentSize) -> PathBuf {
+        let mut name = file.number.file_name(timeline, size);
         if file.partial {
             name.push_str(PARTIAL_SUFFIX);
         }
         self.dir().join(name)
     }
 
-    /// All segment files in order; a segment may have two. Other files are not ours to judge.
+    /// All segment files of the log in order; a segment may have two. Other files are not ours to judge, among them those
+    /// of Postgres timelines that the segment's last byte doesn't belong to.
     pub fn list(&self, size: SegmentSize) -> Result<Vec<SegmentFile>, DiskError> {
+        let names = self.ancestry();
+        let ours = |(timeline, file): (PgTimelineId, SegmentFile)| {
+            (timeline == names.of_segment(file.number, size)).then_some(file)
+        };
+        Ok(self.list_all(size)?.into_iter().filter_map(ours).collect())
+    }
+
+    /// All files in order that have the name of a segment, of whatever Postgres timeline.
+    pub(super) fn list_all(&self, size: SegmentSize) -> Result<Vec<(PgTimelineId, SegmentFile)>, DiskError> {
         let dir = self.dir();
         let entries = self.disk.read_dir(&dir).during("list", &dir)?;
-        let mut files: Vec<SegmentFile> = entries.iter().filter_map(|entry| parse_name(&entry.name, size)).collect();
-        files.sort_unstable();
+        let mut files: Vec<_> = entries.iter().filter_map(|entry| parse_name(&entry.name, size)).collect();
+        files.sort_unstable_by_key(|(timeline, file)| (*file, *timeline));
         Ok(files)
     }
 
     /// Opens a segment to read: the name it has while it is written first, then the complete one. `None` when it has
     /// neither.
     ///
-    /// The writer may rename the file between the two attempts, so they are made twice.
+    /// The writer may complete its name between the two attempts, so they are made twice. To the name of another Postgres
+    /// timeline nobody renames it meanwhile.
     pub(super) fn open_to_read(
         &self,
         number: SegmentNumber,
         size: SegmentSize,
     ) -> Result<Option<Arc<dyn DiskFile>>, DiskError> {
+        let names = self.names();
+        let timeline = names.of_segment(number, size);
         for partial in [true, false, true, false] {
-            let path = self.segment_path(SegmentFile { number, partial }, size);
+            let path = self.named_path(timeline, SegmentFile { number, partial }, size);
             match self.disk.open_read(&path).during("open", &path) {
                 Ok(file) => return Ok(Some(file)),
                 Err(error) if error.is_not_found() => {}
@@ -274,14 +330,14 @@ impl TimelineFiles {
     }
 }
 
-/// Reads segment names of either form; `None` for all other names, other Postgres timelines among them.
-fn parse_name(name: &str, size: SegmentSize) -> Option<SegmentFile> {
+/// Reads segment names of either form; `None` for all other names.
+fn parse_name(name: &str, size: SegmentSize) -> Option<(PgTimelineId, SegmentFile)> {
     let (stem, partial) = match name.strip_suffix(PARTIAL_SUFFIX) {
         Some(stem) => (stem, true),
         None => (name, false),
     };
     let (timeline, number) = SegmentNumber::parse_file_name(stem, size)?;
-    (timeline == PgTimelineId::FIRST).then_some(SegmentFile { number, partial })
+    Some((timeline, SegmentFile { number, partial }))
 }
 
 /// Offset of `lsn` in its segment file.
@@ -321,7 +377,7 @@ mod tests {
     }
 
     #[test]
-    fn only_segments_of_our_postgres_timeline_are_listed() {
+    fn only_segments_with_the_right_name_are_listed() {
         let root = tempfile::tempdir().unwrap();
         let files = files(root.path());
         for name in ["000000010000000000000002", "000000010000000000000001.partial", "000000020000000000000001"] {

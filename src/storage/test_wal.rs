@@ -3,7 +3,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use pgproto::lsn::{PAGE_SIZE, segment_offset};
 use pgproto::wal::page::{FIRST_IS_CONTRECORD, LONG_HEADER, LongHeader, PageHeader, header_size, magic_of};
-use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
+use pgproto::{Lsn, PgTimelineId, SegmentSize, SystemId, TenantTimelineId, Term};
 
 use crate::consensus::history::TermHistory;
 use crate::consensus::state::{ControlState, ServerInfo};
@@ -45,6 +45,7 @@ pub struct WalWriter {
     /// Starts of the records.
     records: Vec<Lsn>,
     wal: BytesMut,
+    timeline: PgTimelineId,
 }
 
 impl WalWriter {
@@ -52,7 +53,14 @@ impl WalWriter {
     pub fn new(start: Lsn) -> Self {
         // The first record claims to follow one that nobody here has seen.
         let previous = Lsn(8);
-        Self { start, position: start, previous, records: Vec::new(), wal: BytesMut::new() }
+        Self {
+            start,
+            position: start,
+            previous,
+            records: Vec::new(),
+            wal: BytesMut::new(),
+            timeline: PgTimelineId::FIRST,
+        }
     }
 
     /// Continues `log`, cut at `end`, which is the end of one of its records.
@@ -70,6 +78,12 @@ impl WalWriter {
     /// Begins at `start`, the end of a record that itself began at `previous`.
     pub fn behind(start: Lsn, previous: Lsn) -> Self {
         Self { previous, ..Self::new(start) }
+    }
+
+    /// Pages begun from now on are of this Postgres timeline.
+    pub fn promote(&mut self, timeline: PgTimelineId) -> &mut Self {
+        self.timeline = timeline;
+        self
     }
 
     /// Start of the last record that begins before `end`.
@@ -150,7 +164,7 @@ impl WalWriter {
         let header = PageHeader {
             magic: magic_of(PG_VERSION).unwrap(),
             flags: if remaining > 0 { FIRST_IS_CONTRECORD } else { 0 } | if is_first { LONG_HEADER } else { 0 },
-            timeline: pgproto::PgTimelineId::FIRST,
+            timeline: self.timeline,
             address: self.position,
             remaining: u32::try_from(remaining).unwrap(),
             long: is_first.then_some(LongHeader {

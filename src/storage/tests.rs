@@ -3,7 +3,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use pgproto::wal::page::{LONG_HEADER_SIZE, PageHeader};
 use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, TimelineId};
 
@@ -12,6 +12,8 @@ use super::*;
 use crate::consensus::state::ControlState;
 
 mod damage;
+mod pg_timelines;
+mod removal;
 
 const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), timeline_id: TimelineId([2; 16]) };
 /// In the middle of a segment, and of a page that is not the segment's first.
@@ -89,6 +91,17 @@ impl Fixture {
 fn end(recovered: Recovered) -> Lsn {
     assert_eq!(recovered.fault, None);
     recovered.scanner.unwrap().last_record_end()
+}
+
+#[tokio::test]
+async fn what_a_stock_server_needs_is_found_again_from_the_journal_and_from_the_control_copies() {
+    let mut fx = Fixture::started_at(START).await;
+    let mut state = fx.control.clone();
+    state.stock.server_version = "15.18".to_owned();
+    fx.store().persist(&state).await.unwrap();
+    assert_eq!(fx.restart().await.unwrap().control.stock, state.stock);
+    fx.store().settle().await.unwrap();
+    assert_eq!(fx.restart().await.unwrap().control.stock, state.stock);
 }
 
 #[tokio::test]

@@ -39,13 +39,13 @@ const MAX_UNSETTLED_BLOCKS: usize = 4096;
 /// [`Self::append_ahead`] leaves the second part for later, at the latest for the next call.
 #[derive(Debug)]
 pub struct TimelineStore {
-    files: TimelineFiles,
+    pub(super) files: TimelineFiles,
     journal: Arc<Journal>,
-    behind: Arc<WrittenBehind>,
+    pub(super) behind: Arc<WrittenBehind>,
     segments: SegmentWriter,
-    size: SegmentSize,
+    pub(super) size: SegmentSize,
     /// End of WAL and its checksum; `None` while there is no WAL.
-    chain: Option<Chain>,
+    pub(super) chain: Option<Chain>,
     /// Term of the leader whose WAL is appended.
     term: Term,
     /// While in use.
@@ -304,12 +304,18 @@ impl TimelineStore {
         self.write_behind()?;
         self.alive()?;
         let started = Instant::now();
-        let (sequence, control) = {
+        let (sequence, control, renamed) = {
             let noted = self.behind.noted();
-            (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() })
+            let renamed = noted.control.state.stock.ancestry != state.stock.ancestry;
+            (noted.sequence + 1, ControlFile { state: state.clone(), ..noted.control.clone() }, renamed)
         };
-        let batch = self.commit(Record::Control { sequence, state: control.encode().into() }).await?;
+        let batch = self.commit(Record::Control { sequence, state: control.encode_state().into() }).await?;
         metrics::control_file_persisted(started.elapsed());
+        if renamed {
+            // Before a checkpoint can say so.
+            let renamed = blocking(|| self.files.rename_to(&state.stock.ancestry, self.size));
+            self.remember(renamed.map_err(StorageError::from))?;
+        }
         self.term = state.term;
         let mut noted = self.behind.noted();
         if noted.chain.is_some() {
@@ -463,6 +469,7 @@ impl TimelineStore {
         ledger.write(&entries)?;
         ledger.sync()?;
         self.ledger = Some(ledger);
+        self.files.set_oldest_lsn(base);
         self.files.trust_from(&Chain::new(base));
         Ok(chain)
     }
@@ -491,7 +498,7 @@ impl TimelineStore {
         self.remember(settled).map(drop)
     }
 
-    fn ledger(&mut self) -> Result<Arc<Ledger>, StorageError> {
+    pub(super) fn ledger(&mut self) -> Result<Arc<Ledger>, StorageError> {
         if let Some(ledger) = &self.ledger {
             return Ok(Arc::clone(ledger));
         }
@@ -507,12 +514,12 @@ impl TimelineStore {
         self.remember(committed.map_err(StorageError::from))
     }
 
-    fn alive(&self) -> Result<(), StorageError> {
+    pub(super) fn alive(&self) -> Result<(), StorageError> {
         self.behind.failed().map_or(Ok(()), |reason| Err(StorageError::Poisoned(reason)))
     }
 
     /// The first failure is the last thing that was done.
-    fn remember<R>(&self, result: Result<R, StorageError>) -> Result<R, StorageError> {
+    pub(super) fn remember<R>(&self, result: Result<R, StorageError>) -> Result<R, StorageError> {
         if let Err(error @ (StorageError::Disk(_) | StorageError::Poisoned(_))) = &result {
             self.behind.fail(&error.to_string());
         }

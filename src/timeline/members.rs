@@ -7,20 +7,26 @@ use std::time::Duration;
 
 use parking_lot::Mutex;
 use pgproto::{Lsn, NodeId, Term};
+use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
+
+use super::slots::InUse;
 
 /// What a node says holds no WAL and proves nothing after this time. Longer than a restart takes.
 pub const STALE: Duration = Duration::from_secs(60);
+
+/// A node that was heard of this long ago is taken to be there still (as Neon's `heartbeat_timeout`).
+pub const ALIVE: Duration = Duration::from_secs(5);
 
 /// Nodes that are remembered per timeline: more than keep any. Whoever reaches the port can claim to be one.
 const MAX_MEMBERS: usize = 32;
 
 /// A slot that ends with its connection, on another node.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RemoteTemporary {
     /// Its name; other nodes may have temporary slots of the same name.
     pub name: String,
-    /// WAL from here on is needed for it.
+    /// WAL from here on is needed for it; 0 while none is.
     pub restart_lsn: Lsn,
 }
 
@@ -35,6 +41,8 @@ pub struct MemberReport {
     pub last_log_term: Term,
     /// Temporary slots of its clients.
     pub temporary: Vec<RemoteTemporary>,
+    /// Slots that its clients use.
+    pub in_use: Vec<InUse>,
     /// When it was last heard of; an unchanged report isn't repeated.
     pub heard: Instant,
 }
@@ -72,8 +80,20 @@ impl Members {
 
     /// What all nodes said that are not [`STALE`].
     pub fn fresh(&self) -> Vec<(NodeId, MemberReport)> {
+        self.heard_within(STALE)
+    }
+
+    /// Who uses a slot on a node that is alive.
+    pub fn user_of(&self, slot: &str) -> Option<(NodeId, u32)> {
+        self.heard_within(ALIVE).into_iter().find_map(|(node, report)| {
+            let user = report.in_use.iter().find(|user| user.name == slot)?;
+            Some((node, user.conn_id))
+        })
+    }
+
+    fn heard_within(&self, time: Duration) -> Vec<(NodeId, MemberReport)> {
         let table = self.table.lock();
-        let fresh = table.iter().filter(|(_, report)| report.heard.elapsed() < STALE);
-        fresh.map(|(node, report)| (*node, report.clone())).collect()
+        let heard = table.iter().filter(|(_, report)| report.heard.elapsed() < time);
+        heard.map(|(node, report)| (*node, report.clone())).collect()
     }
 }

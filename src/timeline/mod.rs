@@ -23,21 +23,25 @@
 //! |---|---|
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
 //! | `writer` | the single writer |
+//! | [`lag`] | how old the oldest WAL is that a reader lacks |
 //! | [`feed`] | what a reader reads from |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
 //! | [`slots`] | replication slots, which all members know |
 //! | [`members`] | what the other members said last |
 //! | [`holds`] | who needs which WAL |
+//! | [`retention`] | saves slots, removes WAL that nobody needs |
 //! | [`tail`] | the newest WAL in memory |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
 pub mod feed;
 pub mod holds;
+pub mod lag;
 pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod retention;
 pub mod slots;
 pub mod tail;
 mod writer;
@@ -48,17 +52,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use arc_swap::ArcSwap;
 use bytes::Bytes;
 use parking_lot::Mutex;
+use pgproto::feedback::PageserverFeedback;
+use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::Configuration;
-use pgproto::{Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
+use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
-use crate::metrics::{TimelineHealth, TimelineSample};
+use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, TimelineHealth, TimelineSample};
 use crate::storage::{Fork, HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
-use readers::Readers;
+use holds::RetentionPolicy;
+use lag::{CommitTimes, Lag};
+use members::Members;
+use readers::{Positions, ReaderStatus, Readers};
+use slots::Slots;
 use tail::{Tail, Tails};
 use writer::{Command, Writer};
 
@@ -154,12 +164,16 @@ pub struct Timeline {
     progress: watch::Sender<Progress>,
     /// Apart from `progress`, so that committed-WAL readers wake only when there is something for them.
     commit_lsn: watch::Sender<Lsn>,
+    commit_times: Mutex<CommitTimes>,
     control: ArcSwap<ControlState>,
     health: ArcSwap<Health>,
     seat: Mutex<Seat>,
     readers: Readers,
     tail: Arc<Tail>,
     push_sessions: push::PushSessions,
+    slots: Slots,
+    members: Members,
+    retention: RetentionPolicy,
     written_bytes: AtomicU64,
     files: TimelineFiles,
     lane: Lane,
@@ -167,21 +181,34 @@ pub struct Timeline {
 
 impl Timeline {
     /// Puts acceptor and store together; the writer starts parked, and will work on `lane`.
-    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane, tails: &Arc<Tails>) -> Arc<Self> {
+    fn new(
+        acceptor: Acceptor,
+        store: TimelineStore,
+        lane: Lane,
+        retention: RetentionPolicy,
+        tails: &Arc<Tails>,
+    ) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
+        let slots = Slots::load(files.clone(), acceptor.node_id());
+        let mut commit_times = CommitTimes::default();
+        commit_times.committed(progress.commit_lsn);
         let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
             progress: watch::Sender::new(progress),
             commit_lsn: watch::Sender::new(progress.commit_lsn),
+            commit_times: Mutex::new(commit_times),
             control: ArcSwap::from_pointee(control),
             health: ArcSwap::from_pointee(Health::Sound),
             seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
             tail: Tail::new(Arc::clone(tails)),
             push_sessions: push::PushSessions::default(),
+            slots,
+            members: Members::default(),
+            retention,
             written_bytes: AtomicU64::new(0),
             files,
             lane,
@@ -221,6 +248,26 @@ impl Timeline {
         self.control.load_full()
     }
 
+    /// The Postgres timelines of the log below `end`, a position that was published. Readers are told of those of committed WAL
+    /// only: a timeline of which nothing is committed yet may still come to nothing, with the leader that brought it, and a
+    /// standby that had followed it would be lost.
+    pub fn ancestry_below(&self, end: Lsn) -> Ancestry {
+        self.control.load().stock.ancestry.up_to(Lsn(end.0.saturating_sub(1)))
+    }
+
+    /// Where the Postgres timeline `timeline` ended and the next one begins, if something of that one is committed; `None` for
+    /// one that isn't this log's, and for one that goes on.
+    pub fn successor(&self, timeline: PgTimelineId) -> Option<Branch> {
+        // In this order: a new timeline is published before anything of it is committed.
+        let commit_lsn = self.progress().commit_lsn;
+        self.control.load().stock.ancestry.successor(timeline).filter(|next| next.begin < commit_lsn)
+    }
+
+    /// How far a reader is behind that has everything below `position`.
+    pub fn lag(&self, position: Lsn) -> Lag {
+        self.commit_times.lock().lag(position)
+    }
+
     /// Whether it can vouch for its log.
     pub fn health(&self) -> Arc<Health> {
         self.health.load_full()
@@ -249,7 +296,7 @@ impl Timeline {
         self.files.history_file(timeline)
     }
 
-    /// WAL before this position was removed; 0 when none was.
+    /// Where the WAL on disk begins: what is before was removed, or never here. 0 while there is none.
     pub fn oldest_lsn(&self) -> Lsn {
         self.files.oldest_lsn()
     }
@@ -276,12 +323,40 @@ impl Timeline {
             remote_consistent_lsn: progress.remote_consistent_lsn,
             receivers,
             written_wal_bytes: self.written_bytes.load(Ordering::Relaxed),
+            readers: self.readers.list().iter().map(|reader| self.sample_reader(reader)).collect(),
+            pageserver: self.readers.pageserver(),
         }
+    }
+
+    fn sample_reader(&self, reader: &ReaderStatus) -> ReaderSample {
+        let Positions { write, flush, apply } = reader.positions;
+        let reported = [(ReaderPosition::Write, write), (ReaderPosition::Flush, flush), (ReaderPosition::Apply, apply)];
+        let lags = reported.into_iter().filter(|(_, lsn)| lsn.is_valid()).map(|(position, lsn)| {
+            let Lag { bytes, time } = self.lag(lsn);
+            ReaderLag { position, bytes, time }
+        });
+        let application = Application::classify(reader.application_name.as_deref().unwrap_or_default());
+        ReaderSample { conn_id: reader.conn_id, application, lags: lags.collect() }
     }
 
     /// Who reads here.
     pub fn readers(&self) -> &Readers {
         &self.readers
+    }
+
+    /// Its replication slots.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// What the other nodes that keep it said of it.
+    pub fn members(&self) -> &Members {
+        &self.members
+    }
+
+    /// What its WAL is kept for.
+    pub fn retention(&self) -> RetentionPolicy {
+        self.retention
     }
 
     /// Proposers connected at the moment.
@@ -311,6 +386,17 @@ impl Timeline {
     /// the log's end needs stays, and so does everything while the timeline can't vouch for its log.
     pub async fn remove_wal_before(self: &Arc<Self>, lsn: Lsn) -> Result<Removed, TimelineError> {
         self.ask(|reply| Command::RemoveBefore { lsn, reply }).await
+    }
+
+    /// Takes in what a page server reports: proposers are told, and WAL that all page servers have in remote storage needs
+    /// no more care. `false` while the writer has more to do than it can take; the next report brings it again.
+    pub fn pageserver_reported(self: &Arc<Self>, feedback: &PageserverFeedback) -> bool {
+        self.push_sessions.forward(feedback);
+        let lsn = self.readers.remote_consistent_lsn();
+        if lsn <= self.progress().remote_consistent_lsn {
+            return true;
+        }
+        self.mailbox().is_ok_and(|mailbox| mailbox.try_send(Command::RemoteConsistent(lsn)).is_ok())
     }
 
     /// Saves the lazily saved LSNs now.
@@ -370,7 +456,9 @@ impl Timeline {
             *progress = now;
             changed
         });
-        self.commit_lsn.send_if_modified(advanced);
+        if self.commit_lsn.send_if_modified(advanced) {
+            self.commit_times.lock().committed(now.commit_lsn);
+        }
         self.publish_health(acceptor);
     }
 

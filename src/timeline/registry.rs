@@ -11,11 +11,12 @@ use pgproto::wal::page::magic_of;
 use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
+use super::holds::RetentionPolicy;
 use super::tail::Tails;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{JournalSample, TimelineSample, TimelineSource};
+use crate::metrics::{HoldSample, JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -77,14 +78,24 @@ enum Slot {
 pub struct Registry {
     data_dir: DataDir,
     lanes: Lanes,
+    retention: RetentionPolicy,
     tails: Arc<Tails>,
     limit: usize,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
 
 impl Registry {
-    /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name.
+    /// Loads every timeline in the data directory. One that doesn't load is logged and blocks its name. No WAL is ever removed.
     pub async fn load(data_dir: DataDir, lanes: Lanes) -> Result<Arc<Self>, DiskError> {
+        Self::load_with(data_dir, lanes, RetentionPolicy::default()).await
+    }
+
+    /// The same, and says what WAL is kept for.
+    pub async fn load_with(
+        data_dir: DataDir,
+        lanes: Lanes,
+        retention: RetentionPolicy,
+    ) -> Result<Arc<Self>, DiskError> {
         let mut timelines = BTreeMap::new();
         let tails = Arc::new(Tails::default());
         for ttid in data_dir.timelines()? {
@@ -92,7 +103,7 @@ impl Registry {
                 Ok((store, recovered)) => {
                     let acceptor = acceptor(data_dir.node_id(), recovered);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
-                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), &tails))
+                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), retention, &tails))
                 }
                 Err(error) => {
                     tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
@@ -101,7 +112,8 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, lanes, tails, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
+        let timelines = Mutex::new(timelines);
+        Ok(Arc::new(Self { data_dir, lanes, retention, tails, limit: MAX_TIMELINES, timelines }))
     }
 
     /// The node these timelines are on.
@@ -193,7 +205,7 @@ impl Registry {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
                 let acceptor = acceptor(self.node_id(), recovered);
-                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), &self.tails);
+                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), self.retention, &self.tails);
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
             }
@@ -249,6 +261,10 @@ impl TimelineSource for Registry {
             failed_checkpoints: stats.failed_checkpoints,
             failed: journal.failed().is_some(),
         }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        self.list().iter().filter_map(|timeline| timeline.hold_sample()).collect()
     }
 }
 

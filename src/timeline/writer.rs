@@ -57,6 +57,8 @@ pub(super) enum Command {
         fault: Fault,
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
+    /// WAL below is in remote storage at the page servers.
+    RemoteConsistent(Lsn),
     Checkpoint {
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
@@ -204,6 +206,10 @@ impl Task {
             Command::ReportFault { fault, reply } => {
                 self.writer.acceptor.report_fault(fault);
                 self.answer(Ok(Vec::new()), reply, |_, _| ()).await
+            }
+            Command::RemoteConsistent(lsn) => {
+                self.writer.acceptor.remote_consistent(lsn);
+                Ok(())
             }
             Command::Checkpoint { reply } => {
                 let actions = self.writer.acceptor.checkpoint();

@@ -50,6 +50,11 @@ pub fn ready_for_query(out: &mut BytesMut) {
 
 /// Columns of the rows to come, all in text format and without a type modifier.
 pub fn row_description(out: &mut BytesMut, columns: &[Column<'_>]) {
+    row_description_modified(out, columns, -1);
+}
+
+/// The same with a type modifier, which old servers send where there is none.
+pub fn row_description_modified(out: &mut BytesMut, columns: &[Column<'_>], modifier: i32) {
     put(out, tag::ROW_DESCRIPTION, |body| {
         body.put_u16(u16::try_from(columns.len()).unwrap_or(u16::MAX));
         for column in columns {
@@ -59,22 +64,22 @@ pub fn row_description(out: &mut BytesMut, columns: &[Column<'_>]) {
             body.put_u16(0); // attribute number
             body.put_u32(oid);
             body.put_i16(length);
-            body.put_i32(-1); // type modifier
+            body.put_i32(modifier);
             body.put_u16(0); // text format
         }
     });
 }
 
 /// A row; `None` is NULL.
-pub fn data_row(out: &mut BytesMut, values: &[Option<&str>]) {
+pub fn data_row<T: AsRef<[u8]> + ?Sized>(out: &mut BytesMut, values: &[Option<&T>]) {
     put(out, tag::DATA_ROW, |body| {
         body.put_u16(u16::try_from(values.len()).unwrap_or(u16::MAX));
         for value in values {
             match value {
                 None => body.put_i32(-1),
-                Some(text) => {
-                    body.put_u32(wire_len(text.len()));
-                    body.put_slice(text.as_bytes());
+                Some(value) => {
+                    body.put_u32(wire_len(value.as_ref().len()));
+                    body.put_slice(value.as_ref());
                 }
             }
         }

@@ -45,6 +45,8 @@ pub struct RecordScanner {
     /// Where the scan began. Only a page there may continue a record whose begin was not seen.
     start: Lsn,
     position: Lsn,
+    /// Behind what the scan skipped of the record that began before it.
+    checked_from: Lsn,
     last_record_end: Lsn,
     /// Start of the last whole record; invalid as long as there was none.
     previous_record: Lsn,
@@ -88,6 +90,7 @@ impl RecordScanner {
             magic: page::magic_of(pg_version),
             start: at,
             position: at,
+            checked_from: at,
             last_record_end: at,
             previous_record: Lsn::INVALID,
             record: Lsn::INVALID,
@@ -107,6 +110,12 @@ impl RecordScanner {
     /// lie beyond [`position`](Self::position). Before the first whole record, where the scan began.
     pub fn last_record_end(&self) -> Lsn {
         self.last_record_end
+    }
+
+    /// Where the WAL begins whose records were all seen whole: where the scan began, or behind the rest of a record that
+    /// continued there.
+    pub fn checked_from(&self) -> Lsn {
+        self.checked_from
     }
 
     /// System identifier in the newest long page header seen; not known before the first.
@@ -282,9 +291,11 @@ impl RecordScanner {
     /// As `body`, for a record that can't be checked.
     fn unseen(&mut self, missing: usize) {
         self.state = State::Unseen { missing };
+        self.checked_from = self.position;
         if missing == 0 {
             self.state = State::Boundary;
             self.last_record_end = self.position.align_up();
+            self.checked_from = self.last_record_end;
         }
     }
 

@@ -129,6 +129,7 @@ impl Driver {
             server: ServerInfo { pg_version: PG_VERSION, system_id: SYSTEM_ID, wal_seg_size: SIZE },
             configuration: Default::default(),
             initial_start: setup.oracle.initial_start(),
+            stock: None,
         };
         let (events, inbox) = mpsc::channel(256);
         let mut tasks = JoinSet::new();

@@ -105,7 +105,7 @@ impl Cluster {
 
     fn proposer(&self, configuration: Configuration) -> Proposer {
         let server = test_wal::new_timeline(TTID).server;
-        let config = ProposerConfig { ttid: TTID, server, configuration, initial_start: wal::START };
+        let config = ProposerConfig { ttid: TTID, server, configuration, initial_start: wal::START, stock: None };
         Proposer::new(config, self.bounds.nodes())
     }
 }

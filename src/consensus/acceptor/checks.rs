@@ -1,8 +1,8 @@
 //! What an acceptor checks before it does anything: everything that comes from a peer or from the disk.
 
 use pgproto::wal::RecordScanner;
-use pgproto::walproposer::{Configuration, ProposerGreeting, TermLsn};
-use pgproto::{Generation, Lsn, Term};
+use pgproto::walproposer::{Configuration, ProposerGreeting, StockPrimary, TermLsn};
+use pgproto::{Ancestry, Generation, Lsn, Term};
 
 use super::{Acceptor, AcceptorError, LazyLsns, MAX_TERM_STEP};
 use crate::consensus::health::Fault;
@@ -57,20 +57,54 @@ impl Acceptor {
         if greeting.ttid != own.ttid {
             return Err(AcceptorError::WrongTimeline(own.ttid));
         }
-        let major = |version: u32| version / 10_000;
-        if greeting.pg_version != 0 && !(14..=18).contains(&major(greeting.pg_version)) {
-            return Err(AcceptorError::UnsupportedVersion(greeting.pg_version));
-        }
-        let (ours, theirs) = (major(own.server.pg_version), major(greeting.pg_version));
-        if ours != 0 && theirs != 0 && ours != theirs {
-            return Err(AcceptorError::VersionMismatch { ours, theirs });
-        }
+        self.check_version(greeting.pg_version)?;
         // Segments are cut in this size and WAL is scanned by it, so it is never unknown.
         if greeting.wal_seg_size != own.server.wal_seg_size.as_u32() {
             let (ours, theirs) = (own.server.wal_seg_size.bytes(), u64::from(greeting.wal_seg_size));
             return Err(AcceptorError::SegmentSizeMismatch { ours, theirs });
         }
         Ok(())
+    }
+
+    /// A log is of one major version; 0 means unknown.
+    fn check_version(&self, version: u32) -> Result<(), AcceptorError> {
+        let major = |version: u32| version / 10_000;
+        if version != 0 && !(14..=18).contains(&major(version)) {
+            return Err(AcceptorError::UnsupportedVersion(version));
+        }
+        let (ours, theirs) = (major(self.durable.server.pg_version), major(version));
+        if ours != 0 && theirs != 0 && ours != theirs {
+            return Err(AcceptorError::VersionMismatch { ours, theirs });
+        }
+        Ok(())
+    }
+
+    /// Checks what the leader tells of its Postgres timelines against its log and against the one here, which goes on at
+    /// `start`; returns them.
+    pub(super) fn check_timelines(
+        &self,
+        primary: Option<&StockPrimary>,
+        history: &TermHistory,
+        (start, log): (Lsn, Start),
+    ) -> Result<Option<Ancestry>, AcceptorError> {
+        let own = &self.durable.stock.ancestry;
+        let Some(primary) = primary else {
+            let only_first = *own == Ancestry::default() || log == Start::Anew;
+            return if only_first { Ok(None) } else { Err(AcceptorError::TimelineUntold(own.current())) };
+        };
+        self.check_version(primary.pg_version)?;
+        let theirs = primary.ancestry()?;
+        let timeline = theirs.current();
+        let (begin, term_start) =
+            (theirs.begin_of(timeline).unwrap_or_default(), history.last().map_or(Lsn::INVALID, |entry| entry.lsn));
+        if begin > term_start {
+            return Err(AcceptorError::TimelineBeginsLate { timeline, begin, term_start });
+        }
+        let stays = log == Start::Continue && self.has_wal();
+        if stays && !theirs.agrees_below(own, start) {
+            return Err(AcceptorError::OtherTimelines { end: start, ours: own.current(), theirs: timeline });
+        }
+        Ok(Some(theirs))
     }
 
     /// What a higher configuration must be like to be adopted, and an equal one to be the same.

@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use pgproto::pg_timeline::AncestryError;
 use pgproto::wal::WalError;
-use pgproto::{Generation, Lsn, NodeId, Term};
+use pgproto::{Generation, Lsn, NodeId, PgTimelineId, Term};
 
 use crate::consensus::health::Fault;
 use crate::consensus::history::HistoryError;
@@ -103,6 +104,37 @@ pub enum AcceptorError {
         /// End of the log here.
         end: Lsn,
     },
+    /// The leader's history files can't be true.
+    #[error("the Postgres timelines of the leader's log are refused: {0}")]
+    BadTimelines(#[from] AncestryError),
+    /// A leader's own WAL is all of one Postgres timeline.
+    #[error(
+        "Postgres timeline {timeline} begins at {begin}, inside of the leader's own WAL, which begins at {term_start}"
+    )]
+    TimelineBeginsLate {
+        /// The leader's timeline.
+        timeline: PgTimelineId,
+        /// Where it begins.
+        begin: Lsn,
+        /// Where the leader's term begins.
+        term_start: Lsn,
+    },
+    /// By their terms the logs are the same up to there, by their timelines they aren't: some proposer said what isn't so.
+    #[error(
+        "WAL below {end} here, which ends on Postgres timeline {ours}, is of other timelines than the leader says, which \
+         writes on timeline {theirs}"
+    )]
+    OtherTimelines {
+        /// Where the logs part.
+        end: Lsn,
+        /// The newest timeline here.
+        ours: PgTimelineId,
+        /// The leader's timeline.
+        theirs: PgTimelineId,
+    },
+    /// A proposer that doesn't speak of Postgres timelines can't go on in a log with more than the first one.
+    #[error("the log here is of Postgres timeline {0}, and the proposer doesn't say which one it writes on")]
+    TimelineUntold(PgTimelineId),
     /// An append must follow an accepted `Elected` of exactly its term.
     #[error("append of term {0} before that leader was accepted here")]
     NotElected(Term),

@@ -23,14 +23,14 @@ use pgproto::feedback::HotStandbyFeedback;
 use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, HistoryFile, ProposerElected,
-    ProposerGreeting, ProposerMessage, VoteRequest, VoteResponse,
+    ProposerGreeting, ProposerMessage, StockPrimary, VoteRequest, VoteResponse,
 };
 use pgproto::{Lsn, NodeId, Term};
 
 pub use self::error::{AcceptorError, MAX_TERM_STEP};
 use super::health::{Fault, Health};
 use super::history::TermHistory;
-use super::state::ControlState;
+use super::state::{ControlState, StockInfo};
 
 /// One thing to do, in the order given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -219,6 +219,11 @@ impl Acceptor {
         self.scanner.as_ref().map_or(Lsn::INVALID, RecordScanner::position)
     }
 
+    /// Whether a whole record is here; a log that is about to begin has none.
+    fn has_wal(&self) -> bool {
+        self.scanner.as_ref().is_some_and(|scanner| scanner.last_record_end() > self.durable.local_start_lsn)
+    }
+
     /// Start of the accepted leader's own term; 0 while none was accepted.
     pub fn term_start_lsn(&self) -> Lsn {
         self.term_start_lsn
@@ -289,7 +294,7 @@ impl Acceptor {
             flush_lsn,
             truncate_lsn: self.lazy.peer_horizon_lsn,
             term_history: self.durable.term_history.visible_at(flush_lsn).entries().to_vec(),
-            ancestry: flush_lsn.is_valid().then(|| self.durable.stock.ancestry.up_to(flush_lsn)),
+            ancestry: self.has_wal().then(|| self.durable.stock.ancestry.up_to(flush_lsn)),
         })));
         Ok(actions)
     }
@@ -309,6 +314,7 @@ impl Acceptor {
         Self::check_boundary(history.last().map_or(Lsn::INVALID, |entry| entry.lsn))?;
         let start = elected.start_streaming_at;
         let log = self.check_start(&history, start)?;
+        let timelines = self.check_timelines(elected.stock.as_ref(), &history, (start, log))?;
         let mut actions = self.flush();
         if self.durable.term < elected.term {
             self.raise_term(elected.term, &mut actions);
@@ -321,7 +327,22 @@ impl Acceptor {
         }
         // First cut, then adopt the history: a crash in between leaves a shorter but true log (D4).
         actions.push(Action::Truncate { end: start });
-        self.adopt(history, start, &mut actions);
+        let mut next = self.durable.clone();
+        next.term_history = history;
+        if let (Some(primary), Some(ancestry)) = (elected.stock, timelines) {
+            // History files go before the state that says which timelines there are.
+            if !primary.history.is_empty() {
+                actions.push(Action::StoreHistory(primary.history));
+            }
+            let StockPrimary { pg_version, server_version, safekeepers, .. } = primary;
+            // Without a primary they aren't known, as in a mere sync of the safekeepers.
+            if pg_version != 0 {
+                next.server.pg_version = pg_version;
+            }
+            let server_version = if server_version.is_empty() { next.stock.server_version } else { server_version };
+            next.stock = StockInfo { ancestry, server_version, safekeepers };
+        }
+        self.adopt(next, start, &mut actions);
         Ok(actions)
     }
 
@@ -332,25 +353,23 @@ impl Acceptor {
         let [timeline_start_lsn, local_start_lsn, commit_lsn] = [Lsn::INVALID; 3];
         let [backup_lsn, peer_horizon_lsn, remote_consistent_lsn] = [Lsn::INVALID; 3];
         self.lazy = LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn };
-        let term_history = TermHistory::default();
-        let next = ControlState { timeline_start_lsn, local_start_lsn, term_history, ..self.durable.clone() };
+        let (term_history, stock) = (TermHistory::default(), StockInfo::default());
+        let next = ControlState { timeline_start_lsn, local_start_lsn, term_history, stock, ..self.durable.clone() };
         self.persist(next, actions);
         self.scanner = None;
         self.flush_lsn = Lsn::INVALID;
     }
 
-    /// Makes the leader's history this node's own, its log now ending at `start`.
-    fn adopt(&mut self, history: TermHistory, start: Lsn, actions: &mut Vec<Action>) {
-        let mut next = self.durable.clone();
-        let first = history.first().map_or(start, |entry| entry.lsn);
+    /// Makes the leader's history, which is in `next`, this node's own, its log now ending at `start`.
+    fn adopt(&mut self, mut next: ControlState, start: Lsn, actions: &mut Vec<Action>) {
+        let first = next.term_history.first().map_or(start, |entry| entry.lsn);
         if !next.timeline_start_lsn.is_valid() {
             next.timeline_start_lsn = first;
         }
         if !next.local_start_lsn.is_valid() {
             next.local_start_lsn = start;
         }
-        self.term_start_lsn = history.last().map_or(start, |entry| entry.lsn);
-        next.term_history = history;
+        self.term_start_lsn = next.term_history.last().map_or(start, |entry| entry.lsn);
         let floor = next.timeline_start_lsn;
         let lazy = &mut self.lazy;
         if !lazy.peer_horizon_lsn.is_valid() {
@@ -443,6 +462,12 @@ impl Acceptor {
         if reached_term_start || segment_ahead {
             self.save_lazy(actions);
         }
+    }
+
+    /// Page servers claim to have everything below `lsn` in remote storage. Of what isn't committed here nobody can.
+    pub fn remote_consistent(&mut self, lsn: Lsn) {
+        let known = &mut self.lazy.remote_consistent_lsn;
+        *known = lsn.min(self.lazy.commit_lsn).max(*known);
     }
 
     /// Persists the lazily saved LSNs if they moved since they were last saved.

@@ -16,14 +16,14 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::{ControlState, ServerInfo};
 
 const WAL: &[u8] = include_bytes!("../../../pgproto/tests/data/wal/000000010000000000000008.head");
-const START: Lsn = Lsn(0x80_0000);
+pub(super) const START: Lsn = Lsn(0x80_0000);
 const SEGMENT: u64 = 1 << 20;
 
 fn ttid() -> TenantTimelineId {
     TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]))
 }
 
-fn new_acceptor() -> Acceptor {
+pub(super) fn new_acceptor() -> Acceptor {
     let wal_seg_size = SegmentSize::new(1 << 20).unwrap();
     let server = ServerInfo { pg_version: 150_018, system_id: SystemId(7_710_417_969_895_730_492), wal_seg_size };
     Acceptor::new(NodeId(1), ControlState::new(ttid(), server), None)
@@ -48,11 +48,11 @@ fn greeting() -> ProposerGreeting {
     }
 }
 
-fn vote(term: u64) -> ProposerMessage {
+pub(super) fn vote(term: u64) -> ProposerMessage {
     ProposerMessage::VoteRequest(VoteRequest { generation: Generation(0), term: Term(term) })
 }
 
-fn elected(term: u64, start: Lsn, history: &[(u64, u64)]) -> ProposerMessage {
+pub(super) fn elected(term: u64, start: Lsn, history: &[(u64, u64)]) -> ProposerMessage {
     ProposerMessage::Elected(ProposerElected {
         generation: Generation(0),
         term: Term(term),
@@ -62,7 +62,7 @@ fn elected(term: u64, start: Lsn, history: &[(u64, u64)]) -> ProposerMessage {
     })
 }
 
-fn append(term: u64, begin: u64, end: u64, commit: u64) -> ProposerMessage {
+pub(super) fn append(term: u64, begin: u64, end: u64, commit: u64) -> ProposerMessage {
     let wal = if begin == end { Bytes::new() } else { wal(begin, end) };
     append_bytes(term, begin, wal, commit)
 }
@@ -74,7 +74,7 @@ fn append_bytes(term: u64, begin: u64, wal: Bytes, commit: u64) -> ProposerMessa
 }
 
 /// The actions in short form.
-fn brief(actions: Vec<Action>) -> Vec<String> {
+pub(super) fn brief(actions: Vec<Action>) -> Vec<String> {
     let one = |action| match action {
         Action::Persist(state) => {
             let history: Vec<_> =
@@ -111,7 +111,7 @@ fn ack(acceptor: &Acceptor, term: u64) -> String {
 }
 
 /// An acceptor that follows the leader of term 1 and has written nothing yet.
-fn follower() -> Acceptor {
+pub(super) fn follower() -> Acceptor {
     let mut a = new_acceptor();
     assert_eq!(brief(a.handle(ProposerMessage::Greeting(greeting())).unwrap()), ["reply greeting term 0"]);
     assert_eq!(

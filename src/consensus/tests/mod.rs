@@ -3,3 +3,5 @@
 mod acceptor;
 mod membership;
 mod proposer;
+mod stock_primary;
+mod timelines;

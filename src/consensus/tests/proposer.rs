@@ -9,8 +9,8 @@ use pgproto::{Generation, Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTi
 use crate::consensus::proposer::*;
 use crate::consensus::state::ServerInfo;
 
-const A: PeerIndex = PeerIndex(0);
-const B: PeerIndex = PeerIndex(1);
+pub(super) const A: PeerIndex = PeerIndex(0);
+pub(super) const B: PeerIndex = PeerIndex(1);
 const C: PeerIndex = PeerIndex(2);
 
 fn proposer() -> Proposer {
@@ -21,11 +21,11 @@ fn proposer_with(configuration: Configuration, peers: usize) -> Proposer {
     let server =
         ServerInfo { pg_version: 150_018, system_id: SystemId(77), wal_seg_size: SegmentSize::new(1 << 20).unwrap() };
     let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
-    let config = ProposerConfig { ttid, server, configuration, initial_start: Lsn(0x10_0000) };
+    let config = ProposerConfig { ttid, server, configuration, initial_start: Lsn(0x10_0000), stock: None };
     Proposer::new(config, peers)
 }
 
-fn greeting(node: u64, term: u64) -> AcceptorMessage {
+pub(super) fn greeting(node: u64, term: u64) -> AcceptorMessage {
     greeting_with(node, term, Configuration::default())
 }
 
@@ -361,7 +361,8 @@ fn what_a_node_had_on_disk_before_it_was_away_is_not_taken_for_granted() {
 fn there_is_nothing_to_sync_where_nobody_has_wal() {
     let server = ServerInfo { pg_version: 0, system_id: SystemId(0), wal_seg_size: SegmentSize::new(1 << 20).unwrap() };
     let ttid = TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
-    let config = ProposerConfig { ttid, server, configuration: Configuration::default(), initial_start: Lsn(0) };
+    let config =
+        ProposerConfig { ttid, server, configuration: Configuration::default(), initial_start: Lsn(0), stock: None };
     let mut p = Proposer::new(config, 3);
     for (peer, node) in [(A, 1), (B, 2)] {
         p.connected(peer);

@@ -47,6 +47,11 @@ impl Habits {
         }
     }
 
+    /// None of Neon's.
+    pub(super) fn is_stock(self) -> bool {
+        !self.silent && !self.may_be_sent_home
+    }
+
     pub(super) fn pageserver(limit: Duration) -> Self {
         Self { keepalive: NEON_KEEPALIVE, always_ask: true, limit, silent: false, may_be_sent_home: true }
     }

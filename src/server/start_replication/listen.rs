@@ -10,6 +10,7 @@ use super::habits::Habits;
 use super::stream::Stream;
 use crate::metrics;
 use crate::server::interrupt::Interrupt;
+use crate::timeline::readers::Verdict;
 
 impl Stream<'_> {
     /// Takes in what the reader says. True when it ends the stream.
@@ -36,7 +37,8 @@ impl Stream<'_> {
                 if status.reply_requested {
                     self.keepalive = Some(self.keepalive.unwrap_or(false));
                 }
-                self.listed.standby_status(status);
+                let heard = self.listed.standby_status(status, self.timeline.progress().commit_lsn);
+                self.judge(heard);
             }
             Ok(ReaderMessage::HotStandby(feedback)) => self.listed.hot_standby_feedback(feedback),
             Ok(ReaderMessage::Pageserver(feedback)) => {
@@ -44,14 +46,29 @@ impl Stream<'_> {
                     self.habits = Habits::pageserver(self.habits.limit);
                 }
                 metrics::pageserver_feedback();
-                self.listed.pageserver_feedback(feedback);
+                let commit_lsn = self.timeline.progress().commit_lsn;
+                self.judge(self.listed.pageserver_feedback(feedback.clone(), commit_lsn));
+                if !self.timeline.pageserver_reported(&feedback) {
+                    tracing::debug!(id = self.client.id, "a page server's report has to wait for the next one");
+                }
             }
             Err(DecodeError::UnknownTag { value, .. }) => {
                 let text = format!("unexpected message type {value:#04x} from a reader");
                 return Err(Interrupt::fatal(SqlState::PROTOCOL_VIOLATION, text));
             }
-            Err(error) => return Err(error.into()),
+            // The message around it was whole, so there is a place to go on from.
+            Err(error) => return Err(Interrupt::refused(SqlState::PROTOCOL_VIOLATION, error.to_string())),
         }
         Ok(false)
+    }
+
+    /// Acts on a report, as far as it is believed.
+    fn judge(&self, heard: Verdict) {
+        if heard.absurd {
+            metrics::absurd_report();
+        }
+        if let Some(slot) = self.slot.as_ref().filter(|_| heard.positions.flush.is_valid()) {
+            slot.confirm(heard.positions.flush);
+        }
     }
 }

@@ -15,83 +15,119 @@
 //! | `stream` | what is sent, and when |
 //! | `listen` | what the reader reports |
 //! | `habits` | how a kind of reader wants to be treated |
+//! | `pg_timeline` | the Postgres timeline that a reader stays on, and the end of it |
 
 mod habits;
 mod listen;
+mod pg_timeline;
 mod stream;
 
 use std::sync::Arc;
 
+use bytes::BytesMut;
 use pgproto::backend::{SqlState, encode};
 use pgproto::replication::command::StartReplication;
-use pgproto::{Lsn, PgTimelineId, SegmentNumber};
+use pgproto::{Lsn, SegmentNumber};
 use tokio::time::Instant;
 
 use self::habits::Habits;
-use self::stream::Stream;
-use super::horizon::Horizon;
+use self::pg_timeline::Course;
+use self::stream::{Ended, Stream};
 use super::interrupt::Interrupt;
-use super::session::{Session, no_slots};
+use super::session::Session;
+use super::slots;
 use crate::metrics;
 use crate::timeline::Timeline;
 use crate::timeline::feed::WalFeed;
+use crate::timeline::slots::SlotGuard;
 
-/// Serves a reader until it ends the stream, which leaves the session ready for commands.
+/// Serves a reader until it ends the stream or its Postgres timeline ends, which leaves the session ready for commands.
 pub(super) async fn run(session: &mut Session, request: StartReplication) -> Result<(), Interrupt> {
-    if request.slot.is_some() {
-        return Err(no_slots());
-    }
     let timeline = session.timeline().map_err(|error| error.refusal())?;
-    if let Some(other) = request.timeline.filter(|&asked| asked != PgTimelineId::FIRST) {
-        let text = format!("requested timeline {other} is not in this server's history");
-        return Err(Interrupt::refused(SqlState::INTERNAL_ERROR, text));
+    let slot = slots::acquire(session, &timeline, request.slot.as_deref()).await?;
+    let slot_ended = slot.as_ref().map(SlotGuard::ended).unwrap_or_default();
+    let course = Course::plan(&timeline, &session.client, &request)?;
+    let Session { house, client, reader, writer, .. } = session;
+    let horizon = course.horizon(&timeline, request.term);
+    if let Some(next) = horizon.next_pg_timeline(request.start) {
+        pg_timeline::tell_next(writer.out(), next);
+        complete(writer.out());
+        return Ok(());
     }
-    let Session { house, client, reader, writer } = session;
     encode::copy_both_response(writer.out());
     writer.flush().await?;
-    let feed = open(&timeline, request.start)?;
+    let feed = open(&timeline, request.start, &course)?;
     let _counted = metrics::reader(client.application());
-    let listed = timeline.readers().register(client.id, client.address, client.application_name.clone());
+    let listed = timeline.readers().register(client.id, client.address, client.application_name.clone(), request.start);
+    let habits = Habits::of(client, &request, &house.config);
     let now = Instant::now();
     let mut stream = Stream {
         timeline: &timeline,
         client,
-        habits: Habits::of(client, &request, &house.config),
-        horizon: Horizon::new(&timeline, request.term),
+        habits,
+        horizon,
         feed,
         at: request.start,
         reader,
         writer,
         listed,
+        slot,
         last_heard: now,
         last_sent: now,
         asked: false,
         keepalive: None,
         rest_until: now,
     };
-    let ended = tokio::select! {
-        ended = stream.run() => ended,
-        () = house.shutdown.cancelled() => Err(Interrupt::shutdown()),
-    };
-    drop(stream);
-    ended?;
-    writer.flush().await?;
-    let out = writer.out();
-    encode::copy_done(out);
-    // One for the stream, one for the command: without both, stock clients take the connection for broken.
+    tokio::select! {
+        ended = stream.serve() => ended,
+        () = house.shutdown.cancelled() => Err(stream_ends(habits)),
+        () = slot_ended.cancelled() => {
+            let name = request.slot.as_deref().unwrap_or_default();
+            Err(slots::taken_away(name, timeline.slots().why_taken_away(name)))
+        }
+    }
+}
+
+impl Stream<'_> {
+    /// Streams, and takes leave of the reader as it has to be.
+    async fn serve(&mut self) -> Result<(), Interrupt> {
+        let ended = self.run().await?;
+        self.writer.flush().await?;
+        encode::copy_done(self.writer.out());
+        if let Ended::PgTimeline = ended {
+            self.writer.flush().await?;
+            self.wait_for_copy_done().await?;
+        }
+        let out = self.writer.out();
+        if let Some(next) = self.horizon.next_pg_timeline(self.at) {
+            pg_timeline::tell_next(out, next);
+        }
+        complete(out);
+        Ok(())
+    }
+}
+
+/// One for the stream, one for the command: without both, stock clients take the connection for broken.
+fn complete(out: &mut BytesMut) {
     encode::command_complete(out, "START_STREAMING");
     encode::command_complete(out, "START_REPLICATION");
-    Ok(())
+}
+
+/// How a stream ends when the server stops: stock readers are told as by a walsender, Neon's that it is an end by force.
+fn stream_ends(habits: Habits) -> Interrupt {
+    if habits.is_stock() { Interrupt::Stopped } else { Interrupt::shutdown() }
 }
 
 /// Checks that WAL from `start` can be here.
-fn open(timeline: &Arc<Timeline>, start: Lsn) -> Result<WalFeed, Interrupt> {
+fn open(timeline: &Arc<Timeline>, start: Lsn, course: &Course) -> Result<WalFeed, Interrupt> {
     let feed = WalFeed::open(timeline)?;
-    if start.is_valid() && start >= feed.start_lsn() {
+    let oldest = feed.start_lsn().max(timeline.oldest_lsn());
+    let size = timeline.control_state().server.wal_seg_size;
+    let number = SegmentNumber::containing(start, size);
+    if start.is_valid() && start >= oldest && number >= course.first_segment(size) {
         return Ok(feed);
     }
-    let size = timeline.control_state().server.wal_seg_size;
-    Err(removed(&SegmentNumber::containing(start, size).file_name(PgTimelineId::FIRST, size)))
+    Err(removed(&number.file_name(course.of_segment(number, size), size)))
 }
 
 /// As a stock server says that WAL is not there any more.

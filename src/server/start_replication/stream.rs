@@ -27,6 +27,15 @@ use crate::storage::ReadError;
 use crate::timeline::Timeline;
 use crate::timeline::feed::WalFeed;
 use crate::timeline::readers::ReaderGuard;
+use crate::timeline::slots::SlotGuard;
+
+/// How a stream came to its end.
+pub(super) enum Ended {
+    /// The reader sent CopyDone.
+    ByReader,
+    /// Everything of the reader's Postgres timeline was sent. CopyDone is to be sent, and will be answered.
+    PgTimeline,
+}
 
 /// As many readers of a timeline are told of each commit at once.
 const READERS_WITHOUT_REST: u32 = 3;
@@ -48,6 +57,8 @@ pub(super) struct Stream<'a> {
     pub(super) reader: &'a mut MessageReader,
     pub(super) writer: &'a mut MessageWriter,
     pub(super) listed: ReaderGuard<'a>,
+    /// The slot it uses.
+    pub(super) slot: Option<SlotGuard<'a>>,
     pub(super) last_heard: Instant,
     pub(super) last_sent: Instant,
     /// The reader was asked for a reply since it was last heard.
@@ -59,11 +70,14 @@ pub(super) struct Stream<'a> {
 }
 
 impl Stream<'_> {
-    /// Returns when the reader ended the stream.
-    pub(super) async fn run(&mut self) -> Result<(), Interrupt> {
+    /// Returns when the reader ended the stream, or its Postgres timeline ended.
+    pub(super) async fn run(&mut self) -> Result<Ended, Interrupt> {
         loop {
             let resting = Instant::now() < self.rest_until;
             if self.writer.is_empty() && (!resting || self.keepalive.is_some()) {
+                if self.horizon.next_pg_timeline(self.at).is_some() {
+                    return Ok(Ended::PgTimeline);
+                }
                 self.prepare().await?;
             }
             let idle = self.writer.is_empty();
@@ -71,7 +85,7 @@ impl Stream<'_> {
             tokio::select! {
                 frame = self.reader.next(MAX_COMMAND_BODY) => {
                     if self.hear(FrontendMessage::decode(frame?)?)? {
-                        return Ok(());
+                        return Ok(Ended::ByReader);
                     }
                 }
                 sent = self.writer.write_some(), if !idle => sent?,
@@ -143,9 +157,7 @@ impl Stream<'_> {
     fn on_time(&mut self) -> Result<(), Interrupt> {
         let silence = self.last_heard.elapsed();
         if silence >= self.habits.limit {
-            let limit = self.habits.limit;
-            tracing::warn!(id = self.client.id, address = %self.client.address, ?limit, "terminating silent reader");
-            return Err(Interrupt::Gone("the reader was silent for too long".to_owned()));
+            return Err(self.dead());
         }
         if self.habits.may_be_sent_home {
             self.send_home()?;
@@ -153,6 +165,12 @@ impl Stream<'_> {
         let ask = self.habits.always_ask || (!self.asked && silence >= self.habits.limit / 2);
         self.keepalive = Some(ask);
         Ok(())
+    }
+
+    pub(super) fn dead(&self) -> Interrupt {
+        let limit = self.habits.limit;
+        tracing::warn!(id = self.client.id, address = %self.client.address, ?limit, "terminating silent reader");
+        Interrupt::Gone("the reader was silent for too long".to_owned())
     }
 
     /// A page server that has everything of a timeline nobody writes to is sent away, and comes back when the broker tells

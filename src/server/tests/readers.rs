@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
-use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
+use pgproto::feedback::PageserverFeedback;
+use pgproto::replication::message::{ServerMessage, StandbyStatus};
 use pgproto::walproposer::MAX_SEND_SIZE;
 use pgproto::{Lsn, Term};
 
@@ -124,7 +124,6 @@ async fn starts_that_cannot_be_served_leave_the_session_usable() {
         assert_eq!(reader.next().await, BackendMessage::ReadyForQuery(b'I'));
     }
     reader.refused(&format!("START_REPLICATION {START} TIMELINE 9"), SqlState::INTERNAL_ERROR).await;
-    reader.refused(&format!("START_REPLICATION SLOT s {START}"), SqlState::FEATURE_NOT_SUPPORTED).await;
     reader.row("IDENTIFY_SYSTEM").await;
     server.stop().await;
 }
@@ -227,29 +226,12 @@ async fn a_reader_that_answers_is_kept() {
 }
 
 #[tokio::test]
-async fn feedback_reaches_the_proposer() {
-    let (server, log, mut leader) = server_with_wal(ServerConfig::default(), 1).await;
-    let mut reader = server.reader().await;
-    reader.start_replication(&START.to_string()).await;
-    let feedback = HotStandbyFeedback { timestamp: 77, xmin: 1 << 32 | 700, catalog_xmin: 0 };
-    let status = StandbyStatus { write: Lsn(9), flush: Lsn(8), reply_requested: true, ..StandbyStatus::default() };
-    reader.copy_data(|body| encode_hot_standby_feedback(&feedback, body)).await;
-    reader.copy_data(|body| status.encode(body)).await;
-    // The answer to the second says that the first was taken in.
-    while !matches!(reader.stream().await, ServerMessage::Keepalive { .. }) {}
-    leader.append(1, log.position(), log.position(), Bytes::new()).await;
-    assert_eq!(leader.ack().await.hs_feedback, feedback);
-    server.stop().await;
-}
-
-#[tokio::test]
 async fn messages_that_do_not_belong_into_a_stream_end_it() {
     let (server, _, _leader) = server_with_wal(ServerConfig::default(), 1).await;
     let garbage = [
         message(b'Q', b"IDENTIFY_SYSTEM\0"),
         message(b'f', b"no\0"),
-        message(b'd', b""),
-        message(b'd', b"r\0\0"),
+        message(b'S', b""),
         message(b'd', b"?"),
         message(b'?', b""),
     ];
@@ -259,6 +241,29 @@ async fn messages_that_do_not_belong_into_a_stream_end_it() {
         reader.start_replication("F/0").await;
         reader.send(&bytes).await;
         reader.fatal(SqlState::PROTOCOL_VIOLATION).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn reports_of_a_wrong_length_end_the_stream_and_not_the_session() {
+    let (server, _, _leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let mut whole = BytesMut::new();
+    StandbyStatus::default().encode(&mut whole);
+    let longer = [&whole[..], &[0]].concat();
+    let mut feedback = BytesMut::new();
+    PageserverFeedback::default().encode_message(&mut feedback);
+    let huge = [&b"h"[..], &[0; 60_000]].concat();
+    for report in [&b""[..], &whole[..33], &longer, b"h", &feedback[..20], &huge] {
+        let mut reader = server.reader().await;
+        reader.start_replication("F/0").await;
+        reader.send(&message(b'd', report)).await;
+        reader.error(SqlState::PROTOCOL_VIOLATION).await;
+        assert_eq!(reader.next().await, BackendMessage::ReadyForQuery(b'I'), "{} bytes", report.len());
+        // What it had sent before it knew.
+        reader.send(&message(b'd', &whole)).await;
+        reader.copy_done().await;
+        reader.row("IDENTIFY_SYSTEM").await;
     }
     server.stop().await;
 }

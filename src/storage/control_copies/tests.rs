@@ -136,6 +136,20 @@ fn a_fault_is_kept_with_the_state() {
 }
 
 #[test]
+fn what_a_stock_server_needs_is_kept_in_a_layout_of_its_own() {
+    let (disk, mut copies) = created(&state(1, 0));
+    let mut copy = state(2, 3);
+    copy.control.state.stock.server_version = "15.18".to_owned();
+    copy.fault = Some(Fault { from: Lsn(0x10), acked_end: Lsn(0x20), reason: "a fault too".into() });
+    copies.write(&disk, dir(), &copy).unwrap();
+    assert_eq!(content(&disk, 0)[8..12], VERSION_WITH_STOCK.to_le_bytes());
+    assert_eq!(load(&disk).copy, copy);
+    copies.write(&disk, dir(), &state(3, 3)).unwrap();
+    assert_eq!(content(&disk, 0)[8..12], VERSION.to_le_bytes(), "readable by whoever knows no other");
+    assert_eq!(load(&disk).copy, state(3, 3));
+}
+
+#[test]
 fn a_real_disk_does_as_well() {
     let root = tempfile::tempdir().unwrap();
     let disk = crate::storage::disk::RealDisk::new(true);
@@ -191,7 +205,7 @@ fn a_whole_copy_that_is_not_understood_is_never_replaced() {
         content[HEADER_LEN..length - 4].copy_from_slice(&seal(inner, inner_length));
         seal(content, length)
     };
-    for strange in [changed(8, 2), changed(80, 2), changed(67, 1), inner] {
+    for strange in [changed(8, 3), changed(80, 2), changed(67, 1), inner] {
         for number in [0, 1] {
             put(&disk, 1 - number, &good);
             put(&disk, number, &strange);

@@ -161,6 +161,7 @@ fn json_has_the_documented_form() {
     assert_eq!(json["partial_backup"]["segments"][0]["status"], "Uploaded");
     assert_eq!(json["partial_backup"]["segments"][0]["flush_lsn"], "0/1A2B3D0");
     assert_eq!(json["eviction_state"], "Present");
+    assert_eq!(json["stock"]["timelines"], serde_json::json!([{"timeline": 1, "begin": "0/0"}]));
     assert_eq!(json["creation_ts"]["nanos_since_epoch"], 123_456_789);
     let offloaded = ControlFile { eviction: EvictionState::Offloaded(Lsn(0x10)), ..v10() };
     assert_eq!(offloaded.to_json()["eviction_state"], serde_json::json!({"Offloaded": "0/10"}));

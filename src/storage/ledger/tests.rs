@@ -110,7 +110,7 @@ fn wal(blocks: usize, seed: u8) -> Vec<u8> {
 fn entries_are_found_again_where_they_were_written() {
     let mut fx = Fixture::new();
     fx.reopen().unwrap();
-    assert_eq!(fx.ledger.base(), BASE);
+    assert_eq!(fx.ledger.first(), BASE);
     for entry in &fx.entries {
         assert_eq!(fx.ledger.read(entry.start), EntryState::Good(*entry));
         assert_eq!(
@@ -325,9 +325,9 @@ fn a_ledger_of_another_version_timeline_or_base_is_refused() {
         bytes
     };
     let mut newer = header.encode();
-    newer[8] = 2;
+    newer[8] = 3;
     fx.overwrite(0, &seal(newer));
-    assert!(matches!(fx.reopen(), Err(LedgerError::Version(2))), "not replaced by the old copy");
+    assert!(matches!(fx.reopen(), Err(LedgerError::Version(3))), "not replaced by the old copy");
 
     let mut other = header;
     other.ttid.tenant_id = TenantId([9; 16]);
@@ -399,6 +399,108 @@ fn a_crash_at_any_operation_leaves_what_was_synced_and_no_damage() {
     }
 }
 
+/// The block that begins at the start of the `number`-th one is where WAL begins from now on.
+fn keep_from(fx: &mut Fixture, number: usize) {
+    let entry = fx.entries[number];
+    fx.ledger.keep_from(entry.start, entry.seed).unwrap();
+}
+
+#[test]
+fn entries_of_removed_wal_are_not_needed() {
+    for (removed, trimmed) in [(5, false), (300, true), (398, true)] {
+        let mut fx = Fixture::with_wal(wal(400, 3));
+        let length = fx.content().len();
+        keep_from(&mut fx, removed);
+        // The first block that stays needs none of them either.
+        (0..removed).for_each(|number| fx.damage_entry(number));
+        for reopened in [false, true] {
+            if reopened {
+                fx.reopen().unwrap();
+            }
+            assert_eq!(fx.ledger.first(), fx.entries[removed].start);
+            assert_eq!(fx.ledger.seed_of(fx.ledger.first()), Some(fx.entries[removed].seed));
+            for number in removed..fx.entries.len() {
+                assert_eq!(fx.verdict(number), Verdict::Good);
+            }
+        }
+        fx.ledger.trim().unwrap();
+        assert_eq!(fx.content().len() < length, trimmed, "{removed}");
+        // Lost, it is made again from the seed in the header.
+        let (base, first) = (fx.ledger.state.read().header.base, removed);
+        let place = usize::try_from(fx.ledger.state.read().header.place(fx.entries[first].start).unwrap()).unwrap();
+        assert_eq!(base == fx.entries[first].start, trimmed);
+        for reopened in [false, true] {
+            fx.overwrite(place, &[0xFF; 2 * ENTRY_LEN]);
+            if reopened {
+                fx.reopen().unwrap();
+            }
+            assert_eq!(fx.verdict(first), Verdict::EntryLost);
+            assert_eq!(fx.rebuild(first).unwrap(), fx.entries[first..first + 2]);
+            for number in first..fx.entries.len() {
+                assert_eq!(fx.verdict(number), Verdict::Good);
+            }
+        }
+        // It goes on as before.
+        let (mut chain, mut entries) = (fx.chain, Vec::new());
+        chain.extend(&wal(3, 9), Term(8), &mut entries);
+        fx.ledger.reserve(chain.end()).unwrap();
+        fx.ledger.write(&entries).unwrap();
+        fx.ledger.sync().unwrap();
+        fx.disk.crash(Survivors::Nothing);
+        fx.reopen().unwrap();
+        for entry in &entries {
+            assert_eq!(fx.ledger.read(entry.start), EntryState::Good(*entry));
+        }
+    }
+}
+
+#[test]
+fn a_crash_while_wal_is_marked_as_removed_or_entries_go_leaves_a_good_ledger() {
+    let mut fx = Fixture::with_wal(wal(400, 3));
+    let before = fx.disk.operations();
+    let count = {
+        let disk = fx.disk.fork();
+        let files = TimelineFiles::on(&disk);
+        let ledger = Ledger::open(files).unwrap().unwrap();
+        ledger.keep_from(fx.entries[300].start, fx.entries[300].seed).unwrap();
+        ledger.trim().unwrap();
+        disk.operations() - before
+    };
+    assert!(count > 5);
+    for at in before..before + count {
+        for survivors in [Survivors::Nothing, Survivors::Everything, Survivors::Some(at), Survivors::Some(at << 8)] {
+            let disk = fx.disk.fork();
+            let ledger = Ledger::open(TimelineFiles::on(&disk)).unwrap().unwrap();
+            disk.stop_at(at);
+            let marked = ledger.keep_from(fx.entries[300].start, fx.entries[300].seed);
+            let _ = marked.and_then(|()| ledger.trim());
+            disk.crash(survivors);
+            fx.ledger = Ledger::open(TimelineFiles::on(&disk)).unwrap().unwrap();
+            let first = fx.ledger.first();
+            let number = fx.entries.iter().position(|entry| entry.start == first).unwrap();
+            assert!(number == 0 || number == 300);
+            for number in number..fx.entries.len() {
+                assert_eq!(fx.verdict(number), Verdict::Good, "crash in {}", disk.describe(at));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_full_disk_keeps_the_entries_of_removed_wal() {
+    let mut fx = Fixture::with_wal(wal(400, 3));
+    fx.disk.set_full(true);
+    keep_from(&mut fx, 300);
+    let length = fx.content().len();
+    fx.ledger.trim().unwrap();
+    assert_eq!(fx.content().len(), length);
+    assert_eq!(fx.verdict(300), Verdict::Good);
+    fx.disk.set_full(false);
+    fx.ledger.trim().unwrap();
+    assert!(fx.content().len() < length);
+    assert_eq!(fx.verdict(300), Verdict::Good);
+}
+
 #[test]
 fn a_ledger_can_be_shared() {
     fn shared<T: Send + Sync>() {}
@@ -409,10 +511,15 @@ fn a_ledger_can_be_shared() {
 #[test]
 fn the_header_looks_as_documented() {
     let (_, files) = TimelineFiles::simulated();
-    let header = Header { ttid: files.ttid(), base: Lsn(0x12_0000), seed: 0x1122_3344 };
-    let expected = "534b4c4544474552010000004433221101010101010101010101010101010101020202020202020202020202020202020000\
-         120000000000198e7332";
+    let header = Header { ttid: files.ttid(), base: Lsn(0x12_0000), first: Lsn(0x20_0000), seed: 0x1122_3344 };
+    let expected = "534b4c4544474552020000004433221101010101010101010101010101010101020202020202020202020202020202020000\
+         12000000000000002000000000000f16d374";
     assert_eq!(hex::encode(header.encode()), expected);
+    // As it was before WAL could be removed.
+    let first_version = "534b4c4544474552010000004433221101010101010101010101010101010101020202020202020202020202020202020000\
+         120000000000198e73320000000000000000";
+    let decoded = Header::decode(&hex::decode(first_version).unwrap().try_into().unwrap());
+    assert_eq!(decoded.ok(), Some(Header { first: header.base, ..header }));
 }
 
 proptest! {

@@ -20,7 +20,9 @@ pub struct ComparedWal {
 }
 
 /// Compares the segments in `dir` with those of the same number in `reference`, from the first one in `dir` up to `end`.
-/// Names may end in `.partial`. Segments have the size of the first file in `dir` and belong to Postgres timeline 1.
+/// Names may end in `.partial`. Where files of several Postgres timelines have a number, the newest one's count, and both sides must
+/// agree which that is: a server begins the first file of a timeline with a copy of what the old one had. Segments have the size of
+/// the first file in `dir`.
 ///
 /// # Errors
 /// When a segment is missing on either side, a byte differs, or there is nothing to compare.
@@ -33,12 +35,21 @@ pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal
     ensure!(start < end, "the first segment starts at {start}, behind the end {end}");
     let last = SegmentNumber::containing(Lsn(end.0.saturating_sub(1)), size).0;
     for number in first..=last {
-        let name = SegmentNumber(number).file_name(PgTimelineId::FIRST, size);
-        let read = |segments: &BTreeMap<u64, PathBuf>, dir: &Path| {
-            let path = segments.get(&number).with_context(|| format!("segment {name} is not in {}", dir.display()))?;
-            fs::read(path).with_context(|| format!("read {}", path.display()))
+        let find = |segments: &BTreeMap<u64, SegmentFile>, dir: &Path| {
+            let first = SegmentNumber(number).file_name(PgTimelineId::FIRST, size);
+            let missing = || format!("segment {first} (or a later timeline's) is not in {}", dir.display());
+            segments.get(&number).cloned().with_context(missing)
         };
-        let (a, b) = (read(&theirs, reference)?, read(&ours, dir)?);
+        let (theirs, ours) = (find(&theirs, reference)?, find(&ours, dir)?);
+        let name = SegmentNumber(number).file_name(ours.timeline, size);
+        ensure!(
+            theirs.timeline == ours.timeline,
+            "segment {name} is of timeline {} in {}",
+            theirs.timeline,
+            reference.display()
+        );
+        let read = |path: &Path| fs::read(path).with_context(|| format!("read {}", path.display()));
+        let (a, b) = (read(&theirs.path)?, read(&ours.path)?);
         let segment_start = SegmentNumber(number).start(size);
         let length = usize::try_from(end.saturating_sub(segment_start).min(size.bytes()))?;
         let (Some(a), Some(b)) = (a.get(..length), b.get(..length)) else {
@@ -52,34 +63,41 @@ pub fn compare_wal(reference: &Path, dir: &Path, end: Lsn) -> Result<ComparedWal
     Ok(ComparedWal { start, end, segments: last - first + 1 })
 }
 
+/// The file that has a segment's bytes. Later timelines are greater, and a complete file than a partial one.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct SegmentFile {
+    timeline: PgTimelineId,
+    complete: bool,
+    path: PathBuf,
+}
+
 /// Size of the segments in `dir`: all have their full length from the start.
 fn segment_size(dir: &Path) -> Result<SegmentSize> {
     for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with("00000001") {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let stem = name.strip_suffix(".partial").unwrap_or(&name);
+        if stem.len() == 24 && stem.bytes().all(|byte| byte.is_ascii_hexdigit()) {
             return Ok(SegmentSize::new(entry.metadata()?.len().try_into()?)?);
         }
     }
     bail!("no WAL segment in {}", dir.display())
 }
 
-/// Segment numbers and paths in `dir`. A complete name goes before `.partial`.
-fn segments_in(dir: &Path, size: SegmentSize) -> Result<BTreeMap<u64, PathBuf>> {
-    let mut found = BTreeMap::new();
-    let mut partial = BTreeMap::new();
+/// The segments in `dir`, by number.
+fn segments_in(dir: &Path, size: SegmentSize) -> Result<BTreeMap<u64, SegmentFile>> {
+    let mut found: BTreeMap<u64, SegmentFile> = BTreeMap::new();
     for entry in fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let (name, into) = match name.strip_suffix(".partial") {
-            Some(stem) => (stem, &mut partial),
-            None => (&*name, &mut found),
-        };
-        if let Some((PgTimelineId::FIRST, number)) = SegmentNumber::parse_file_name(name, size) {
-            into.insert(number.0, path.clone());
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let stem = name.strip_suffix(".partial");
+        let Some((timeline, number)) = SegmentNumber::parse_file_name(stem.unwrap_or(&name), size) else { continue };
+        let file = SegmentFile { timeline, complete: stem.is_none(), path };
+        if found.get(&number.0).is_none_or(|other| *other < file) {
+            found.insert(number.0, file);
         }
     }
-    partial.append(&mut found);
-    Ok(partial)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -100,6 +118,14 @@ mod tests {
         assert!(error.to_string().contains("differs at 0/1001388"), "{error}");
         fs::copy(a.path().join("000000010000000000000001"), b.path().join("000000010000000000000001.partial")).unwrap();
         let error = compare_wal(a.path(), b.path(), Lsn(2 * start + 1)).unwrap_err();
-        assert!(error.to_string().contains("000000010000000000000002 is not in"), "{error}");
+        assert!(error.to_string().contains("000000010000000000000002 (or a later timeline's) is not in"), "{error}");
+
+        // The first file of the next timeline counts, not the old one's, and both sides must have it.
+        bytes[5000] = 9;
+        fs::write(b.path().join("000000020000000000000001"), &bytes).unwrap();
+        let error = compare_wal(a.path(), b.path(), Lsn(start + 5000)).unwrap_err();
+        assert!(error.to_string().contains("000000020000000000000001 is of timeline 1 in"), "{error}");
+        fs::write(a.path().join("000000020000000000000001.partial"), &bytes).unwrap();
+        compare_wal(a.path(), b.path(), Lsn(start + 5001)).unwrap();
     }
 }

@@ -1,0 +1,275 @@
+//! The task that talks to one address: tells what changed every second, and at once when somebody wants an answer.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use parking_lot::Mutex;
+use pgproto::{HostPort, NodeId, TenantTimelineId};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::{Instant, sleep_until, timeout};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::exchange::{Exchange, Sender, TimelineReport};
+use super::report::{self, Fingerprint};
+use super::{Contact, Peers, TELL_INTERVAL};
+use crate::client::connection::{ConnectError, Connection};
+use crate::client::safekeeper;
+use crate::metrics;
+use crate::retry::Backoff;
+use crate::timeline::Timeline;
+
+/// Questions that wait. Each is a client's command.
+const MAX_QUESTIONS: usize = 64;
+
+/// One message and its answer. Shorter than a client waits for a majority, so that a peer that hangs is tried again.
+const EXCHANGE_LIMIT: Duration = Duration::from_secs(3);
+
+/// Bytes of reports in one message: with the rest, less than the 64 KiB that a command may have.
+const MAX_REPORTS: usize = 48 * 1024;
+
+/// Timelines that are told every time although nothing changed, in turn.
+const REPEATED: usize = 16;
+
+/// How long an address that is this node's own is left alone. It may become another's.
+const OWN_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Longest name of an availability zone that is remembered.
+const MAX_ZONE: usize = 64;
+
+/// Somebody waits for what the peer knows of a timeline after it was told what is known here.
+struct Question {
+    timeline: Arc<Timeline>,
+    answer: oneshot::Sender<Result<Option<TimelineReport>, String>>,
+}
+
+/// The way to one address.
+pub(super) struct Link {
+    address: HostPort,
+    questions: mpsc::Sender<Question>,
+    hurry: Notify,
+    shared: Mutex<Vec<Arc<Timeline>>>,
+    contact: Mutex<Contact>,
+    _running: DropGuard,
+}
+
+impl Link {
+    pub(super) fn start(peers: Arc<Peers>, address: HostPort, stop: CancellationToken) -> Arc<Self> {
+        let (questions, inbox) = mpsc::channel(MAX_QUESTIONS);
+        let link = Arc::new(Self {
+            address,
+            questions,
+            hurry: Notify::new(),
+            shared: Mutex::default(),
+            contact: Mutex::default(),
+            _running: stop.clone().drop_guard(),
+        });
+        let task = Task {
+            peers,
+            contact: Contact::default(),
+            address: link.address.clone(),
+            connection: None,
+            backoff: Backoff::for_peers(),
+            told: BTreeMap::new(),
+            repeat_from: 0,
+        };
+        tokio::spawn(task.run(Arc::downgrade(&link), inbox, stop));
+        link
+    }
+
+    pub(super) fn address(&self) -> &HostPort {
+        &self.address
+    }
+
+    pub(super) fn contact(&self) -> Contact {
+        self.contact.lock().clone()
+    }
+
+    /// The node that is there, if it ever answered.
+    pub(super) fn node(&self) -> Option<NodeId> {
+        self.contact.lock().sender.as_ref().map(|sender| sender.node_id)
+    }
+
+    /// From now on, these timelines are told of.
+    pub(super) fn share(&self, timelines: Vec<Arc<Timeline>>) {
+        *self.shared.lock() = timelines;
+    }
+
+    /// Tells what changed without waiting for the next second.
+    pub(super) fn hurry(&self) {
+        self.hurry.notify_one();
+    }
+
+    /// Tells the peer of a timeline now, and returns what it knows then; `None` if it doesn't have the timeline.
+    pub(super) async fn ask(&self, timeline: &Arc<Timeline>) -> Result<Option<TimelineReport>, String> {
+        let (answer, reply) = oneshot::channel();
+        let question = Question { timeline: Arc::clone(timeline), answer };
+        let gone = || "this safekeeper is stopping".to_owned();
+        self.questions.send(question).await.map_err(|_| gone())?;
+        reply.await.map_err(|_| gone())?
+    }
+}
+
+struct Task {
+    peers: Arc<Peers>,
+    address: HostPort,
+    contact: Contact,
+    connection: Option<Connection>,
+    backoff: Backoff,
+    /// What the peer was told last of each timeline, in its present life.
+    told: BTreeMap<TenantTimelineId, Fingerprint>,
+    /// Where the turn of those that are told again goes on.
+    repeat_from: usize,
+}
+
+impl Task {
+    async fn run(mut self, link: std::sync::Weak<Link>, mut inbox: mpsc::Receiver<Question>, stop: CancellationToken) {
+        let mut next = Instant::now();
+        loop {
+            let Some(here) = link.upgrade() else { return };
+            let mut questions = Vec::new();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                count = inbox.recv_many(&mut questions, MAX_QUESTIONS) => if count == 0 { return },
+                () = here.hurry.notified() => {}
+                () = sleep_until(next) => {}
+            }
+            let now = std::time::Instant::now();
+            if questions.is_empty() && self.backoff.wait(now) > Duration::ZERO {
+                next = Instant::now() + self.backoff.wait(now);
+                continue;
+            }
+            let timelines = here.shared.lock().clone();
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = self.turn(timelines, questions) => {}
+            }
+            *here.contact.lock() = self.contact.clone();
+            let own =
+                self.contact.sender.as_ref().is_some_and(|sender| sender.node_id == self.peers.registry.node_id());
+            next = Instant::now() + if own { OWN_INTERVAL } else { TELL_INTERVAL };
+        }
+    }
+
+    /// Tells what changed and what was asked for, and passes the answers on.
+    async fn turn(&mut self, shared: Vec<Arc<Timeline>>, questions: Vec<Question>) {
+        let asked = questions.iter().map(|question| Arc::clone(&question.timeline)).collect();
+        let told = self.tell(shared, asked).await;
+        metrics::peer_exchange(told.is_ok());
+        match told {
+            Ok(answers) => {
+                if self.contact.failure.take().is_some() || self.contact.heard.is_none() {
+                    tracing::info!(peer = %self.address, "talking to another safekeeper");
+                }
+                self.contact.heard = Some(Instant::now());
+                self.backoff.progress();
+                for question in questions {
+                    let ttid = question.timeline.ttid();
+                    let answer = answers.iter().find(|report| report.ttid == ttid).cloned();
+                    let _ = question.answer.send(Ok(answer));
+                }
+            }
+            Err(error) => {
+                let error = error.to_string();
+                if self.contact.failure.is_none() {
+                    tracing::warn!(peer = %self.address, error, "another safekeeper doesn't answer");
+                }
+                self.connection = None;
+                self.backoff.failed(std::time::Instant::now());
+                for question in questions {
+                    let _ = question.answer.send(Err(error.clone()));
+                }
+                self.contact.failure = Some(error);
+            }
+        }
+    }
+
+    async fn tell(
+        &mut self,
+        shared: Vec<Arc<Timeline>>,
+        asked: Vec<Arc<Timeline>>,
+    ) -> Result<Vec<TimelineReport>, ConnectError> {
+        let mut answers = Vec::new();
+        let changed = self.changed(&shared);
+        let wanted: BTreeMap<TenantTimelineId, Arc<Timeline>> =
+            asked.iter().chain(&changed).map(|timeline| (timeline.ttid(), Arc::clone(timeline))).collect();
+        let mut wanted = wanted.into_values().peekable();
+        // One message at least: it says that this node is there.
+        loop {
+            let mut reports = Vec::new();
+            let mut size = 0;
+            let mut fingerprints = Vec::new();
+            while let Some(timeline) = wanted.peek() {
+                let fingerprint = Fingerprint::of(timeline);
+                let report = report::of(timeline);
+                size += serde_json::to_string(&report).map_or(0, |json| json.len());
+                if size > MAX_REPORTS && !reports.is_empty() {
+                    break;
+                }
+                fingerprints.push((timeline.ttid(), fingerprint));
+                reports.push(report);
+                wanted.next();
+            }
+            let answer = self.exchange(reports).await?;
+            if self.is_new_life(&answer.from) {
+                self.told.clear();
+            }
+            self.told.extend(fingerprints);
+            self.contact.sender = Some(remembered(answer.from.clone()));
+            let of_interest = |report: &&TimelineReport| asked.iter().any(|timeline| timeline.ttid() == report.ttid);
+            answers.extend(answer.timelines.iter().filter(of_interest).cloned());
+            self.peers.take_in(&answer.from, answer.timelines);
+            for timeline in &shared {
+                timeline.members().unchanged(answer.from.node_id);
+            }
+            if wanted.peek().is_none() {
+                return Ok(answers);
+            }
+        }
+    }
+
+    fn is_new_life(&self, sender: &Sender) -> bool {
+        let known = self.contact.sender.as_ref();
+        known.is_none_or(|known| (known.node_id, known.life) != (sender.node_id, sender.life))
+    }
+
+    /// The timelines of which there is something to tell, and a few of the others.
+    fn changed(&mut self, shared: &[Arc<Timeline>]) -> Vec<Arc<Timeline>> {
+        let begin = self.repeat_from.checked_rem(shared.len()).unwrap_or(0);
+        self.repeat_from = begin.saturating_add(REPEATED);
+        let in_turn = shared.iter().cycle().skip(begin).take(REPEATED.min(shared.len()));
+        let news = |timeline: &&Arc<Timeline>| self.told.get(&timeline.ttid()) != Some(&Fingerprint::of(timeline));
+        shared.iter().filter(news).chain(in_turn).cloned().collect()
+    }
+
+    /// One message, one answer.
+    async fn exchange(&mut self, timelines: Vec<TimelineReport>) -> Result<Exchange, ConnectError> {
+        let malformed =
+            |error: serde_json::Error| ConnectError::Protocol(format!("malformed message of a peer: {error}"));
+        let message = Exchange { from: self.peers.sender(), timelines };
+        let json = serde_json::to_string(&message).map_err(malformed)?;
+        let command = format!("PEER_EXCHANGE '{}'", json.replace('\'', "''"));
+        let ask = async {
+            let mut connection = match self.connection.take() {
+                Some(connection) => connection,
+                None => {
+                    let name = format!("safekeeper_{}", self.peers.registry.node_id());
+                    safekeeper::connect(&self.address, None, Some(&name)).await?
+                }
+            };
+            let rows = connection.query(&command).await?;
+            Ok::<_, ConnectError>((connection, rows))
+        };
+        let (connection, rows) = timeout(EXCHANGE_LIMIT, ask).await.map_err(|_| ConnectError::TimedOut)??;
+        self.connection = Some(connection);
+        let cell: Option<Bytes> = rows.into_iter().next().and_then(|row| row.into_iter().next()).flatten();
+        serde_json::from_slice(&cell.unwrap_or_default()).map_err(malformed)
+    }
+}
+
+/// Without what is too long to be remembered.
+fn remembered(mut sender: Sender) -> Sender {
+    sender.availability_zone = sender.availability_zone.filter(|zone| zone.len() <= MAX_ZONE);
+    sender
+}
