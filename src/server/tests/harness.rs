@@ -49,7 +49,7 @@ pub(super) struct TestServer {
     pub(super) registry: Arc<Registry>,
     pub(super) shutdown: CancellationToken,
     pub(super) task: JoinHandle<()>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl TestServer {
@@ -77,11 +77,20 @@ impl TestServer {
         let peers = Peers::new(Arc::clone(&registry), peers, shutdown.clone());
         tokio::spawn(Arc::clone(&peers).run());
         let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
-        Self { address, registry, shutdown, task, _dir: dir }
+        Self { address, registry, shutdown, task, dir }
     }
 
     pub(super) fn timeline(&self) -> Arc<Timeline> {
         self.registry.get(ttid()).unwrap()
+    }
+
+    /// Removes the segments of [`ttid`]; which there were.
+    pub(super) fn remove_segments(&self) -> Vec<String> {
+        let dir = self.dir.path().join(ttid().tenant_id.to_string()).join(ttid().timeline_id.to_string());
+        let names = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let segments: Vec<String> = names.filter(|name| name.starts_with("0000")).collect();
+        segments.iter().for_each(|name| std::fs::remove_file(dir.join(name)).unwrap());
+        segments
     }
 
     /// A socket on which nothing was said.
