@@ -51,15 +51,18 @@ impl Receiver {
         Ok(Receiver { dir, http, daemon: Daemon::spawn(scratch, name, launch)? })
     }
 
-    fn status(&self) -> Result<serde_json::Value> {
-        http_get(&self.http.address(), "/v1/status")?.json()
+    /// Which safekeeper is followed now.
+    fn followed(&self, cluster: &Cluster) -> Option<usize> {
+        let status = http_get(&self.http.address(), "/v1/status").ok()?.json().ok()?;
+        let node = status.get("node")?.as_str()?;
+        cluster.safekeepers.iter().position(|safekeeper| safekeeper.pg_address() == node)
     }
 
     fn wait_received(&mut self, end: Lsn) -> Result<()> {
         let address = self.http.address();
         self.daemon.wait_until(RECOVERY, &format!("walreceiver to have all WAL up to {end}"), || {
             let status = http_get(&address, "/v1/status")?.json()?;
-            let at: Lsn = status["durable_lsn"].as_str().unwrap_or("0/0").parse()?;
+            let at = lsn(&status, "durable_lsn")?;
             ensure!(at >= end, "{status}");
             Ok(())
         })
@@ -82,11 +85,16 @@ impl Receiver {
         let output = run(&["--json", "--verify", &self.dir.to_string_lossy()])?;
         let report: serde_json::Value = serde_json::from_slice(&output.stdout)
             .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
-        ensure!(output.status.success() && report["ok"] == true, "{report}");
-        let proven: Lsn = report["end"].as_str().unwrap_or_default().parse()?;
+        ensure!(output.status.success() && report.get("ok") == Some(&true.into()), "{report}");
+        let proven = lsn(&report, "end")?;
         ensure!(proven >= end, "proven only up to {proven}, not {end}: {report}");
         Ok(report)
     }
+}
+
+fn lsn(json: &serde_json::Value, field: &str) -> Result<Lsn> {
+    let text = json.get(field).and_then(serde_json::Value::as_str).unwrap_or("0/0");
+    text.parse().with_context(|| format!("{field} in {json}"))
 }
 
 fn run(args: &[&str]) -> Result<Output> {
@@ -125,7 +133,7 @@ fn what_is_received_is_the_primarys_wal_across_kill_and_stop() {
         receiver.wait_equal(&cluster.primary)?;
         receiver.stop()?;
         let report = receiver.verify(cluster.primary.flush_lsn()?)?;
-        let first: Lsn = report["start"].as_str().unwrap_or_default().parse()?;
+        let first = lsn(&report, "start")?;
         let stored = cluster.compare_all(cluster.primary.flush_lsn()?)?;
         ensure!(stored.iter().any(|stored| stored.start == first), "received from {first} on, of {stored:?}");
         Ok(())
@@ -197,8 +205,7 @@ fn nodes_are_killed_paused_and_restarted_and_the_directory_is_the_primarys_wal()
         let mut pgbench = Daemon::spawn(scratch, "pgbench", pgbench)?;
         let ledger = Ledger::start(&cluster.primary, 2)?;
         for round in 1..=rounds {
-            let node = receiver.status().ok().and_then(|status| Some(status["node"].as_str()?.to_owned()));
-            let followed = cluster.safekeepers.iter().position(|sk| Some(sk.pg_address()) == node);
+            let followed = receiver.followed(&cluster);
             let blow = Blow::choose(&mut random, followed, cluster.safekeepers.len());
             println!("round {round} of {rounds}: {blow:?}, followed is {followed:?}");
             blow.strike(&mut cluster, &mut receiver, &ledger).with_context(|| format!("round {round}, {blow:?}"))?;
@@ -223,8 +230,7 @@ fn a_paused_node_is_left_after_ten_seconds_and_a_metric_says_why() {
         let mut cluster = start_cluster(scratch)?;
         let mut receiver = Receiver::start(scratch, "received", &safekeepers(&cluster), &[])?;
         receiver.wait_equal(&cluster.primary)?;
-        let node = receiver.status()?["node"].as_str().unwrap_or_default().to_owned();
-        let index = cluster.safekeepers.iter().position(|sk| sk.pg_address() == node).context("a node is followed")?;
+        let index = receiver.followed(&cluster).context("a node is followed")?;
         cluster.safekeeper(index)?.daemon().pause()?;
         cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
         receiver.wait_equal(&cluster.primary)?;

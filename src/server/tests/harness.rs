@@ -92,11 +92,7 @@ impl TestServer {
     /// A socket on which a startup packet was sent.
     pub(super) async fn hello(&self, parameters: &[(&str, &str)]) -> TestClient {
         let mut client = self.dial().await;
-        let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
-        let message = StartupMessage { minor_version: 0, parameters: parameters.iter().map(own).collect() };
-        let mut out = BytesMut::new();
-        message.encode(&mut out);
-        client.send(&out).await;
+        client.introduce(parameters).await;
         client
     }
 
@@ -109,7 +105,15 @@ impl TestServer {
 
     /// A replication session of a stock client, for [`ttid`].
     pub(super) async fn reader(&self) -> TestClient {
-        self.login(&[("user", "x"), ("replication", "true"), ("options", &options(ttid()))]).await
+        self.reader_on(TcpStream::connect(self.address).await.unwrap()).await
+    }
+
+    /// The same over a socket that was prepared.
+    pub(super) async fn reader_on(&self, socket: TcpStream) -> TestClient {
+        let mut client = TestClient { socket, buffer: BytesMut::new() };
+        client.introduce(&[("user", "x"), ("replication", "true"), ("options", &options(ttid()))]).await;
+        client.until_ready().await;
+        client
     }
 
     /// A proposer that was let in, before its greeting.
@@ -159,6 +163,13 @@ impl TestServer {
         assert_eq!(client.until_ready().await.len(), 3);
     }
 
+    /// The same once there is room for another client.
+    pub(super) async fn assert_alive_soon(&self) {
+        while let BackendMessage::ErrorResponse(fields) = self.hello(&[("user", "x")]).await.next().await {
+            assert_eq!(fields.code, SqlState::CANNOT_CONNECT_NOW);
+        }
+    }
+
     pub(super) async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap();
@@ -173,6 +184,15 @@ pub(super) struct TestClient {
 impl TestClient {
     pub(super) async fn send(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();
+    }
+
+    /// Sends a startup packet.
+    async fn introduce(&mut self, parameters: &[(&str, &str)]) {
+        let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
+        let message = StartupMessage { minor_version: 0, parameters: parameters.iter().map(own).collect() };
+        let mut out = BytesMut::new();
+        message.encode(&mut out);
+        self.send(&out).await;
     }
 
     pub(super) async fn query(&mut self, text: &str) {
