@@ -118,12 +118,19 @@ fn fill_with_zeros<F: DiskFile + ?Sized>(file: &F, len: u64) -> io::Result<()> {
 #[derive(Clone, Copy, Debug)]
 pub struct RealDisk {
     sync: bool,
+    /// Permissions of new files, of which the process's umask takes some away.
+    mode: u32,
 }
 
 impl RealDisk {
     /// With `sync` false all syncs do nothing: for tests that can afford to lose everything in a crash of the machine.
     pub fn new(sync: bool) -> Self {
-        Self { sync }
+        Self { sync, mode: 0o666 }
+    }
+
+    /// New files are for their owner alone.
+    pub fn private(self) -> Self {
+        Self { mode: 0o600, ..self }
     }
 }
 
@@ -138,7 +145,8 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, path: &Path, truncate: bool) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(truncate).open(path)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(truncate).mode(self.mode).open(path)?;
         Ok(Arc::new(RealFile { file, sync: self.sync }))
     }
 
