@@ -349,6 +349,22 @@ impl Connection {
         timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
     }
 
+    /// Waits until data comes in COPY. After the server's refusal, which may come only now, other commands can be run.
+    pub async fn first_copy_data(&mut self) -> Result<(), ConnectError> {
+        let first = async {
+            match self.reader.next_answer().await {
+                Ok(BackendMessage::CopyData(_)) => Ok(()),
+                Ok(other) => Err(ConnectError::Protocol(format!("unexpected {other:?} in COPY"))),
+                Err(ConnectError::Server(error)) => {
+                    while !matches!(self.reader.next().await, Ok(BackendMessage::ReadyForQuery(_)) | Err(_)) {}
+                    Err(ConnectError::Server(error))
+                }
+                Err(error) => Err(error),
+            }
+        };
+        timeout(CONNECT_LIMIT, first).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
     /// Ends COPY, whichever side wants it, and returns the rows that the command ends with. WAL still under way is dropped.
     pub async fn end_copy(&mut self) -> Result<Vec<Row>, ConnectError> {
         let end = async {

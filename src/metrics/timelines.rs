@@ -10,6 +10,7 @@ use prometheus::{Gauge, GaugeVec, Opts};
 
 use super::journal::JournalSample;
 use super::readers::{self, ReaderSample};
+use super::retention::HoldSample;
 use super::{Reading, flag, known_lsn, must, number_value};
 
 /// Whoever knows the timelines of this node.
@@ -22,6 +23,11 @@ pub trait TimelineSource: Send + Sync {
 
     /// The journal they share, as it is now.
     fn journal(&self) -> JournalSample;
+
+    /// Who holds WAL of the timelines that are in use or have slots.
+    fn holds(&self) -> Vec<HoldSample> {
+        Vec::new()
+    }
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
@@ -35,6 +41,10 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 
     fn journal(&self) -> JournalSample {
         (**self).journal()
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        (**self).holds()
     }
 }
 

@@ -43,7 +43,7 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interru
 }
 
 async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
-    let Session { house, client, reader, writer } = session;
+    let Session { house, client, reader, writer, .. } = session;
     let version = request.version;
     if version == ProtocolVersion::V3Stock {
         encode::parameter_status(writer.out(), STOCK_PARAMETER, STOCK_VERSION);

@@ -67,5 +67,8 @@ impl Stream<'_> {
         if heard.absurd {
             metrics::absurd_report();
         }
+        if let Some(slot) = self.slot.as_ref().filter(|_| heard.positions.flush.is_valid()) {
+            slot.confirm(heard.positions.flush);
+        }
     }
 }

@@ -63,7 +63,7 @@ async fn leader(server: &TestServer, term: u64, start: Lsn, history: &[(u64, Lsn
 }
 
 /// A safekeeper with what the real server had.
-async fn safekeeper() -> TestServer {
+pub(super) async fn safekeeper() -> TestServer {
     let (server, wal) = (TestServer::start().await, wal());
     let first = wal.slice(..usize::try_from(SWITCH.0 - BEGIN.0).unwrap());
     leader(&server, 1, BEGIN, &[(1, BEGIN)]).await.commit(1, BEGIN, &first).await;
