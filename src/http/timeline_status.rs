@@ -9,6 +9,7 @@ use pgproto::walproposer::{Configuration, TermLsn};
 use pgproto::{Lsn, PgTimelineId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 use serde::Serialize;
 
+use super::retention_status::RetentionStatus;
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
 use crate::storage::{Fork, ForkHeader};
@@ -43,6 +44,8 @@ pub(super) struct TimelineStatus {
     health: HealthReport,
     /// WAL that leaders cut off and that was set aside. Not in Neon's.
     forks: Vec<ForkReport>,
+    /// What WAL is kept for. Not in Neon's.
+    retention: RetentionStatus,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<String>,
@@ -275,6 +278,7 @@ impl TimelineStatus {
             walsenders: readers.into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
             walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
             health: (&*timeline.health()).into(),
+            retention: RetentionStatus::of(timeline),
             forks: timeline.forks().into_iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
