@@ -6,12 +6,11 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, tag};
 use pgproto::frame::Frame;
-use pgproto::walproposer::{HistoryFile, ProposerGreeting, ProposerMessage, ProtocolVersion, StockPrimary};
-use pgproto::{Lsn, PgTimelineId, SystemId};
+use pgproto::walproposer::{ProposerGreeting, ProposerMessage, ProtocolVersion};
+use pgproto::{Lsn, SystemId};
 use serde_json::Value;
 
-use super::harness::{Pusher, TestClient, TestServer, greeting, options, ttid};
-use crate::storage::test_wal::PG_VERSION;
+use super::harness::{Pusher, TestClient, TestServer, greeting, options, primary, ttid};
 
 /// Of the cluster whose WAL it is.
 const SYSTEM: SystemId = SystemId(7_710_417_969_895_730_492);
@@ -43,17 +42,8 @@ fn wal() -> Bytes {
 }
 
 async fn leader(server: &TestServer, term: u64, start: Lsn, history: &[(u64, Lsn)]) -> Pusher {
-    let files = [HistoryFile {
-        timeline: PgTimelineId(2),
-        content: Bytes::from_static(b"1\t0/9038F0\tno recovery target specified\n"),
-    }];
-    let primary = StockPrimary {
-        pg_version: PG_VERSION,
-        server_version: "15.18".to_owned(),
-        safekeepers: Vec::new(),
-        timeline: PgTimelineId(if term == 1 { 1 } else { 2 }),
-        history: if term == 1 { Vec::new() } else { files.to_vec() },
-    };
+    let file = Bytes::from_static(b"1\t0/9038F0\tno recovery target specified\n");
+    let primary = primary((term > 1).then_some(file));
     let mut pusher = server.pusher(ProtocolVersion::V3Stock).await;
     pusher.send(ProposerMessage::Greeting(ProposerGreeting { system_id: SYSTEM, ..greeting(ttid()) })).await;
     pusher.reply().await;
