@@ -43,7 +43,7 @@ impl TimelineFiles {
         let all = since.iter().copied().chain([ancestry]).flat_map(Ancestry::branches);
         let timelines: BTreeSet<PgTimelineId> = all.map(|branch| branch.timeline).collect();
         if timelines.len() == 1 {
-            *self.names_to_change() = Arc::new(ancestry.clone());
+            self.names_to_change().ancestry = Arc::new(ancestry.clone());
             return Ok(());
         }
         let in_use = |number, found: &BTreeSet<PgTimelineId>| {
@@ -62,6 +62,20 @@ impl TimelineFiles {
         size: SegmentSize,
     ) -> Result<(), DiskError> {
         let mut names = self.names_to_change();
+        let before = std::mem::replace(&mut names.ancestry, Arc::new(ancestry.clone()));
+        let renamed = self.rename_locked(ancestry, in_use, size);
+        if renamed.is_err() {
+            names.left_over = Some(before);
+        }
+        renamed
+    }
+
+    fn rename_locked(
+        &self,
+        ancestry: &Ancestry,
+        in_use: impl Fn(SegmentNumber, &BTreeSet<PgTimelineId>) -> Option<PgTimelineId>,
+        size: SegmentSize,
+    ) -> Result<(), DiskError> {
         let mut renamed = false;
         for files in self.list_all(size)?.chunk_by(|(_, one), (_, other)| one.number == other.number) {
             let Some(&(_, SegmentFile { number, .. })) = files.first() else { continue };
@@ -78,11 +92,7 @@ impl TimelineFiles {
                 }
             }
         }
-        if renamed {
-            self.sync_dir()?;
-        }
-        *names = Arc::new(ancestry.clone());
-        Ok(())
+        if renamed { self.sync_dir() } else { Ok(()) }
     }
 
     fn rename_one(
