@@ -310,7 +310,7 @@ impl Peers {
                 port,
                 availability_zone: sender.and_then(|sender| sender.availability_zone.clone()),
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
-                age_ms: report.map(|report| milliseconds(report.heard.elapsed())),
+                age_ms: report.map(|report| milliseconds(report.heard.elapsed()).max(1)),
                 failure: contact.failure.clone(),
             });
         }

@@ -255,9 +255,8 @@ impl<S: Sink> Receiver<'_, S> {
     }
 
     fn introduced(&mut self, address: &HostPort, introduction: Introduction, now: Instant) {
-        if let Some((node_id, zone)) = introduction.itself {
-            self.candidates.introduced(address, node_id, zone);
-        }
+        let (node_id, zone) = introduction.itself.unwrap_or_default();
+        self.candidates.introduced(address, node_id, zone);
         self.candidates.named(introduction.others, now);
     }
 
