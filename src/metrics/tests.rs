@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::{Lsn, PgTimelineId, TenantId, TenantTimelineId, Term, TimelineId};
 
 use super::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
+use super::walreceiver::{ReceiverSample, ReceiverSource};
 use super::*;
 
 #[derive(Clone)]
@@ -22,6 +23,15 @@ impl TimelineSource for Fixed {
 
     fn journal(&self) -> JournalSample {
         JournalSample { batches: 7, entries: 9, limit_bytes: 1 << 28, ..JournalSample::default() }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        let slot = SlotSample { name: "s".to_owned(), wal_status: "reserved", held_bytes: 30 };
+        let held_bytes = BTreeMap::from([("slot", 30), ("peers", 40)]);
+        self.0
+            .iter()
+            .map(|t| HoldSample { ttid: t.ttid, slots: vec![slot.clone()], held_bytes: held_bytes.clone() })
+            .collect()
     }
 }
 
@@ -101,6 +111,42 @@ fn busy_walproposer() -> Exposition {
         safekeepers: vec![safekeeper],
         ..Default::default()
     }))
+}
+
+struct FixedReceiver(ReceiverSample);
+
+impl ReceiverSource for FixedReceiver {
+    fn sample(&self) -> ReceiverSample {
+        self.0.clone()
+    }
+}
+
+fn busy_walreceiver() -> Exposition {
+    walreceiver::switched("no_wal_timeout");
+    walreceiver::connection_ended(walreceiver::Outcome::Lost);
+    walreceiver::received(10);
+    Exposition::walreceiver(FixedReceiver(ReceiverSample {
+        streaming: true,
+        pg_timeline: Some(PgTimelineId(2)),
+        received_lsn: Lsn(12),
+        last_record_lsn: Lsn(10),
+        durable_lsn: Lsn(9),
+        commit_lsn: Lsn(20),
+        lag_bytes: Some(8),
+    }))
+}
+
+#[test]
+fn a_receivers_reasons_are_those_of_the_choice_and_there_from_the_start() {
+    let text = busy_walreceiver().render().unwrap();
+    for reason in crate::receive::candidates::Reason::ALL {
+        let series = format!("walreceiver_switches_total{{reason=\"{}\"}}", reason.name());
+        assert!(text.contains(&series), "{series} is missing in:\n{text}");
+    }
+    assert_eq!(text.matches("\nwalreceiver_switches_total{").count(), walreceiver::SWITCH_REASONS.len());
+    for line in ["walreceiver_lag_bytes 8", "walreceiver_pg_timeline 2", "walreceiver_streaming 1"] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
 }
 
 #[test]
@@ -230,12 +276,14 @@ fn the_document_tells_of_every_metric_and_of_no_other() {
     sample.pageserver = Some(pageserver());
     let mut exported = families(&busy_safekeeper(vec![sample]).render().unwrap());
     exported.extend(families(&busy_walproposer().render().unwrap()));
+    exported.extend(families(&busy_walreceiver().render().unwrap()));
     assert_eq!(exported, documented());
 }
 
 #[test]
 fn names_follow_the_rules_promtool_checks() {
-    let texts = [busy_safekeeper(vec![sample(1, true)]), busy_walproposer()].map(|e| e.render().unwrap());
+    let texts =
+        [busy_safekeeper(vec![sample(1, true)]), busy_walproposer(), busy_walreceiver()].map(|e| e.render().unwrap());
     for text in texts {
         let helped: BTreeSet<&str> =
             text.lines().filter_map(|l| l.strip_prefix("# HELP ")?.split(' ').next()).collect();

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::candidates::{Candidates, Choice};
-use super::node::{Access, NodeError};
+use super::node::{Access, Introduction, NodeError};
 use super::probe::{Answer, Probes};
 use super::sink::{Feedback, Origin, Position, Sink, SinkError};
 use super::status::{CandidateReport, Status};
@@ -134,6 +134,7 @@ pub async fn run<S: Sink>(
         sink,
         status,
         candidates,
+        opened: None,
         log: None,
         link: None,
         failures: 0,
@@ -160,6 +161,8 @@ struct Receiver<'a, S> {
     candidates: Candidates,
     probes: Probes,
     feedback: watch::Sender<Feedback>,
+    /// The origin that the sink was opened with, and where it wants to go on.
+    opened: Option<(Origin, Option<Position>)>,
     log: Option<Log>,
     link: Option<(HostPort, Link)>,
     /// Connections that ended in a row without a record.
@@ -221,12 +224,7 @@ impl<S: Sink> Receiver<'_, S> {
         let at = self.log.as_ref().map_or(Lsn::INVALID, |log| log.at.lsn);
         self.candidates.connecting(address.clone(), at, now);
         let Settings { access, slot, status_interval, .. } = &self.settings;
-        let plan = Plan {
-            access: access.clone(),
-            slot: slot.clone(),
-            status_interval: *status_interval,
-            find_oldest: self.log.is_none() && self.settings.start == Start::Oldest,
-        };
+        let plan = Plan { access: access.clone(), slot: slot.clone(), status_interval: *status_interval };
         let link = Link::begin(address.clone(), plan, self.feedback.subscribe());
         self.link = Some((address, link));
         self.probes.follow(&self.candidates);
@@ -256,10 +254,9 @@ impl<S: Sink> Receiver<'_, S> {
         }
     }
 
-    fn introduced(&mut self, address: &HostPort, introduction: super::node::Introduction, now: Instant) {
-        if let Some((node_id, zone)) = introduction.itself {
-            self.candidates.introduced(address, node_id, zone);
-        }
+    fn introduced(&mut self, address: &HostPort, introduction: Introduction, now: Instant) {
+        let (node_id, zone) = introduction.itself.unwrap_or_default();
+        self.candidates.introduced(address, node_id, zone);
         self.candidates.named(introduction.others, now);
     }
 
@@ -320,16 +317,29 @@ impl<S: Sink> Receiver<'_, S> {
 
     /// A node answered: is it the right one, and where shall it begin?
     async fn identified(&mut self, node: Identified) -> Result<bool, Trouble> {
-        let now = Instant::now();
-        if let Some(address) = self.candidates.current().cloned() {
-            self.introduced(&address, node.introduction.clone(), now);
+        if let Some((address, introduction)) = self.candidates.current().cloned().zip(node.introduction.clone()) {
+            self.introduced(&address, introduction, Instant::now());
         }
-        if let Some(log) = &self.log {
-            check_origin(&log.origin, &node.origin)?;
-        } else {
-            self.open(&node).await?;
+        // The first node that answers decides what is received.
+        let there = match &self.opened {
+            Some((origin, there)) => {
+                check_origin(origin, &node.origin)?;
+                *there
+            }
+            None => {
+                let there = self.sink.open(&node.origin).await?;
+                self.opened = Some((node.origin.clone(), there));
+                there
+            }
+        };
+        if self.log.is_none() {
+            if there.is_none() && self.settings.start == Start::Oldest && node.oldest.is_none() {
+                let _ = node.order.send(Order::FindOldest);
+                return Ok(false);
+            }
+            self.begin(there, &node).await?;
         }
-        let Some(log) = &self.log else { return Ok(true) };
+        let Some(log) = &self.log else { return Ok(false) };
         if self.settings.end.is_some_and(|end| log.at.lsn >= end) {
             return Ok(true);
         }
@@ -338,15 +348,13 @@ impl<S: Sink> Receiver<'_, S> {
         let needed = needed.filter(|timeline| *timeline >= log.at.timeline && *timeline != PgTimelineId::FIRST);
         let histories = needed.filter(|timeline| !self.sink.has_history(*timeline)).collect();
         // Fails when the connection ended meanwhile, which is told behind this.
-        let _ = node.order.send(Order { at: log.at, histories });
+        let _ = node.order.send(Order::Stream(log.at, histories));
         Ok(false)
     }
 
-    /// The first node that answers decides what is received.
-    async fn open(&mut self, node: &Identified) -> Result<(), SinkError> {
+    async fn begin(&mut self, there: Option<Position>, node: &Identified) -> Result<(), SinkError> {
         let origin = node.origin.clone();
         let size = origin.segment_size;
-        let there = self.sink.open(&origin).await?;
         let at = there.unwrap_or_else(|| {
             let lsn = match (self.settings.start, node.slot) {
                 (Start::At(lsn), _) => lsn,
@@ -360,8 +368,7 @@ impl<S: Sink> Receiver<'_, S> {
         });
         self.sink.begin(at).await?;
         tracing::info!(at = %at.lsn, timeline = %at.timeline, resumed = there.is_some(), "receiving WAL");
-        // Which version's pages these are is not asked: a node that has no WAL yet names a version of its own.
-        let scanner = RecordScanner::new(at.lsn, size, 0);
+        let scanner = RecordScanner::new(at.lsn, size, origin.pg_version);
         self.candidates.wants_timeline(at.timeline);
         self.log = Some(Log { origin, at, scanner });
         self.publish();
@@ -407,7 +414,7 @@ impl<S: Sink> Receiver<'_, S> {
         self.sink.switch(to).await?;
         if to.lsn != log.at.lsn {
             // The begin of a record that never was is void, and another one comes in its place.
-            log.scanner = RecordScanner::new(to.lsn, log.origin.segment_size, 0);
+            log.scanner = RecordScanner::new(to.lsn, log.origin.segment_size, log.origin.pg_version);
         }
         log.at = to;
         self.candidates.wants_timeline(to.timeline);

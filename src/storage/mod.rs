@@ -94,7 +94,7 @@ pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk}
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
 pub use history_files::HistoryError;
-pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
+pub use reader::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
 pub use slots_file::SlotsFileError;

@@ -6,7 +6,7 @@
 //! | temporary slot, here or on another node | its `restart_lsn` | the same |
 //! | connected reader | the next byte to be sent to it | the same |
 //! | peers | the lowest position that a member may still need, as the leader says | no |
-//! | page server | what it has durably, once one reported | no |
+//! | page server | what all of them have in remote storage, once one reported | no |
 //! | slots that aren't known | the oldest WAL there is, as long as the file of slots was damaged and not made whole | no |
 
 use std::collections::BTreeMap;
@@ -146,9 +146,12 @@ impl Timeline {
         for reader in self.readers.list() {
             add(HoldOwner::Reader { conn_id: reader.conn_id }, reader.sent_lsn, None, limit);
         }
-        let progress = self.progress();
+        let (progress, control) = (self.progress(), self.control.load());
         add(HoldOwner::Peers, progress.peer_horizon_lsn, None, None);
-        add(HoldOwner::PageServer, progress.remote_consistent_lsn, None, None);
+        // It is raised to where the timeline begins without a page server's word.
+        if self.readers.pageserver().is_some() || progress.remote_consistent_lsn > control.timeline_start_lsn {
+            add(HoldOwner::PageServer, progress.remote_consistent_lsn.max(control.timeline_start_lsn), None, None);
+        }
         if self.slots.is_incomplete() {
             add(HoldOwner::UnknownSlots, self.wal_start(), None, None);
         }

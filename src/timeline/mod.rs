@@ -7,7 +7,7 @@
 //!  push sessions --Command--> mailbox --> writer task --(perform in order)--> storage
 //!                                           |   acceptor decides, task performs
 //!            Progress, commit LSN <---watch-+---watch---> acknowledgements of each session
-//!  readers: wait for the commit LSN, read segments themselves
+//!  readers: wait for the commit LSN, read the tail in memory, or segments, themselves
 //! ```
 //!
 //! The task exists only while there is work: an idle timeline is *parked* as a map entry without task, buffer or open
@@ -24,14 +24,17 @@
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
 //! | `writer` | the single writer |
 //! | [`lag`] | how old the oldest WAL is that a reader lacks |
+//! | [`feed`] | what a reader reads from |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
 //! | [`slots`] | replication slots, which all members know |
 //! | [`members`] | what the other members said last |
 //! | [`holds`] | who needs which WAL |
 //! | [`retention`] | saves slots, removes WAL that nobody needs |
+//! | [`tail`] | the newest WAL in memory |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod feed;
 pub mod holds;
 pub mod lag;
 pub mod members;
@@ -40,13 +43,14 @@ pub mod readers;
 pub mod registry;
 pub mod retention;
 pub mod slots;
+pub mod tail;
 mod writer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use parking_lot::Mutex;
 use pgproto::feedback::PageserverFeedback;
 use pgproto::pg_timeline::Branch;
@@ -59,14 +63,13 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, TimelineHealth, TimelineSample};
-use crate::storage::{
-    Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
-};
+use crate::storage::{Fork, HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
 use members::Members;
 use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
+use tail::{Tail, Tails};
 use writer::{Command, Writer};
 
 /// Commands waiting for the writer. Full means back-pressure: the connection that sends stops being read.
@@ -166,6 +169,7 @@ pub struct Timeline {
     health: ArcSwap<Health>,
     seat: Mutex<Seat>,
     readers: Readers,
+    tail: Arc<Tail>,
     push_sessions: push::PushSessions,
     slots: Slots,
     members: Members,
@@ -177,7 +181,13 @@ pub struct Timeline {
 
 impl Timeline {
     /// Puts acceptor and store together; the writer starts parked, and will work on `lane`.
-    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane, retention: RetentionPolicy) -> Arc<Self> {
+    fn new(
+        acceptor: Acceptor,
+        store: TimelineStore,
+        lane: Lane,
+        retention: RetentionPolicy,
+        tails: &Arc<Tails>,
+    ) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
@@ -194,6 +204,7 @@ impl Timeline {
             health: ArcSwap::from_pointee(Health::Sound),
             seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
+            tail: Tail::new(Arc::clone(tails)),
             push_sessions: push::PushSessions::default(),
             slots,
             members: Members::default(),
@@ -237,6 +248,12 @@ impl Timeline {
         self.control.load_full()
     }
 
+    /// Whether the WAL is of a stock PostgreSQL server, as its walproposer said; otherwise it's of a Neon compute, or nobody
+    /// knows.
+    pub fn is_of_stock_server(&self) -> bool {
+        !self.control.load().stock.server_version.is_empty()
+    }
+
     /// The Postgres timelines of the log below `end`, a position that was published. Readers are told of those of committed WAL
     /// only: a timeline of which nothing is committed yet may still come to nothing, with the leader that brought it, and a
     /// standby that had followed it would be lost.
@@ -267,46 +284,9 @@ impl Timeline {
         self.ask(|reply| Command::ReportFault { fault, reply }).await
     }
 
-    /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
-    pub fn wal_reader(&self) -> Result<WalReader, ReadError> {
+    /// Reads stored WAL back. The caller must not ask for more than [`Progress`] allows it to see.
+    fn wal_reader(&self) -> Result<WalReader, ReadError> {
         WalReader::new(self.files.clone(), &self.control.load())
-    }
-
-    /// Reads with a reader of this timeline; when it finds damage, the timeline learns of it before the reader does.
-    ///
-    /// Behind a segment switch the rest of the segment counts as there before it has come. Those are zeros; they are not looked
-    /// for in the file, where nobody has written them yet.
-    pub async fn read_wal(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let Progress { write_lsn: written, flush_lsn, .. } = self.progress();
-        // Nothing else makes the durable end lie behind what was written.
-        if !written.is_valid() || end <= written || end > flush_lsn {
-            return self.read_written(wal, at, end).await;
-        }
-        let mut bytes = BytesMut::new();
-        if at < written {
-            bytes.extend_from_slice(&self.read_written(wal, at, written).await?);
-        }
-        let reached = Lsn(at.0.saturating_add(bytes.len() as u64));
-        if reached >= written {
-            let padding = usize::try_from(end.saturating_sub(reached)).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
-            bytes.resize(bytes.len() + padding, 0);
-        }
-        Ok(bytes.freeze())
-    }
-
-    async fn read_written(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let read = wal.read(at, end).await;
-        let damaged_at = match &read {
-            Err(ReadError::Damaged { at, .. } | ReadError::ShortSegment { at, .. }) => Some(*at),
-            _ => None,
-        };
-        if let (Some(from), Err(error)) = (damaged_at, &read) {
-            let fault = Fault { from, acked_end: self.progress().flush_lsn, reason: error.to_string().into() };
-            if let Err(error) = self.report_fault(fault).await {
-                tracing::warn!(ttid = %self.ttid, "damage could not be noted: {error}");
-            }
-        }
-        read
     }
 
     /// WAL that leaders cut off and that was set aside, the oldest first.

@@ -23,7 +23,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 const SAVE_AFTER: Duration = Duration::from_secs(60);
 
 /// What failed, or found nothing that may go, is tried again after this time.
-const RETRY_AFTER: Duration = Duration::from_secs(30);
+const RETRY_AFTER: Duration = Duration::from_secs(5);
 
 /// Looks after all timelines until the shutdown.
 pub async fn run(registry: Arc<Registry>, shutdown: CancellationToken) {

@@ -14,6 +14,7 @@
 mod cluster;
 mod http;
 mod ledger;
+mod measure;
 mod port;
 mod postgres;
 mod process;
@@ -29,6 +30,7 @@ pub use cluster::{
 };
 pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::{Commit, Ledger};
+pub use measure::{cpu_seconds, forget_cached, median};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch, run_within};

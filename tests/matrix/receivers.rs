@@ -1,7 +1,7 @@
 //! `pg_receivewal` of several versions against safekeepers with the WAL of each version. It refuses servers newer than itself.
 
 use anyhow::{Context, Result, ensure};
-use testkit::{Clients, Cluster, ReceiveWal, Scratch, Signal, compare_wal, leave_out, secs};
+use testkit::{Clients, Cluster, ReceiveWal, Scratch, Signal, compare_wal, leave_out, secs, wait_for};
 
 use crate::slots::{create_slot, drop_slot, slot_command, slot_position, wait_gone, wait_slot};
 use crate::{commit_step, for_each_version, wait_identical};
@@ -81,7 +81,9 @@ fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Clu
         wait_slot(cluster, &slot, finished)?;
         let status = receiver.daemon().stop(Signal::INT, secs(30))?;
         ensure!(status.success(), "{} ended with {status}", receiver.daemon().name());
-        drop_slot(scratch, &clients, cluster.safekeeper(1)?, &slot)?;
+        // Another node learns a moment later that nobody uses it any more.
+        let other = cluster.safekeeper(1)?;
+        wait_for(secs(60), "the slot to be free", || drop_slot(scratch, &clients, other, &slot))?;
         wait_gone(cluster, &slot)?;
 
         // Its own way to make a slot reserves nothing: it has no position before it is used.

@@ -5,7 +5,7 @@
 //! [is WAL for certain](super::archive::prove) counts as being there; what a crash left behind it is written over.
 //!
 //! A plain file is continued where it ends. A compressed one can't be: it is made again from its begin, under a name with
-//! `.new` behind it, and replaces the old one as soon as it holds as much.
+//! `.new` behind it, and replaces the old one when it is whole or closed and holds as much.
 
 use std::io::{self, IoSlice, Read};
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use pgproto::wal::RecordScanner;
 use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize};
 
-use super::archive::{self, ArchiveFile, prove, read_full};
+use super::archive::{self, ArchiveFile, Salvage, prove, read_full};
 use super::compression::{Compression, Encoder, Method};
 use crate::receive::SinkError;
 use crate::storage::{Disk, DiskFile};
@@ -56,7 +56,7 @@ enum Output {
 /// Bytes that are there already, in `[from, to)`.
 struct There {
     name: String,
-    source: Box<dyn Read + Send>,
+    source: Salvage,
     from: Lsn,
     to: Lsn,
 }
@@ -96,11 +96,16 @@ impl Place {
         archive::open(&*self.disk, &self.dir, file).during("cannot open", &self.path(&file.name()))
     }
 
+    /// Same, of a file that may have been cut or damaged by a crash.
+    pub(super) fn salvage(&self, file: &ArchiveFile) -> Result<Salvage, SinkError> {
+        Salvage::new(self.disk.clone(), &self.dir, *file).during("cannot open", &self.path(&file.name()))
+    }
+
     /// Which part of a file is there for certain. `scanner` as for [`prove`].
     fn there(&self, file: &ArchiveFile, mut scanner: RecordScanner, until: Lsn) -> Result<Option<There>, SinkError> {
-        let proven = prove(&mut *self.open(file)?, &mut scanner, self.size);
+        let proven = prove(&mut self.salvage(file)?, &mut scanner, self.size);
         let (from, to) = (proven.from, proven.to.min(until));
-        let there = There { name: file.name(), source: self.open(file)?, from, to };
+        let there = There { name: file.name(), source: self.salvage(file)?, from, to };
         Ok((from < to).then_some(there))
     }
 }
@@ -243,19 +248,17 @@ impl Segment {
         self.place.path(&format!("{}{suffix}", self.target(false).name()))
     }
 
-    /// Makes durable what was written.
-    pub(super) fn flush(&mut self) -> Result<(), SinkError> {
-        let path = self.output_path();
-        match &mut self.output {
-            Output::Nowhere => return Ok(()),
-            Output::Plain { file, .. } => return file.sync_data().during("cannot sync", &path),
-            Output::Compressed { file, encoder, length, .. } => {
-                encoder.flush().during("cannot compress", &path)?;
-                append(&**file, length, &encoder.take()).during("cannot write", &path)?;
-                file.sync_data().during("cannot sync", &path)?;
+    /// Makes durable what was written, and returns the end of that. Of a compressed file nothing counts before it is whole:
+    /// what a crash leaves of it can't be read to the last byte, and to end blocks early would make it larger.
+    pub(super) fn flush(&self) -> Result<Lsn, SinkError> {
+        match &self.output {
+            Output::Nowhere => Ok(self.position),
+            Output::Plain { file, .. } => {
+                file.sync_data().during("cannot sync", &self.output_path())?;
+                Ok(self.position)
             }
+            Output::Compressed { .. } => Ok(self.number.start(self.place.size)),
         }
-        self.bring_forward()
     }
 
     /// A file that was made again takes the place of the old one, once it holds as much.
@@ -278,6 +281,7 @@ impl Segment {
             return Ok(());
         }
         self.complete()?;
+        self.bring_forward()?;
         let from = self.output_path();
         let target = self.place.path(&self.target(true).name());
         self.place.disk.rename(&from, &target).during("cannot rename", &from)?;
@@ -322,10 +326,10 @@ impl Segment {
 impl There {
     /// Compares the next bytes, which are those at `at`.
     fn compare(&mut self, at: Lsn, wal: &[u8]) -> Result<(), SinkError> {
-        let mut bytes = vec![0; wal.len()];
-        let (count, error) = read_full(&mut *self.source, &mut bytes);
         let end = Lsn(at.0.saturating_add(wal.len() as u64));
         let (from, to) = (at.max(self.from), end.min(self.to));
+        let mut bytes = vec![0; part(wal, at, at, to).len()];
+        let (count, error) = read_full(&mut self.source, &mut bytes);
         if from >= to {
             return Ok(());
         }

@@ -10,6 +10,7 @@ use pgproto::{Ancestry, Lsn, SegmentNumber};
 
 use super::{Facts, Kind, Progress, Report, Unfinished, VerifyError};
 use crate::receive::sinks::archive::{self, ArchiveFile, PAGE, read_full};
+use crate::receive::sinks::compression::TrailingBytes;
 use crate::storage::Disk;
 
 pub(super) struct Chain<'a> {
@@ -149,11 +150,13 @@ impl<'a> Chain<'a> {
                 if is_end {
                     self.unfinished(written_end);
                 } else {
-                    let damage = if self.may_end(task) {
-                        format!("{error}, and there is more behind it, up to {written_end}")
-                    } else {
-                        error.to_string()
-                    };
+                    let mut damage = error.to_string();
+                    if self.may_end(task) {
+                        damage += &format!(", and there is more behind it, up to {written_end}");
+                    }
+                    if place_of(&error) < task.start {
+                        damage += ". It began in an earlier segment, which may be the damaged one";
+                    }
                     self.report.found(task.name.clone(), Some(place_of(&error)), Kind::Damaged, damage);
                 }
                 is_end
@@ -271,6 +274,9 @@ impl<'a> Chain<'a> {
             Ok(length) => {
                 let what = format!("has {length} bytes, not {size}");
                 self.report.found(task.name.clone(), Some(task.start), Kind::WrongLength, what);
+            }
+            Err(error) if TrailingBytes::is_all(&error) => {
+                self.report.note(format!("{}: {error}, which some programs complain about", task.name));
             }
             Err(error) => self.report.found(task.name.clone(), Some(at), Kind::Unreadable, error.to_string()),
         }

@@ -22,6 +22,8 @@ mod listen;
 mod pg_timeline;
 mod stream;
 
+use std::sync::Arc;
+
 use bytes::BytesMut;
 use pgproto::backend::{SqlState, encode};
 use pgproto::replication::command::StartReplication;
@@ -35,8 +37,8 @@ use super::interrupt::Interrupt;
 use super::session::Session;
 use super::slots;
 use crate::metrics;
-use crate::storage::WalReader;
 use crate::timeline::Timeline;
+use crate::timeline::feed::WalFeed;
 use crate::timeline::slots::SlotGuard;
 
 /// Serves a reader until it ends the stream or its Postgres timeline ends, which leaves the session ready for commands.
@@ -54,7 +56,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
     }
     encode::copy_both_response(writer.out());
     writer.flush().await?;
-    let wal = open(&timeline, request.start, &course)?;
+    let feed = open(&timeline, request.start, &course)?;
     let _counted = metrics::reader(client.application());
     let listed = timeline.readers().register(client.id, client.address, client.application_name.clone(), request.start);
     let habits = Habits::of(client, &request, &house.config);
@@ -64,7 +66,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         client,
         habits,
         horizon,
-        wal,
+        feed,
         at: request.start,
         reader,
         writer,
@@ -74,6 +76,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         last_sent: now,
         asked: false,
         keepalive: None,
+        rest_until: now,
     };
     tokio::select! {
         ended = stream.serve() => ended,
@@ -116,13 +119,13 @@ fn stream_ends(habits: Habits) -> Interrupt {
 }
 
 /// Checks that WAL from `start` can be here.
-fn open(timeline: &Timeline, start: Lsn, course: &Course) -> Result<WalReader, Interrupt> {
-    let wal = timeline.wal_reader()?;
-    let oldest = wal.start_lsn().max(timeline.oldest_lsn());
+fn open(timeline: &Arc<Timeline>, start: Lsn, course: &Course) -> Result<WalFeed, Interrupt> {
+    let feed = WalFeed::open(timeline)?;
+    let oldest = feed.start_lsn().max(timeline.oldest_lsn());
     let size = timeline.control_state().server.wal_seg_size;
     let number = SegmentNumber::containing(start, size);
     if start.is_valid() && start >= oldest && number >= course.first_segment(size) {
-        return Ok(wal);
+        return Ok(feed);
     }
     Err(removed(&number.file_name(course.of_segment(number, size), size)))
 }

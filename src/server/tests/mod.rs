@@ -5,6 +5,7 @@ mod commands;
 mod feedback;
 mod harness;
 mod health;
+mod neon_and_stock;
 mod pg_timelines;
 mod push;
 mod readers;
