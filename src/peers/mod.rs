@@ -311,6 +311,7 @@ impl Peers {
                 availability_zone: sender.and_then(|sender| sender.availability_zone.clone()),
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
                 age_ms: report.map(|report| milliseconds(report.heard.elapsed())),
+                failure: contact.failure.clone(),
             });
         }
         if let Some(HostPort { host, port }) = myself.or_else(|| self.options.listen.clone()) {
@@ -321,6 +322,7 @@ impl Peers {
                 availability_zone: self.options.availability_zone.clone(),
                 commit_lsn: timeline.progress().commit_lsn,
                 age_ms: Some(0),
+                failure: None,
             });
         }
         TimelineMembers { members }

@@ -201,6 +201,7 @@ impl Driver {
                 _ = tick.tick() => self.on_tick().await,
             };
             if let Err(ended) = step {
+                self.publish();
                 return ended;
             }
             if let Err(error) = self.acknowledge().await {

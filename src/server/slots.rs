@@ -183,6 +183,8 @@ fn drop_unused(timeline: &Timeline, name: &str) -> Result<Slot, SlotError> {
 }
 
 /// Uses the slot that START_REPLICATION names, if it names one.
+///
+/// Neon's replicas name slots that nobody made: on a compute's timeline, a name that isn't known has no effect.
 pub(super) async fn acquire<'a>(
     session: &Session,
     timeline: &'a Arc<Timeline>,
@@ -199,7 +201,10 @@ pub(super) async fn acquire<'a>(
         let detail = format!("WAL from {} on is needed for it, and before {start} was removed here.", slot.restart_lsn);
         return Err(Interrupt::Refused(fields.with_detail(detail)));
     }
-    let guard = timeline.slots().acquire(name, session.client.id)?;
+    let guard = match timeline.slots().acquire(name, session.client.id) {
+        Err(SlotError::Unknown(_)) if !timeline.is_of_stock_server() => return Ok(None),
+        acquired => acquired?,
+    };
     session.house.peers.hurry(timeline);
     Ok(Some(guard))
 }

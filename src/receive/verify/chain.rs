@@ -10,6 +10,7 @@ use pgproto::{Ancestry, Lsn, SegmentNumber};
 
 use super::{Facts, Kind, Progress, Report, Unfinished, VerifyError};
 use crate::receive::sinks::archive::{self, ArchiveFile, PAGE, read_full};
+use crate::receive::sinks::compression::TrailingBytes;
 use crate::storage::Disk;
 
 pub(super) struct Chain<'a> {
@@ -273,6 +274,9 @@ impl<'a> Chain<'a> {
             Ok(length) => {
                 let what = format!("has {length} bytes, not {size}");
                 self.report.found(task.name.clone(), Some(task.start), Kind::WrongLength, what);
+            }
+            Err(error) if TrailingBytes::is_all(&error) => {
+                self.report.note(format!("{}: {error}, which some programs complain about", task.name));
             }
             Err(error) => self.report.found(task.name.clone(), Some(at), Kind::Unreadable, error.to_string()),
         }

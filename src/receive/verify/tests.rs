@@ -104,7 +104,7 @@ fn says_nothing(at: Lsn, wal: &WalWriter) -> bool {
     let in_header_padding = offset < header && (20..24).contains(&offset);
     let is_zero = at < wal.position() && wal.between(at, Lsn(at.0 + 1))[0] == 0;
     // The hint to archivers, one bit of the flags.
-    in_header_padding || (is_zero && at.0 % 8 != 0 && ends_record(at, wal))
+    in_header_padding || (is_zero && !at.0.is_multiple_of(8) && ends_record(at, wal))
 }
 
 /// Whether `at` lies in the padding behind a record.
@@ -191,6 +191,16 @@ fn flipped_bits_in_compressed_files_are_found() {
             }
         }
     }
+}
+
+#[test]
+fn bytes_behind_a_compressed_segment_are_worth_a_note() {
+    let (disk, _) = archive("gzip");
+    let name = "000000010000000000000004.gz";
+    let content = disk.content(&path(name)).unwrap();
+    put(&disk, name, &[&content[..], b"what was there before"].concat());
+    let report = check(&disk);
+    assert!(report.ok && report.notes.len() == 1 && report.notes[0].contains(name), "{report}");
 }
 
 #[test]
