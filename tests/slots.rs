@@ -1,4 +1,5 @@
 //! Replication slots of a whole system: known on every safekeeper, used by stock programs, and what WAL they keep.
+#![allow(clippy::indexing_slicing)]
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;

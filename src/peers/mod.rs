@@ -323,7 +323,7 @@ impl Peers {
                 availability_zone: sender.and_then(|sender| sender.availability_zone.clone()),
                 flush_lsn: report.as_ref().map(|report| report.flush_lsn).unwrap_or_default(),
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
-                age_ms: report.map(|report| milliseconds(report.heard.elapsed())),
+                age_ms: report.map(|report| milliseconds(report.heard.elapsed()).max(1)),
                 failure: contact.failure.clone(),
             });
         }
