@@ -6,9 +6,9 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, SystemId};
-use safekeeper::propose::checks;
+use safekeeper::propose::primary::{self, PrimaryFacts};
 use safekeeper::propose::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
-use safekeeper::propose::{PrimaryFacts, Settings};
+use safekeeper::propose::{Settings, checks};
 use testkit::{Postgres, Scratch, StopMode, scenario, secs, wait_for};
 use tokio::runtime::Runtime;
 
@@ -25,11 +25,21 @@ fn settings(conninfo: &str) -> Result<Settings> {
     })
 }
 
+/// What is known of the primary.
+async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
+    primary::facts(settings).await.map(|(facts, _)| facts)
+}
+
+/// The stream of the primary's own timeline.
+async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
+    upstream::follow(settings, facts, facts.stock.ancestry.current(), start).await
+}
+
 fn runtime() -> Result<Runtime> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?)
 }
 
-fn primary(scratch: &Scratch, settings: &[(&str, &str)]) -> Result<Postgres> {
+fn started(scratch: &Scratch, settings: &[(&str, &str)]) -> Result<Postgres> {
     let mut server = Postgres::init(scratch, "primary", settings)?;
     server.start()?;
     Ok(server)
@@ -48,8 +58,8 @@ impl Follower {
     /// From the first LSN on.
     fn new(server: &Postgres) -> Result<Follower> {
         let (runtime, settings) = (runtime()?, settings(&server.conninfo())?);
-        let facts = runtime.block_on(upstream::facts(&settings))?;
-        let stream = runtime.block_on(upstream::follow(&settings, &facts, facts.initial_start))?;
+        let facts = runtime.block_on(facts(&settings))?;
+        let stream = runtime.block_on(follow(&settings, &facts, facts.initial_start))?;
         let scanner = RecordScanner::new(facts.initial_start, facts.server.wal_seg_size, facts.server.pg_version);
         Ok(Follower { runtime, settings, facts, scanner, stream })
     }
@@ -79,7 +89,7 @@ impl Follower {
     /// Begins a new stream where the last one was cut.
     fn reconnect(&mut self) -> Result<(), UpstreamError> {
         let start = self.scanner.position();
-        self.stream = self.runtime.block_on(upstream::follow(&self.settings, &self.facts, start))?;
+        self.stream = self.runtime.block_on(follow(&self.settings, &self.facts, start))?;
         Ok(())
     }
 }
@@ -97,7 +107,7 @@ fn wait_blocked(server: &Postgres, count: u64) -> Result<()> {
 #[test]
 fn a_commit_waits_until_its_wal_is_acknowledged() {
     scenario("upstream-commit", |scratch| {
-        let server = primary(scratch, &[SYNCHRONOUS, ("autovacuum", "off")])?;
+        let server = started(scratch, &[SYNCHRONOUS, ("autovacuum", "off")])?;
         let mut follower = Follower::new(&server)?;
         assert_eq!(follower.facts.server.system_id, SystemId(server.system_identifier()?));
         assert_eq!(follower.facts.initial_start.0 % follower.facts.server.wal_seg_size.bytes(), 0);
@@ -125,7 +135,7 @@ fn a_commit_waits_until_its_wal_is_acknowledged() {
 #[test]
 fn a_shutdown_waits_until_its_checkpoint_is_acknowledged() {
     scenario("upstream-shutdown", |scratch| {
-        let mut server = primary(scratch, &[SYNCHRONOUS])?;
+        let mut server = started(scratch, &[SYNCHRONOUS])?;
         let mut follower = Follower::new(&server)?;
         follower.read_to(server.flush_lsn()?)?;
         follower.acknowledge()?;
@@ -167,7 +177,7 @@ fn a_shutdown_waits_until_its_checkpoint_is_acknowledged() {
 #[test]
 fn the_stream_goes_on_after_a_crash_of_the_primary() {
     scenario("upstream-crash", |scratch| {
-        let mut server = primary(scratch, &[])?;
+        let mut server = started(scratch, &[])?;
         let mut follower = Follower::new(&server)?;
         for round in 0..3 {
             server.sql()?.run(&format!("CREATE TABLE t{round} AS SELECT generate_series(1, 20000)"))?;
@@ -193,20 +203,20 @@ fn the_stream_goes_on_after_a_crash_of_the_primary() {
 #[test]
 fn a_slot_in_use_is_waited_for() {
     scenario("upstream-slot", |scratch| {
-        let server = primary(scratch, &[])?;
+        let server = started(scratch, &[])?;
         let mut first = Follower::new(&server)?;
         let runtime = runtime()?;
-        let facts = runtime.block_on(upstream::facts(&first.settings))?;
-        let second = || runtime.block_on(upstream::follow(&first.settings, &facts, facts.initial_start));
+        let known = runtime.block_on(facts(&first.settings))?;
+        let second = || runtime.block_on(follow(&first.settings, &known, known.initial_start));
         match second().map(drop) {
             Err(error @ UpstreamError::SlotInUse { .. }) => ensure!(!error.is_fatal(), "{error}"),
             other => bail!("expected a slot in use, got {other:?}"),
         }
         first.read_to(server.flush_lsn()?)?;
-        let (settings, facts) = (first.settings.clone(), first.facts);
+        let settings = first.settings.clone();
         drop(first);
-        let follow = || runtime.block_on(upstream::follow(&settings, &facts, facts.initial_start));
-        drop(wait_for(secs(30), "the slot to be free", || Ok(follow()?))?);
+        let again = || runtime.block_on(follow(&settings, &known, known.initial_start));
+        drop(wait_for(secs(30), "the slot to be free", || Ok(again()?))?);
 
         // A slot that somebody dropped is made anew.
         let count = "SELECT count(*) FROM pg_replication_slots WHERE active_pid IS NULL";
@@ -215,7 +225,7 @@ fn a_slot_in_use_is_waited_for() {
             Ok(())
         })?;
         server.sql()?.run("SELECT pg_drop_replication_slot('safekeeper')")?;
-        let _stream = follow()?;
+        let _stream = again()?;
         assert_eq!(server.sql()?.value("SELECT count(*) FROM pg_replication_slots WHERE active")?, "1");
         Ok(())
     });
@@ -224,36 +234,30 @@ fn a_slot_in_use_is_waited_for() {
 #[test]
 fn a_primary_that_must_not_be_followed_is_refused_for_good() {
     scenario("upstream-refusals", |scratch| {
-        let server = primary(scratch, &[("wal_keep_size", "'1GB'")])?;
+        let server = started(scratch, &[("wal_keep_size", "'1GB'")])?;
         let follower = Follower::new(&server)?;
-        let (settings_of, facts) = (|server: &Postgres| settings(&server.conninfo()), follower.facts);
+        let (settings_of, known) = (|server: &Postgres| settings(&server.conninfo()), follower.facts.clone());
         drop(follower);
         let runtime = runtime()?;
         let settings = settings_of(&server)?;
-        let follow = |facts: &PrimaryFacts, start: Lsn| runtime.block_on(upstream::follow(&settings, facts, start));
+        let followed = |facts: &PrimaryFacts, start: Lsn| runtime.block_on(follow(&settings, facts, start));
         let refused = |outcome: Result<(), UpstreamError>, expected: &str| {
             let error = outcome.expect_err(expected);
             assert!(error.is_fatal() && error.to_string().contains(expected), "{error}");
         };
 
-        let mut other = facts;
+        let mut other = known.clone();
         other.server.system_id = SystemId(4711);
-        refused(follow(&other, facts.initial_start).map(drop), "another database cluster");
+        refused(followed(&other, known.initial_start).map(drop), "another database cluster");
         let far = Lsn(server.flush_lsn()?.0 + (64 << 20));
-        refused(follow(&facts, far).map(drop), "lost data or was restored");
-        let mut stream = follow(&facts, Lsn(8))?;
+        refused(followed(&known, far).map(drop), "lost data or was restored");
+        let mut stream = followed(&known, Lsn(8))?;
         refused(runtime.block_on(stream.next()).map(drop), "no longer has the WAL from 0/8");
         drop(stream);
 
         let mut tls = settings_of(&server)?;
         tls.primary.ssl_mode(tokio_postgres::config::SslMode::Require);
-        refused(runtime.block_on(upstream::facts(&tls)).map(drop), "sslmode");
-
-        let mut standby = Postgres::standby_of(scratch, "standby", &server, &server.conninfo())?;
-        standby.start()?;
-        standby.promote()?;
-        let promoted = settings_of(&standby)?;
-        refused(runtime.block_on(upstream::facts(&promoted)).map(drop), "timeline 2");
+        refused(runtime.block_on(facts(&tls)).map(drop), "sslmode");
         Ok(())
     });
 }
@@ -261,7 +265,7 @@ fn a_primary_that_must_not_be_followed_is_refused_for_good() {
 #[test]
 fn every_way_to_give_a_password_works() {
     scenario("upstream-password", |scratch| {
-        let server = primary(scratch, &[])?;
+        let server = started(scratch, &[])?;
         let runtime = runtime()?;
         let mut sql = server.sql()?;
         let methods = ["password", "md5", "scram-sha-256"];
@@ -279,7 +283,7 @@ fn every_way_to_give_a_password_works() {
         std::fs::write(server.data_dir().join("pg_hba.conf"), rules + "host all postgres 127.0.0.1/32 trust\n")?;
         sql.run("SELECT pg_reload_conf()")?;
         wait_for(secs(30), "the new rules", || {
-            let error = settings(&server.conninfo()).map(|settings| runtime.block_on(upstream::facts(&settings)))?;
+            let error = settings(&server.conninfo()).map(|settings| runtime.block_on(facts(&settings)))?;
             ensure!(error.is_err(), "replication is still free for all");
             Ok(())
         })?;
@@ -287,11 +291,11 @@ fn every_way_to_give_a_password_works() {
             let conninfo = |password: &str| {
                 format!("host=127.0.0.1 port={} user={} {password}", server.port(), method.replace('-', "_"))
             };
-            runtime.block_on(upstream::facts(&settings(&conninfo("password=secret"))?))?;
+            runtime.block_on(facts(&settings(&conninfo("password=secret"))?))?;
             for (password, expected) in
                 [("password=wrong", "password authentication failed"), ("", "asks for a password")]
             {
-                let error = runtime.block_on(upstream::facts(&settings(&conninfo(password))?)).expect_err("refused");
+                let error = runtime.block_on(facts(&settings(&conninfo(password))?)).expect_err("refused");
                 ensure!(!error.is_fatal() && error.to_string().contains(expected), "{method}: {error}");
             }
         }
@@ -302,10 +306,10 @@ fn every_way_to_give_a_password_works() {
 #[test]
 fn the_primarys_settings_are_judged() {
     scenario("upstream-checks", |scratch| {
-        let server = primary(scratch, &[("synchronous_commit", "local")])?;
+        let server = started(scratch, &[("synchronous_commit", "local")])?;
         let runtime = runtime()?;
         let remedies = |conninfo: &str| -> Result<Vec<String>> {
-            let findings = runtime.block_on(checks::look(&settings(conninfo)?))?;
+            let findings = runtime.block_on(checks::look(&conninfo.parse()?, "safekeeper"))?;
             Ok(findings.into_iter().map(|finding| finding.remedy).collect())
         };
         let lines = ["synchronous_standby_names = 'ANY 1 (safekeeper)'", "synchronous_commit = on"];
@@ -323,8 +327,8 @@ fn the_primarys_settings_are_judged() {
         let error = remedies(&server.conninfo().replace("dbname=postgres", "dbname=nowhere")).expect_err("no database");
         ensure!(error.to_string().contains("database \"nowhere\" does not exist"), "{error}");
 
-        runtime.block_on(upstream::facts(&settings(&server.conninfo())?))?;
-        let start = runtime.block_on(checks::slot_start(&settings(&server.conninfo())?));
+        runtime.block_on(facts(&settings(&server.conninfo())?))?;
+        let start = runtime.block_on(checks::slot_start(&server.conninfo().parse()?, "safekeeper"));
         let expected: Lsn = server.sql()?.parsed("SELECT restart_lsn FROM pg_replication_slots")?;
         assert_eq!(start, Some(expected), "as versions without READ_REPLICATION_SLOT are asked");
         Ok(())

@@ -7,10 +7,13 @@ use std::sync::Arc;
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::lanes::Lanes;
+use safekeeper::peers::{PeerOptions, Peers};
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::{self, DataDir, DataDirOptions, RealDisk};
+use safekeeper::timeline::holds::RetentionPolicy;
 use safekeeper::timeline::registry::Registry;
+use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
 
@@ -55,6 +58,16 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     daemon::raise_file_limit();
+    let retention = RetentionPolicy {
+        wal_keep_size: settings.wal_keep_size.map(|size| size.0),
+        max_slot_wal_keep_size: settings.max_slot_wal_keep_size.map(|size| size.0),
+    };
+    let peer_options = PeerOptions {
+        peers: settings.peers,
+        advertised: settings.advertise_pg,
+        listen: Some(settings.listen_pg.clone()),
+        availability_zone: settings.availability_zone,
+    };
     let options = DataDirOptions {
         journal_dir: settings.journal_dir,
         journal: JournalLimits { total: settings.journal_size.0, ..JournalLimits::default() },
@@ -71,17 +84,21 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;
     let http = daemon::bind("--listen-http", &settings.listen_http).await?;
     let lanes = Lanes::start(std::thread::available_parallelism().map_or(1, usize::from))?;
-    let registry = Registry::load(data_dir, lanes).await.context("cannot list the timelines")?;
+    let registry = Registry::load_with(data_dir, lanes, retention).await.context("cannot list the timelines")?;
     tracing::info!(
         node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
         http = %settings.listen_http, "safekeeper is ready"
     );
     let shutdown = CancellationToken::new();
     tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
+    tokio::spawn(Arc::clone(&peers).run());
+    let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
     let router = http::safekeeper::router(Arc::clone(&registry));
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
-    server::serve(pg, registry, ServerConfig::default(), shutdown.clone()).await;
+    server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
     shutdown.cancel();
     http.await.context("HTTP server")?;
+    retention.await.context("retention")?;
     Ok(())
 }

@@ -12,7 +12,7 @@ use bytes::{Bytes, BytesMut};
 use pgproto::DecodeError;
 use pgproto::backend::{Authentication, BackendMessage, ErrorFields};
 use pgproto::startup::StartupMessage;
-use pgproto::{SystemId, frame, frontend};
+use pgproto::{PgTimelineId, SystemId, frame, frontend};
 use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{ChannelBinding, SCRAM_SHA_256, ScramSha256};
 use postgres_protocol::message::frontend as client;
@@ -65,6 +65,20 @@ pub enum ConnectError {
         /// The timeline's.
         there: SystemId,
     },
+    /// The safekeeper has WAL of a Postgres timeline that the primary hasn't reached.
+    #[error(
+        "its WAL is of Postgres timeline {there}, newer than the primary's, which is {primary}: another server was promoted, \
+         and this is a former primary. Point --primary at the new one too (host=a,b)"
+    )]
+    NewerTimeline {
+        /// The safekeeper's.
+        there: PgTimelineId,
+        /// The primary's.
+        primary: PgTimelineId,
+    },
+    /// The safekeeper is of a version that knows nothing of stock PostgreSQL's timelines.
+    #[error("it doesn't understand what stock PostgreSQL needs (no \"stock\" option in START_WAL_PUSH): upgrade it")]
+    NoStock,
     /// The safekeeper doesn't have the timeline, and it isn't the time to create one there.
     #[error(
         "it has no such timeline. Its disk may have been emptied, so it must not help to elect a leader; it gets the \
@@ -267,7 +281,7 @@ impl Connection {
         }
     }
 
-    /// Value of a setting as the server reported it at login.
+    /// Value of a setting as the server last reported it.
     pub fn parameter(&self, name: &str) -> Option<&str> {
         self.parameters.get(name).map(String::as_str)
     }
@@ -279,11 +293,11 @@ impl Connection {
 
     async fn rows_of(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         self.send_query(text).await?;
-        self.rows(text).await
+        self.rest_of_rows(text).await
     }
 
-    /// The rows of a command, up to its end.
-    async fn rows(&mut self, command: &str) -> Result<Vec<Row>, ConnectError> {
+    /// What is still to come of an answer, up to the end of the command.
+    async fn rest_of_rows(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         let mut rows = Vec::new();
         let mut failure = None;
         loop {
@@ -297,37 +311,78 @@ impl Connection {
                 | BackendMessage::ParameterStatus { .. } => {}
                 // Left of a COPY that is ending.
                 BackendMessage::CopyData(_) | BackendMessage::CopyDone => {}
-                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {command}"))),
+                other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
             }
         }
     }
 
     /// Runs a command that begins COPY in both directions. After the server's refusal, others can be run.
     pub async fn start_copy(&mut self, text: &str) -> Result<(), ConnectError> {
+        match self.start_stream(text).await? {
+            None => Ok(()),
+            Some(rows) => Err(ConnectError::Protocol(format!("unexpected rows {rows:?} in answer to {text}"))),
+        }
+    }
+
+    /// The same for a stream that may end before it begins, which is the case at the end of a Postgres timeline: then what
+    /// the server says in place of it.
+    pub async fn start_stream(&mut self, text: &str) -> Result<Option<Vec<Row>>, ConnectError> {
         let start = async {
             self.send_query(text).await?;
+            loop {
+                match self.reader.next().await? {
+                    BackendMessage::CopyBothResponse => return Ok(None),
+                    BackendMessage::ParameterStatus { name, value } => {
+                        self.parameters.insert(name, value);
+                    }
+                    BackendMessage::NoticeResponse(_) => {}
+                    BackendMessage::RowDescription(_) => return self.rest_of_rows(text).await.map(Some),
+                    BackendMessage::ErrorResponse(error) => {
+                        // A connection that the server closes says so to the next command.
+                        while !matches!(self.reader.next().await, Ok(BackendMessage::ReadyForQuery(_)) | Err(_)) {}
+                        return Err(ConnectError::Server(error));
+                    }
+                    other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+                }
+            }
+        };
+        timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    /// Waits until data comes in COPY. After the server's refusal, which may come only now, other commands can be run.
+    pub async fn first_copy_data(&mut self) -> Result<(), ConnectError> {
+        let first = async {
             match self.reader.next_answer().await {
-                Ok(BackendMessage::CopyBothResponse) => Ok(()),
-                Ok(other) => Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),
+                Ok(BackendMessage::CopyData(_)) => Ok(()),
+                Ok(other) => Err(ConnectError::Protocol(format!("unexpected {other:?} in COPY"))),
                 Err(ConnectError::Server(error)) => {
-                    // A connection that the server closes says so to the next command.
                     while !matches!(self.reader.next().await, Ok(BackendMessage::ReadyForQuery(_)) | Err(_)) {}
                     Err(ConnectError::Server(error))
                 }
                 Err(error) => Err(error),
             }
         };
-        timeout(CONNECT_LIMIT, start).await.map_err(|_| ConnectError::TimedOut)?
+        timeout(CONNECT_LIMIT, first).await.map_err(|_| ConnectError::TimedOut)?
     }
 
     /// Ends COPY, whichever side wants it, and returns the rows that the command ends with. WAL still under way is dropped.
     pub async fn end_copy(&mut self) -> Result<Vec<Row>, ConnectError> {
         let end = async {
-            frontend::copy_done(&mut self.outgoing);
-            self.writer.write_all_buf(&mut self.outgoing).await?;
-            self.rows("the end of COPY").await
+            self.put_copy_done();
+            self.flush().await?;
+            self.rest_of_rows("the end of COPY").await
         };
         timeout(CONNECT_LIMIT, end).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
+    /// Ends COPY from this side, with the next [`Self::flush`].
+    pub fn put_copy_done(&mut self) {
+        frontend::copy_done(&mut self.outgoing);
+    }
+
+    /// Sends what has not been sent yet. Cancel safe.
+    pub async fn flush(&mut self) -> Result<(), ConnectError> {
+        Ok(self.writer.write_all_buf(&mut self.outgoing).await?)
     }
 
     async fn send_query(&mut self, text: &str) -> Result<(), ConnectError> {

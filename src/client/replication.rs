@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use pgproto::backend::SqlState;
-use pgproto::{Lsn, PgTimelineId, SegmentSize, SystemId};
+use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
 use super::connection::{ConnectError, Connection, Row};
 
@@ -47,12 +47,12 @@ fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
     SegmentSize::new(number.parse::<u32>().ok()?.checked_mul(unit)?).ok()
 }
 
-/// `PG_VERSION_NUM` of a `server_version` such as `15.18 (Debian 15.18-0+deb12u1)`.
-pub(crate) fn version_number(text: &str) -> Option<u32> {
-    let number = text.split_whitespace().next()?;
-    let digits = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().ok();
-    let (major, minor) = number.split_once('.').unwrap_or((number, "0"));
-    digits(major)?.checked_mul(10_000)?.checked_add(digits(minor).unwrap_or(0))
+/// `SHOW server_version_num`: the version that writes the WAL, 0 if it isn't known. What was said at login is not asked: a
+/// safekeeper without WAL names a version of its own then.
+pub(crate) async fn server_version_num(connection: &mut Connection) -> Result<u32, ConnectError> {
+    let rows = connection.query("SHOW server_version_num").await?;
+    let number = field(&rows, 0).and_then(|text| text.parse().ok());
+    number.ok_or_else(|| unexpected("SHOW server_version_num", &rows))
 }
 
 /// `TIMELINE_HISTORY`: the bytes of the history file.
@@ -75,7 +75,7 @@ pub(crate) enum SlotPosition {
     /// It keeps no WAL yet.
     Unused,
     /// It keeps WAL from here on.
-    At(PgTimelineId, Lsn),
+    At(Lsn),
 }
 
 /// `READ_REPLICATION_SLOT`, which servers from 15 on know.
@@ -85,13 +85,42 @@ pub(crate) async fn read_slot(connection: &mut Connection, slot: &str) -> Result
         Err(ConnectError::Server(error)) if error.code == SqlState::SYNTAX_ERROR => return Ok(SlotPosition::Unknown),
         rows => rows?,
     };
-    match (field(&rows, 0), field(&rows, 1), field(&rows, 2)) {
-        (None, ..) => Ok(SlotPosition::Unknown),
-        (Some(_), None, _) => Ok(SlotPosition::Unused),
-        (Some(_), Some(lsn), timeline) => {
-            let at = lsn.parse().ok().zip(timeline.and_then(|timeline| timeline.parse().ok()));
-            at.map(|(lsn, timeline)| SlotPosition::At(timeline, lsn)).ok_or_else(|| unexpected(&command, &rows))
+    match (field(&rows, 0), field(&rows, 1)) {
+        (None, _) => Ok(SlotPosition::Unknown),
+        (Some(_), None) => Ok(SlotPosition::Unused),
+        (Some(_), Some(lsn)) => lsn.parse().map(SlotPosition::At).map_err(|_| unexpected(&command, &rows)),
+    }
+}
+
+/// Begin of the oldest segment that the server has. There is no command for it, so it is searched for by asking for WAL: a
+/// dozen questions.
+pub(crate) async fn oldest_segment(
+    connection: &mut Connection,
+    identity: &Identity,
+    size: SegmentSize,
+    ancestry: &Ancestry,
+) -> Result<Lsn, ConnectError> {
+    // All from `there` on are there, and all below `gone` are gone.
+    let (mut gone, mut there) = (0, SegmentNumber::containing(identity.end, size).0);
+    while gone < there {
+        let middle = SegmentNumber(gone + (there - gone) / 2);
+        match has_segment(connection, middle.start(size), ancestry.of_segment(middle, size)).await? {
+            true => there = middle.0,
+            false => gone = middle.0 + 1,
         }
+    }
+    Ok(SegmentNumber(there).start(size))
+}
+
+async fn has_segment(connection: &mut Connection, at: Lsn, timeline: PgTimelineId) -> Result<bool, ConnectError> {
+    let stream = async {
+        connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} TIMELINE {timeline}")).await?;
+        connection.first_copy_data().await
+    };
+    match stream.await {
+        Ok(()) => connection.end_copy().await.map(|_| true),
+        Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_FILE => Ok(false),
+        Err(error) => Err(error),
     }
 }
 
@@ -111,14 +140,6 @@ fn unexpected(command: &str, rows: &[Row]) -> ConnectError {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn version_texts() {
-        assert_eq!(version_number("15.18 (Debian 15.18-0+deb12u1)"), Some(150_018));
-        assert_eq!(version_number("18beta1"), Some(180_000));
-        assert_eq!(version_number("14.23"), Some(140_023));
-        assert_eq!(version_number("x"), None);
-    }
 
     #[test]
     fn segment_sizes() {

@@ -36,7 +36,7 @@ const fn refused(name: &'static str, why: &'static str) -> ForeignFlag {
     ForeignFlag { name, effect: Effect::Refused(why) }
 }
 
-const NO_BROKER: &str = "there is no storage broker; peers and readers are found by their configured addresses";
+const NO_BROKER: &str = "there is no storage broker; safekeepers talk to each other directly, see --peers";
 const NO_BACKUP: &str = "WAL is not uploaded to object storage, it stays on the local disk";
 const NO_EVICTION: &str = "idle timelines cost next to nothing and are never evicted from the local disk";
 const NO_FANOUT: &str = "every reader has its own stream";
@@ -48,8 +48,6 @@ const NO_LIMIT: &str = "the limit would not be kept and the disk could fill up. 
 
 /// The flags of Neon's safekeeper that are not settings of ours.
 pub(super) const NEON_SAFEKEEPER: &[ForeignFlag] = &[
-    no_effect("advertise-pg", NO_BROKER),
-    no_effect("availability-zone", NO_BROKER),
     no_effect("broker-endpoint", NO_BROKER),
     no_effect("broker-keepalive-interval", NO_BROKER),
     no_effect("disable-periodic-broker-push", NO_BROKER),
@@ -64,7 +62,7 @@ pub(super) const NEON_SAFEKEEPER: &[ForeignFlag] = &[
     no_effect("delete-offloaded-wal", NO_EVICTION),
     no_effect("enable-offload", NO_EVICTION),
     no_effect("eviction-min-resident", NO_EVICTION),
-    no_effect("walsenders-keep-horizon", "WAL is not removed from the local disk"),
+    no_effect("walsenders-keep-horizon", "connected readers always hold WAL, see --max-slot-wal-keep-size"),
     no_effect("max-delta-for-fanout", NO_FANOUT),
     no_effect("wal-reader-fanout", NO_FANOUT),
     no_effect("control-file-save-interval", "when the control file is saved is not configurable"),

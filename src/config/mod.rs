@@ -13,6 +13,7 @@ mod logging;
 mod safekeeper;
 mod values;
 mod walproposer;
+mod walreceiver;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -26,6 +27,7 @@ pub use pgproto::host_port::{HostPort, ParseHostPortError};
 pub use safekeeper::SafekeeperSettings;
 pub use values::{ByteSize, ParseByteSizeError};
 pub use walproposer::WalproposerSettings;
+pub use walreceiver::WalreceiverSettings;
 
 /// A set of settings that [`load`] can gather.
 pub trait Settings: clap::Parser {

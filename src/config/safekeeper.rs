@@ -48,6 +48,31 @@ pub struct SafekeeperSettings {
     #[arg(short = 'l', long, value_name = "HOST:PORT", env = "SAFEKEEPER_LISTEN_PG", default_value = "127.0.0.1:5454")]
     pub listen_pg: HostPort,
 
+    /// Address at which other safekeepers and clients reach the Postgres-protocol endpoint, if that isn't --listen-pg. Clients
+    /// learn it from any member of a timeline.
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPER_ADVERTISE_PG")]
+    pub advertise_pg: Option<HostPort>,
+
+    /// Postgres-protocol addresses of all safekeepers that keep the same timelines, separated by commas; this one may be among
+    /// them. They tell each other of replication slots. Not needed with the walproposer of this version: it tells them of each
+    /// other.
+    #[arg(long, value_name = "HOST:PORT,...", env = "SAFEKEEPER_PEERS", value_delimiter = ',', num_args = 1)]
+    pub peers: Vec<HostPort>,
+
+    /// Name of the availability zone this safekeeper is in, for clients that prefer the nearest.
+    #[arg(long, value_name = "NAME", env = "SAFEKEEPER_AVAILABILITY_ZONE", value_parser = values::availability_zone)]
+    pub availability_zone: Option<String>,
+
+    /// Remove WAL that nobody needs, but keep at least this much behind the commit LSN, for readers without a slot. WAL is never
+    /// removed if this isn't given.
+    #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_WAL_KEEP_SIZE")]
+    pub wal_keep_size: Option<ByteSize>,
+
+    /// Most WAL behind the commit LSN that a replication slot or a connected reader can keep from being removed; without a limit
+    /// if this isn't given. A slot further back loses its WAL, and its reader has to be made anew.
+    #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_MAX_SLOT_WAL_KEEP_SIZE")]
+    pub max_slot_wal_keep_size: Option<ByteSize>,
+
     /// Address of the HTTP endpoint: management API under /v1 and Prometheus metrics at /metrics.
     #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPER_LISTEN_HTTP", default_value = "127.0.0.1:7676")]
     pub listen_http: HostPort,
@@ -96,10 +121,15 @@ impl Settings for SafekeeperSettings {
         if self.journal_size.0 < MIN_JOURNAL_SIZE {
             return Err("--journal-size must be 64MiB at least".into());
         }
-        Ok(match self.no_sync {
-            true => vec!["--no-sync: acknowledged WAL is lost when this machine crashes; use it for tests only".into()],
-            false => Vec::new(),
-        })
+        let mut warnings = Vec::new();
+        if self.no_sync {
+            warnings
+                .push("--no-sync: acknowledged WAL is lost when this machine crashes; use it for tests only".into());
+        }
+        if self.max_slot_wal_keep_size.is_some() && self.wal_keep_size.is_none() {
+            warnings.push("--max-slot-wal-keep-size has no effect without --wal-keep-size: no WAL is removed".into());
+        }
+        Ok(warnings)
     }
 }
 

@@ -16,6 +16,10 @@ fn walproposer(args: &[&str]) -> Result<Loaded<WalproposerSettings>, ConfigError
     load(std::iter::once("walproposer").chain(args.iter().copied()))
 }
 
+fn walreceiver(args: &[&str]) -> Result<Loaded<WalreceiverSettings>, ConfigError> {
+    load(std::iter::once("walreceiver").chain(args.iter().copied()))
+}
+
 fn file(text: &str) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
@@ -32,6 +36,7 @@ fn with_file(text: &str, more: &[&str]) -> Result<Loaded<SafekeeperSettings>, Co
 fn the_commands_are_well_formed() {
     foreign::add_to(SafekeeperSettings::command(), SafekeeperSettings::FOREIGN).debug_assert();
     WalproposerSettings::command().debug_assert();
+    WalreceiverSettings::command().debug_assert();
 }
 
 #[test]
@@ -137,8 +142,30 @@ fn combinations_are_checked() {
 }
 
 #[test]
+fn a_receiver_must_know_from_where_and_to_where() {
+    let settings =
+        walreceiver(&["--safekeepers", "a:1,b:2", "-D", "dir", "-S", "s", "-n", "-s", "1"]).unwrap().settings;
+    assert_eq!((settings.safekeepers.len(), settings.no_loop, settings.status_interval), (2, true, 1));
+    assert!(walreceiver(&["--safekeepers", "a:1", "--slot", "s", "--create-slot"]).is_ok());
+    assert!(walreceiver(&["--verify", "dir"]).is_ok());
+    for (args, expected) in [
+        (&["-D", "dir"][..], "--safekeepers is missing"),
+        (&["--safekeepers", "a:1"], "--directory DIR or --stdout"),
+        (&["--safekeepers", "a:1", "--stdout", "-Z", "lz4"], "--compress is for a directory"),
+        (&["--safekeepers", "a:1", "--stdout", "-D", "dir"], "cannot be used with"),
+        (&["--safekeepers", "a:1", "--create-slot"], "--slot"),
+        (&["--safekeepers", "a:1", "-D", "dir", "--start", "here"], "expected \"current\", \"oldest\", or an LSN"),
+        (&["--safekeepers", "a:1", "-D", "dir", "--compress", "rar"], "rar"),
+        (&["--safekeepers", "a:1", "-D", "d", "--tenant-id", "cf0480929707ee75372337efaa5ecf96"], "go together"),
+    ] {
+        let error = walreceiver(args).unwrap_err().to_string();
+        assert!(error.contains(expected), "{args:?}: {error}");
+    }
+}
+
+#[test]
 fn neons_flags_warn_or_refuse() {
-    let args = ["--id", "1", "--availability-zone", "sk-1", "--broker-endpoint", "http://127.0.0.1:50051"];
+    let args = ["--id", "1", "--heartbeat-timeout", "5s", "--broker-endpoint", "http://127.0.0.1:50051"];
     let extras = ["--enable-offload", "--delete-offloaded-wal", "--partial-backup-timeout", "10s"];
     let loaded = safekeeper(&[&args[..], &extras].concat()).unwrap();
     assert_eq!(loaded.settings.id, Some(NodeId(1)));
@@ -188,6 +215,7 @@ fn help_teaches() {
             &["--datadir", "SAFEKEEPER_LISTEN_PG", "Examples:", "[default: 127.0.0.1:7676]"],
         ),
         (WalproposerSettings::command(), &["--buffer-size", "WALPROPOSER_SLOT", "Examples:", "[default: 64MiB]"]),
+        (WalreceiverSettings::command(), &["--endpos", "WALRECEIVER_SLOT", "Examples:", "[default: current]"]),
     ] {
         let help = command.render_long_help().to_string();
         for text in flags {
@@ -218,9 +246,11 @@ fn reference<S: Settings>() -> String {
 #[test]
 fn the_document_has_every_setting() {
     let doc = include_str!("../../docs/configuration.md");
-    for (heading, table) in
-        [("## safekeeper", reference::<SafekeeperSettings>()), ("## walproposer", reference::<WalproposerSettings>())]
-    {
+    for (heading, table) in [
+        ("## safekeeper", reference::<SafekeeperSettings>()),
+        ("## walproposer", reference::<WalproposerSettings>()),
+        ("## walreceiver", reference::<WalreceiverSettings>()),
+    ] {
         let section = doc.split_once(&format!("{heading}\n")).map(|(_, rest)| rest).unwrap_or_default();
         let section = section.split_once("\n## ").map_or(section, |(section, _)| section);
         assert!(section.contains(&table), "under \"{heading}\", docs/configuration.md shall have:\n\n{table}");

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use pgproto::NodeId;
+use pgproto::replication::check_slot_name;
 
 /// A number of bytes, written `1048576`, `1MiB` (2^20) or `1MB` (10^6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -64,10 +65,17 @@ pub(super) fn node_id(text: &str) -> Result<NodeId, String> {
 
 /// Parses a replication slot's name by PostgreSQL's rules.
 pub(super) fn slot_name(text: &str) -> Result<String, String> {
-    let legal = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    match (1..=63).contains(&text.len()) && text.chars().all(legal) {
+    let refused = |_| "a slot name has 1 to 63 lower-case letters, digits and underscores".to_owned();
+    check_slot_name(text).map(|()| text.to_owned()).map_err(refused)
+}
+
+/// Parses the name of an availability zone.
+pub(super) fn availability_zone(text: &str) -> Result<String, String> {
+    match (1..=63).contains(&text.len()) && text.chars().all(|c| c.is_ascii_graphic()) {
         true => Ok(text.to_owned()),
-        false => Err("a slot name has 1 to 63 lower-case letters, digits and underscores".to_owned()),
+        false => {
+            Err("the name of an availability zone has 1 to 63 printable ASCII characters and no spaces".to_owned())
+        }
     }
 }
 

@@ -22,6 +22,7 @@
 
 pub mod error;
 mod request;
+mod retention_status;
 pub mod safekeeper;
 mod serve;
 mod timeline_status;

@@ -158,6 +158,8 @@ async fn create_list_status() {
         "peers": [],
         "walsenders": [],
         "walreceivers": [],
+        "readers": [],
+        "pg_timelines": [{"timeline": 1, "begin_lsn": "0/0"}],
         "health": {"state": "sound"},
         "forks": [],
     });
@@ -183,7 +185,8 @@ async fn readers_are_shown_with_their_feedback() {
     pageserver.pageserver_feedback(feedback, Lsn(0x20));
     let standby = readers.register(4, addr, None, Lsn(0x10));
     standby.standby_status(StandbyStatus { flush: Lsn(0x20), ..Default::default() }, Lsn(0x20));
-    let walsenders = server.get(&timeline_path()).await.json()["walsenders"].take();
+    let mut status = server.get(&timeline_path()).await.json();
+    let (walsenders, mut shown) = (status["walsenders"].take(), status["readers"].take());
     let ttid = json!({"tenant_id": TENANT, "timeline_id": TIMELINE});
     let expected = json!([
         {"Vanilla": {
@@ -204,6 +207,16 @@ async fn readers_are_shown_with_their_feedback() {
         }},
     ]);
     assert_eq!(walsenders, expected);
+
+    let seconds = shown[1]["flush_lag"]["seconds"].take();
+    assert!(seconds.as_f64().is_some_and(|seconds| seconds >= 0.0), "{seconds}");
+    let lag = json!({"bytes": 0x14E_E150 - 0x20, "seconds": null});
+    let expected = json!({
+        "conn_id": 4, "addr": "127.0.0.1:4242", "application_name": null, "sent_lsn": "0/10",
+        "write_lsn": "0/0", "flush_lsn": "0/20", "apply_lsn": "0/0",
+        "write_lag": null, "flush_lag": lag, "apply_lag": null,
+    });
+    assert_eq!(shown[1], expected);
 }
 
 #[tokio::test]

@@ -3,17 +3,19 @@
 use std::time::{Duration, SystemTime};
 
 use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
+use pgproto::pg_timeline::Branch;
 use pgproto::replication::message::StandbyStatus;
 use pgproto::walproposer::{Configuration, TermLsn};
-use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::{Lsn, PgTimelineId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 use serde::Serialize;
 
+use super::retention_status::RetentionStatus;
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
 use crate::storage::{Fork, ForkHeader};
 use crate::timeline::Timeline;
 use crate::timeline::push::PushStatus;
-use crate::timeline::readers::{ReaderFeedback, ReaderStatus};
+use crate::timeline::readers::{Positions, ReaderFeedback, ReaderStatus};
 
 /// Everything about a timeline.
 #[derive(Debug, Serialize)]
@@ -34,13 +36,77 @@ pub(super) struct TimelineStatus {
     peers: [(); 0],
     walsenders: Vec<WalSender>,
     walreceivers: Vec<WalReceiver>,
+    /// The same readers as in `walsenders`, with what is believed of their reports. Not in Neon's.
+    readers: Vec<ReaderReport>,
+    /// The Postgres timelines of the committed log. Not in Neon's.
+    pg_timelines: Vec<PgTimeline>,
     /// Whether this node can vouch for its log. Not in Neon's.
     health: HealthReport,
     /// WAL that leaders cut off and that was set aside. Not in Neon's.
     forks: Vec<ForkReport>,
+    /// What WAL is kept for. Not in Neon's.
+    retention: RetentionStatus,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<String>,
+}
+
+/// How far a reader is. A position that it never reported is `0/0`, and has no lag.
+#[derive(Debug, Serialize)]
+struct ReaderReport {
+    conn_id: u32,
+    addr: String,
+    application_name: Option<String>,
+    sent_lsn: Lsn,
+    write_lsn: Lsn,
+    flush_lsn: Lsn,
+    apply_lsn: Lsn,
+    write_lag: Option<LagReport>,
+    flush_lag: Option<LagReport>,
+    apply_lag: Option<LagReport>,
+}
+
+/// Committed WAL that a reader lacks, and how long the oldest of it has been committed.
+#[derive(Debug, Serialize)]
+struct LagReport {
+    bytes: u64,
+    seconds: f64,
+}
+
+impl ReaderReport {
+    fn of(timeline: &Timeline, reader: &ReaderStatus) -> Self {
+        let Positions { write, flush, apply } = reader.positions;
+        let lag = |lsn: Lsn| {
+            lsn.is_valid()
+                .then(|| timeline.lag(lsn))
+                .map(|lag| LagReport { bytes: lag.bytes, seconds: lag.time.as_secs_f64() })
+        };
+        Self {
+            conn_id: reader.conn_id,
+            addr: reader.addr.to_string(),
+            application_name: reader.application_name.clone(),
+            sent_lsn: reader.sent_lsn,
+            write_lsn: write,
+            flush_lsn: flush,
+            apply_lsn: apply,
+            write_lag: lag(write),
+            flush_lag: lag(flush),
+            apply_lag: lag(apply),
+        }
+    }
+}
+
+/// A Postgres timeline, and where it begins.
+#[derive(Debug, Serialize)]
+struct PgTimeline {
+    timeline: PgTimelineId,
+    begin_lsn: Lsn,
+}
+
+impl From<&Branch> for PgTimeline {
+    fn from(branch: &Branch) -> Self {
+        Self { timeline: branch.timeline, begin_lsn: branch.begin }
+    }
 }
 
 #[derive(Debug, Serialize)]
@@ -188,6 +254,7 @@ impl TimelineStatus {
         let ttid = timeline.ttid();
         let progress = timeline.progress();
         let control = timeline.control_state();
+        let readers = timeline.readers().list();
         TimelineStatus {
             tenant_id: ttid.tenant_id,
             timeline_id: ttid.timeline_id,
@@ -206,9 +273,12 @@ impl TimelineStatus {
             peer_horizon_lsn: progress.peer_horizon_lsn,
             remote_consistent_lsn: progress.remote_consistent_lsn,
             peers: [],
-            walsenders: timeline.readers().list().into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
+            readers: readers.iter().map(|reader| ReaderReport::of(timeline, reader)).collect(),
+            pg_timelines: timeline.ancestry_below(progress.commit_lsn).branches().iter().map(Into::into).collect(),
+            walsenders: readers.into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
             walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
             health: (&*timeline.health()).into(),
+            retention: RetentionStatus::of(timeline),
             forks: timeline.forks().into_iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }

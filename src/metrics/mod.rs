@@ -11,6 +11,8 @@
 //! ([`Application`]).
 
 mod journal;
+mod readers;
+mod retention;
 mod safekeeper;
 mod timelines;
 pub mod walproposer;
@@ -24,12 +26,14 @@ use prometheus::{
 };
 
 pub use journal::JournalSample;
+pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
+pub use retention::{HoldSample, SlotSample, peer_exchange, segments_removed, slots_file_damaged};
 pub use safekeeper::{
     Application, IoCounters, Mendable, QueryKind, RunningQuery, StorageOperation, absurd_report, acceptor_message,
-    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, peer_exchange,
-    query, reader, receiver, slots_file_damaged, storage_operation, wal_flushed, wal_written,
+    control_file_persisted, damage_mended, disk_io_error, fork_set_aside, io, pageserver_feedback, query, reader,
+    receiver, storage_operation, wal_flushed, wal_written,
 };
-pub use timelines::{TimelineHealth, TimelineSample, TimelineSource};
+pub use timelines::{PageserverSample, TimelineHealth, TimelineSample, TimelineSource};
 
 /// Buckets of all time histograms, in seconds. Neon's, and finer ones below a millisecond, where a good disk is.
 const SECONDS: &[f64] =
@@ -53,6 +57,8 @@ impl Exposition {
     pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static) -> Self {
         let mut exposition = Self::process("safekeeper");
         safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        retention::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(Box::new(retention::HoldCollector::new(timelines.clone())));
         exposition.add(Box::new(journal::JournalCollector::new(timelines.clone())));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));
         exposition

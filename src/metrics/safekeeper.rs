@@ -32,8 +32,6 @@ struct Metrics {
     pg_io_bytes: IntCounterVec,
     wal_receivers: IntGauge,
     wal_readers: IntGaugeVec,
-    slots_files_damaged: IntCounter,
-    peer_exchanges: IntCounterVec,
 }
 
 /// Seldom and slow operations on the files of a timeline.
@@ -223,24 +221,14 @@ impl Metrics {
                 "Readers connected, one per START_REPLICATION, by what they call themselves.",
                 &["target"],
             ),
-            slots_files_damaged: counter(
-                "safekeeper_slots_files_damaged_total",
-                "Files of replication slots that were found damaged.",
-            ),
-            peer_exchanges: counter_vec(
-                "safekeeper_peer_exchanges_total",
-                "Exchanges with other safekeepers that this one began, by how they ended.",
-                &["outcome"],
-            ),
         }
     }
 }
 
-pub(super) fn collectors() -> [Box<dyn Collector>; 19] {
+pub(super) fn collectors() -> [Box<dyn Collector>; 17] {
     // A series that exists from the start makes rate() right for its first event.
     for outcome in ["success", "error"] {
         METRICS.proposer_acceptor_messages.with_label_values(&[outcome]);
-        METRICS.peer_exchanges.with_label_values(&[outcome]);
     }
     for what in [Mendable::ControlCopy, Mendable::LedgerHeader, Mendable::LedgerEntries] {
         METRICS.damage_mended.with_label_values(&[what.label()]);
@@ -263,8 +251,6 @@ pub(super) fn collectors() -> [Box<dyn Collector>; 19] {
         Box::new(METRICS.pg_io_bytes.clone()),
         Box::new(METRICS.wal_receivers.clone()),
         Box::new(METRICS.wal_readers.clone()),
-        Box::new(METRICS.slots_files_damaged.clone()),
-        Box::new(METRICS.peer_exchanges.clone()),
     ]
 }
 
@@ -316,16 +302,6 @@ pub fn fork_set_aside(bytes: u64) {
 pub fn acceptor_message(ok: bool) {
     let label = if ok { "success" } else { "error" };
     METRICS.proposer_acceptor_messages.with_label_values(&[label]).inc();
-}
-
-/// A file of replication slots was found damaged.
-pub fn slots_file_damaged() {
-    METRICS.slots_files_damaged.inc();
-}
-
-/// An exchange with another safekeeper ended.
-pub fn peer_exchange(ok: bool) {
-    METRICS.peer_exchanges.with_label_values(&[if ok { "success" } else { "error" }]).inc();
 }
 
 /// A page server sent feedback.

@@ -3,9 +3,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::{Lsn, PgTimelineId, TenantId, TenantTimelineId, Term, TimelineId};
 
 use super::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
+use super::walreceiver::{ReceiverSample, ReceiverSource};
 use super::*;
 
 #[derive(Clone)]
@@ -22,6 +23,15 @@ impl TimelineSource for Fixed {
 
     fn journal(&self) -> JournalSample {
         JournalSample { batches: 7, entries: 9, limit_bytes: 1 << 28, ..JournalSample::default() }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        let slot = SlotSample { name: "s".to_owned(), wal_status: "reserved", held_bytes: 30 };
+        let held_bytes = BTreeMap::from([("slot", 30), ("peers", 40)]);
+        self.0
+            .iter()
+            .map(|t| HoldSample { ttid: t.ttid, slots: vec![slot.clone()], held_bytes: held_bytes.clone() })
+            .collect()
     }
 }
 
@@ -48,7 +58,23 @@ fn sample(number: usize, active: bool) -> TimelineSample {
         remote_consistent_lsn: Lsn(0),
         receivers: 1,
         written_wal_bytes: 77,
+        readers: Vec::new(),
+        pageserver: None,
     }
+}
+
+/// A standby that is behind in replaying only.
+fn standby() -> ReaderSample {
+    let lag = |position, bytes, seconds| ReaderLag { position, bytes, time: Duration::from_secs(seconds) };
+    ReaderSample {
+        conn_id: 7,
+        application: Application::classify("walreceiver"),
+        lags: vec![lag(ReaderPosition::Write, 0, 0), lag(ReaderPosition::Apply, 30, 2)],
+    }
+}
+
+fn pageserver() -> PageserverSample {
+    PageserverSample { last_received_lsn: Lsn(90), unix_time: 1_700_000_000, reports: 5, corruption_detected: true }
 }
 
 /// A safekeeper after one of everything has happened.
@@ -85,6 +111,42 @@ fn busy_walproposer() -> Exposition {
     }))
 }
 
+struct FixedReceiver(ReceiverSample);
+
+impl ReceiverSource for FixedReceiver {
+    fn sample(&self) -> ReceiverSample {
+        self.0.clone()
+    }
+}
+
+fn busy_walreceiver() -> Exposition {
+    walreceiver::switched("no_wal_timeout");
+    walreceiver::connection_ended(walreceiver::Outcome::Lost);
+    walreceiver::received(10);
+    Exposition::walreceiver(FixedReceiver(ReceiverSample {
+        streaming: true,
+        pg_timeline: Some(PgTimelineId(2)),
+        received_lsn: Lsn(12),
+        last_record_lsn: Lsn(10),
+        durable_lsn: Lsn(9),
+        commit_lsn: Lsn(20),
+        lag_bytes: Some(8),
+    }))
+}
+
+#[test]
+fn a_receivers_reasons_are_those_of_the_choice_and_there_from_the_start() {
+    let text = busy_walreceiver().render().unwrap();
+    for reason in crate::receive::candidates::Reason::ALL {
+        let series = format!("walreceiver_switches_total{{reason=\"{}\"}}", reason.name());
+        assert!(text.contains(&series), "{series} is missing in:\n{text}");
+    }
+    assert_eq!(text.matches("\nwalreceiver_switches_total{").count(), walreceiver::SWITCH_REASONS.len());
+    for line in ["walreceiver_lag_bytes 8", "walreceiver_pg_timeline 2", "walreceiver_streaming 1"] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
+}
+
 #[test]
 fn timelines_are_read_at_scrape_time() {
     let text = busy_safekeeper(vec![sample(1, true)]).render().unwrap();
@@ -101,6 +163,25 @@ fn timelines_are_read_at_scrape_time() {
         assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
     }
     assert!(!text.contains("safekeeper_remote_consistent_lsn"), "an unknown position is not exported");
+}
+
+#[test]
+fn readers_are_shown_with_their_lag() {
+    let sample = TimelineSample { readers: vec![standby()], pageserver: Some(pageserver()), ..sample(1, true) };
+    let text = busy_safekeeper(vec![sample]).render().unwrap();
+    let timeline = "tenant_id=\"00000000000000000000000000000001\",timeline_id=\"02020202020202020202020202020202\"";
+    let reader = |position| format!("{{conn_id=\"7\",position=\"{position}\",target=\"walreceiver\",{timeline}}}");
+    for line in [
+        format!("safekeeper_reader_lag_bytes{} 0", reader("write")),
+        format!("safekeeper_reader_lag_bytes{} 30", reader("apply")),
+        format!("safekeeper_reader_lag_seconds{} 2", reader("apply")),
+        format!("safekeeper_ps_last_received_lsn{{{timeline}}} 90"),
+        format!("safekeeper_ps_feedback_count_total{{{timeline}}} 5"),
+        format!("safekeeper_ps_corruption_detected{{{timeline}}} 1"),
+    ] {
+        assert!(text.lines().any(|have| have == line), "{line} is missing in:\n{text}");
+    }
+    assert!(!text.contains("position=\"flush\""), "what was not reported is not exported");
 }
 
 #[test]
@@ -189,14 +270,18 @@ fn documented() -> BTreeMap<String, String> {
 fn the_document_tells_of_every_metric_and_of_no_other() {
     let mut sample = sample(1, true);
     sample.remote_consistent_lsn = Lsn(1);
+    sample.readers = vec![standby()];
+    sample.pageserver = Some(pageserver());
     let mut exported = families(&busy_safekeeper(vec![sample]).render().unwrap());
     exported.extend(families(&busy_walproposer().render().unwrap()));
+    exported.extend(families(&busy_walreceiver().render().unwrap()));
     assert_eq!(exported, documented());
 }
 
 #[test]
 fn names_follow_the_rules_promtool_checks() {
-    let texts = [busy_safekeeper(vec![sample(1, true)]), busy_walproposer()].map(|e| e.render().unwrap());
+    let texts =
+        [busy_safekeeper(vec![sample(1, true)]), busy_walproposer(), busy_walreceiver()].map(|e| e.render().unwrap());
     for text in texts {
         let helped: BTreeSet<&str> =
             text.lines().filter_map(|l| l.strip_prefix("# HELP ")?.split(' ').next()).collect();

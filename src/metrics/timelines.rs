@@ -9,6 +9,8 @@ use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts};
 
 use super::journal::JournalSample;
+use super::readers::{self, ReaderSample};
+use super::retention::HoldSample;
 use super::{Reading, flag, known_lsn, must, number_value};
 
 /// Whoever knows the timelines of this node.
@@ -21,6 +23,11 @@ pub trait TimelineSource: Send + Sync {
 
     /// The journal they share, as it is now.
     fn journal(&self) -> JournalSample;
+
+    /// Who holds WAL of the timelines that are in use or have slots.
+    fn holds(&self) -> Vec<HoldSample> {
+        Vec::new()
+    }
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
@@ -34,6 +41,10 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 
     fn journal(&self) -> JournalSample {
         (**self).journal()
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        (**self).holds()
     }
 }
 
@@ -80,6 +91,23 @@ pub struct TimelineSample {
     pub receivers: u64,
     /// WAL bytes written since the process started.
     pub written_wal_bytes: u64,
+    /// Readers connected.
+    pub readers: Vec<ReaderSample>,
+    /// What page servers said, if any did since the process started.
+    pub pageserver: Option<PageserverSample>,
+}
+
+/// What page servers reported about a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageserverSample {
+    /// Last received, by the newest report.
+    pub last_received_lsn: Lsn,
+    /// When that came, in seconds since 1970.
+    pub unix_time: u64,
+    /// How many there were.
+    pub reports: u64,
+    /// One of them found corruption.
+    pub corruption_detected: bool,
 }
 
 /// Above this many timelines only the active and the unhealthy ones have series of their own; Prometheus pays for every series.
@@ -87,7 +115,7 @@ const MAX_INACTIVE: usize = 1000;
 
 const LABELS: [&str; 2] = ["tenant_id", "timeline_id"];
 
-const READINGS: [Reading<TimelineSample>; 10] = [
+const READINGS: [Reading<TimelineSample>; 14] = [
     Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known_lsn(t.flush_lsn)),
     Reading::gauge("safekeeper_commit_lsn", "End of the WAL that is known committed by the quorum.", |t| {
         known_lsn(t.commit_lsn)
@@ -113,6 +141,18 @@ const READINGS: [Reading<TimelineSample>; 10] = [
         Some(flag(t.active))
     }),
     Reading::gauge("safekeeper_connected_computes", "Proposers connected.", |t| Some(number_value(t.receivers))),
+    Reading::gauge("safekeeper_ps_last_received_lsn", "End of the WAL a page server has received.", |t| {
+        t.pageserver.and_then(|p| known_lsn(p.last_received_lsn))
+    }),
+    Reading::gauge("safekeeper_feedback_last_time_seconds", "When a page server last reported, since 1970.", |t| {
+        t.pageserver.map(|p| number_value(p.unix_time))
+    }),
+    Reading::counter("safekeeper_ps_feedback_count_total", "Reports of page servers about the timeline.", |t| {
+        t.pageserver.map(|p| number_value(p.reports))
+    }),
+    Reading::gauge("safekeeper_ps_corruption_detected", "Whether a page server found corruption: 1 or 0.", |t| {
+        t.pageserver.map(|p| flag(p.corruption_detected))
+    }),
     Reading::counter("safekeeper_written_wal_bytes_total", "WAL written since the process started.", |t| {
         Some(number_value(t.written_wal_bytes))
     }),
@@ -142,6 +182,7 @@ impl<S: TimelineSource> TimelineCollector<S> {
             descs.extend(gauge.desc().into_iter().cloned());
         }
         descs.extend(unhealthy_timelines.desc().into_iter().cloned());
+        descs.extend(readers::descs());
         TimelineCollector { source, descs, timelines, active_timelines, unhealthy_timelines, collect_seconds }
     }
 
@@ -177,6 +218,7 @@ impl<S: TimelineSource> Collector for TimelineCollector<S> {
             labels.zip(&samples)
         };
         let mut families: Vec<_> = READINGS.iter().flat_map(|reading| reading.collect(&LABELS, labelled())).collect();
+        families.extend(readers::collect(samples.iter().map(|t| (t.ttid, t.readers.as_slice()))));
         self.collect_seconds.set(started.elapsed().as_secs_f64());
         for gauge in [&self.timelines, &self.active_timelines, &self.collect_seconds] {
             families.extend(gauge.collect());

@@ -35,8 +35,6 @@
 pub mod exchange;
 mod link;
 mod report;
-#[cfg(test)]
-mod tests;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -1,12 +1,13 @@
 //! What is told of a timeline, and what is made of that.
 
+use pgproto::replication::check_slot_name;
 use pgproto::{Lsn, NodeId, Term};
 use tokio::time::Instant;
 
 use super::exchange::TimelineReport;
 use crate::timeline::Timeline;
 use crate::timeline::members::{MemberReport, RemoteTemporary};
-use crate::timeline::slots::{Slot, check_name};
+use crate::timeline::slots::Slot;
 
 /// Temporary slots and uses of slots that are taken from one node: a little more than it may have.
 const MAX_ENTRIES: usize = 256;
@@ -56,9 +57,9 @@ pub(super) fn take_in(timeline: &Timeline, node: NodeId, report: TimelineReport)
         tracing::warn!(ttid = %timeline.ttid(), %node, %error, "slots of another safekeeper not taken in");
     }
     let (mut temporary, mut in_use) = (report.temporary, report.in_use);
-    temporary.retain(|slot| check_name(&slot.name).is_ok());
+    temporary.retain(|slot| check_slot_name(&slot.name).is_ok());
     temporary.truncate(MAX_ENTRIES);
-    in_use.retain(|user| check_name(&user.name).is_ok());
+    in_use.retain(|user| check_slot_name(&user.name).is_ok());
     in_use.truncate(MAX_ENTRIES);
     let report = MemberReport {
         flush_lsn: report.flush_lsn,

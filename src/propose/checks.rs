@@ -6,9 +6,8 @@
 use std::time::Duration;
 
 use pgproto::Lsn;
-use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
-use super::Settings;
 use super::standby_names::SyncStandbys;
 
 /// All of one look must end within this time; it must not delay the stream for long.
@@ -96,14 +95,14 @@ fn quoted_name(name: &str) -> String {
 }
 
 /// Asks the primary and judges its answer.
-pub async fn look(settings: &Settings) -> Result<Vec<Finding>, AskError> {
-    let primary = ask(settings, primary_settings).await?;
-    Ok(findings(&primary, &settings.application_name))
+pub async fn look(primary: &Config, application_name: &str) -> Result<Vec<Finding>, AskError> {
+    let settings = ask(primary, primary_settings).await?;
+    Ok(findings(&settings, application_name))
 }
 
 /// Looks, and logs a warning for each finding.
-pub async fn warn_about(settings: &Settings) {
-    match look(settings).await {
+pub async fn warn_about(primary: &Config, application_name: &str) {
+    match look(primary, application_name).await {
         Ok(findings) => {
             for Finding { problem, remedy } in findings {
                 tracing::warn!(set = remedy, "{problem}");
@@ -114,14 +113,13 @@ pub async fn warn_about(settings: &Settings) {
 }
 
 /// The first LSN that our slot keeps, for servers without READ_REPLICATION_SLOT. `None` when it can't be told.
-pub async fn slot_start(settings: &Settings) -> Option<Lsn> {
-    let slot = &settings.slot;
+pub async fn slot_start(primary: &Config, slot: &str) -> Option<Lsn> {
     let lookup = async |client: &Client| {
         let text = "SELECT restart_lsn::text FROM pg_replication_slots WHERE slot_name::text = $1";
-        let row = client.query_opt(text, &[slot]).await?;
+        let row = client.query_opt(text, &[&slot]).await?;
         row.map_or(Ok(None), |row| row.try_get::<_, Option<String>>(0))
     };
-    match ask(settings, lookup).await {
+    match ask(primary, lookup).await {
         Ok(lsn) => lsn.and_then(|text| text.parse().ok()),
         Err(error) => {
             tracing::warn!(%error, slot, "could not look up the replication slot over SQL");
@@ -152,16 +150,13 @@ fn sql_error(error: &tokio_postgres::Error) -> String {
 
 /// Connects, lets `question` do its work, disconnects.
 async fn ask<T, E: Into<AskError>>(
-    settings: &Settings,
+    primary: &Config,
     question: impl AsyncFnOnce(&Client) -> Result<T, E>,
 ) -> Result<T, AskError> {
-    let mut config = settings.primary.clone();
+    let mut config = primary.clone();
     config.application_name(APPLICATION_NAME);
     if config.get_dbname().is_none() {
         config.dbname(DATABASE);
-    }
-    if config.get_user().is_none() {
-        config.user(super::upstream::DEFAULT_USER);
     }
     let work = async {
         let (client, connection) = config.connect(NoTls).await?;

@@ -13,18 +13,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pgproto::Lsn;
-use pgproto::walproposer::MAX_SEND_SIZE;
+use pgproto::walproposer::{AcceptorMessage, MAX_SEND_SIZE};
+use pgproto::{Lsn, PgTimelineId};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
+use super::Settings;
 use super::buffer::WalBuffer;
 use super::donor::{Donor, DonorEvent};
 use super::peer::{self, Event, Link, PeerDown};
+use super::primary::{self, PrimaryFacts};
+use super::standby_feedback::StandbyFeedback;
 use super::status::{PeerReport, Status};
 use super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
-use super::{PrimaryFacts, Settings};
 use crate::consensus::membership::majority;
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
 use crate::metrics::walproposer as metrics;
@@ -52,6 +54,10 @@ const EVENT_BATCH: usize = 64;
 pub(super) enum Ended {
     /// Another proposer, or the campaign was lost. A new campaign may follow.
     SteppedDown(StepDown),
+    /// The primary has moved on to another Postgres timeline or version: a term of its own begins there.
+    NewTimeline,
+    /// A majority of the safekeepers has WAL of a newer Postgres timeline than the primary is on.
+    Outdated,
     /// No majority reached the term start in time.
     Stalled,
     /// The safekeepers have no log, and none is to be begun.
@@ -87,10 +93,12 @@ pub(super) struct Driver {
     /// `None`: there is no primary, the safekeepers are only to be synced.
     primary: Option<Arc<Settings>>,
     buffer_size: u64,
-    facts: PrimaryFacts,
+    facts: Arc<PrimaryFacts>,
     proposer: Proposer,
     peers: Vec<PeerSlot>,
     buffer: WalBuffer,
+    /// Where the Postgres timeline of this term ends, once that is known. The term ends when all of it is committed.
+    timeline_end: Option<Lsn>,
     elected_at: Option<Instant>,
     /// Whether safekeepers that lack the timeline shall create it.
     may_create: Arc<AtomicBool>,
@@ -105,6 +113,7 @@ pub(super) struct Driver {
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
     connecting: bool,
+    standbys: StandbyFeedback,
     status: Arc<Status>,
     donor_events: mpsc::Sender<DonorEvent>,
     upstream_events: mpsc::Sender<Result<Upstream, UpstreamError>>,
@@ -121,13 +130,13 @@ pub(super) struct Inbox {
 impl Driver {
     /// Starts connecting to the safekeepers that `status` lists, to propose the primary's WAL to them, or to sync them
     /// if there is none.
-    pub(super) fn new(primary: Option<Arc<Settings>>, facts: PrimaryFacts, status: Arc<Status>) -> (Self, Inbox) {
+    pub(super) fn new(primary: Option<Arc<Settings>>, facts: Arc<PrimaryFacts>, status: Arc<Status>) -> (Self, Inbox) {
         let config = ProposerConfig {
             ttid: facts.ttid,
             server: facts.server,
             configuration: Default::default(),
             initial_start: facts.initial_start,
-            stock: None,
+            stock: Some(facts.stock.clone()),
         };
         let (peer_events, peers_inbox) = mpsc::channel(256);
         let (donor_events, donors_inbox) = mpsc::channel(64);
@@ -138,7 +147,7 @@ impl Driver {
             tasks.spawn(peer::run(
                 PeerIndex(index),
                 address.clone(),
-                facts,
+                Arc::clone(&facts),
                 Arc::clone(&may_create),
                 peer_events.clone(),
             ));
@@ -150,6 +159,7 @@ impl Driver {
             proposer: Proposer::new(config, status.safekeepers().len()),
             peers: status.safekeepers().iter().map(slot).collect(),
             buffer: WalBuffer::new(Lsn::INVALID, buffer_size),
+            timeline_end: None,
             elected_at: None,
             may_create,
             got_on: (now, 0),
@@ -159,6 +169,7 @@ impl Driver {
             upstream: None,
             upstream_retry: Backoff::for_peers(),
             connecting: false,
+            standbys: StandbyFeedback::new(status.safekeepers().len(), now),
             primary,
             buffer_size,
             facts,
@@ -177,8 +188,7 @@ impl Driver {
         let mut events = Vec::with_capacity(EVENT_BATCH);
         loop {
             let read_primary = self.reads_on();
-            let lacks_primary =
-                self.primary.is_some() && self.elected_at.is_some() && self.upstream.is_none() && !self.connecting;
+            let lacks_primary = self.lacks_primary();
             let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
                 () = shutdown.cancelled() => Err(Ended::Shutdown),
@@ -197,12 +207,22 @@ impl Driver {
                 self.lost_upstream(&error);
             }
             self.publish();
+            if self.timeline_end.is_some_and(|end| self.proposer.commit_lsn() >= end) {
+                return Ended::NewTimeline;
+            }
             if self.primary.is_none()
                 && let Some(lsn) = self.synced()
             {
                 return Ended::Synced(lsn);
             }
         }
+    }
+
+    /// Whether a connection to the primary is wanted and not under way. Of a timeline that has ended there is nothing more
+    /// to come.
+    fn lacks_primary(&self) -> bool {
+        let wanted = self.primary.is_some() && self.elected_at.is_some() && self.timeline_end.is_none();
+        wanted && self.upstream.is_none() && !self.connecting
     }
 
     /// The LSN to which the safekeepers were brought, once everybody who isn't offline is there and heard the last news.
@@ -247,13 +267,16 @@ impl Driver {
                 if let Some(slot) = self.peers.get_mut(index.0) {
                     slot.heard = now;
                 }
+                if let AcceptorMessage::AppendResponse(response) = &message {
+                    self.standbys.heard(index.0, response.hs_feedback);
+                }
                 let effects = self.proposer.handle(index, message);
                 self.apply(effects)
             }
             Event::Disconnected(index, down) => {
                 self.disconnected(index, Some(down));
                 self.review_creation();
-                Ok(())
+                if self.is_outdated() { Err(Ended::Outdated) } else { Ok(()) }
             }
         }
     }
@@ -269,7 +292,8 @@ impl Driver {
                     }
                 }
                 Effect::Elected { term, start } => {
-                    tracing::info!(%term, %start, "elected: this proposer leads");
+                    let pg_timeline = self.proposer.timeline().unwrap_or(PgTimelineId::FIRST);
+                    tracing::info!(%term, %start, %pg_timeline, "elected: this proposer leads");
                     metrics::elected();
                     self.elected_at = Some(Instant::now());
                     self.got_on = (Instant::now(), 0);
@@ -290,6 +314,7 @@ impl Driver {
                     tracing::warn!(safekeeper = %self.address(index), %error, "disconnecting");
                     self.disconnected(index, None);
                 }
+                Effect::StepDown(StepDown::Diverged(divergence)) => return Err(Ended::Fatal(divergence.into())),
                 Effect::StepDown(reason) => return Err(Ended::SteppedDown(reason)),
             }
         }
@@ -298,6 +323,7 @@ impl Driver {
 
     fn disconnected(&mut self, index: PeerIndex, down: Option<PeerDown>) {
         metrics::disconnected(&self.address(index));
+        self.standbys.lost(index.0, Instant::now());
         if let Some(down) = &down {
             self.log_down(index, down);
         }
@@ -324,6 +350,14 @@ impl Driver {
         let begins = self.peers.iter().filter(lacks).count() >= majority(self.peers.len());
         let led = self.proposer.term_start().is_some();
         self.may_create.store((begins || led) && !self.proposer.has_configuration(), Ordering::Release);
+    }
+
+    /// A majority doesn't let us in because its WAL is of a newer Postgres timeline: there is another primary. One of them
+    /// may have been told by a proposer that then failed.
+    fn is_outdated(&self) -> bool {
+        let knows_newer =
+            |slot: &&PeerSlot| slot.link.is_none() && slot.down.as_ref().is_some_and(|down| down.newer_timeline);
+        self.peers.iter().filter(knows_newer).count() >= majority(self.peers.len())
     }
 
     /// A lost connection and each new reason for not getting one are worth a warning, the same reason again is not.
@@ -450,12 +484,20 @@ impl Driver {
             }
         }
         self.pump_all();
-        if let Some(upstream) = &mut self.upstream
-            && let Err(error) = upstream.send_status().await
-        {
+        if let Err(error) = self.report(now).await {
             self.lost_upstream(&error);
         }
         if self.stalled(now) { Err(Ended::Stalled) } else { Ok(()) }
+    }
+
+    /// Tells the primary that we are there, and what hot standbys need.
+    async fn report(&mut self, now: Instant) -> Result<(), UpstreamError> {
+        let Some(upstream) = &mut self.upstream else { return Ok(()) };
+        upstream.send_status().await?;
+        match self.standbys.due(now) {
+            Some(feedback) => upstream.send_feedback(feedback).await,
+            None => Ok(()),
+        }
     }
 
     /// A majority follows, and for a while none of them has come nearer to the start of the term.
@@ -475,17 +517,20 @@ impl Driver {
     fn connect_upstream(&mut self) {
         let now = Instant::now();
         self.upstream = None;
+        if !self.lacks_primary() {
+            return;
+        }
         let Some(settings) = self.primary.clone() else { return };
-        if self.connecting || !self.upstream_retry.wait(now).is_zero() {
+        if !self.upstream_retry.wait(now).is_zero() {
             return;
         }
         self.connecting = true;
         // Those of earlier attempts, which have ended; they would pile up.
         while self.tasks.try_join_next().is_some() {}
-        let (facts, events) = (self.facts, self.upstream_events.clone());
-        let start = self.buffer.end();
+        let (facts, events) = (Arc::clone(&self.facts), self.upstream_events.clone());
+        let (start, timeline) = (self.buffer.end(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings, &facts, start).await;
+            let result = upstream::follow(&settings, &facts, timeline, start).await;
             let _ = events.send(result).await;
         });
     }
@@ -496,23 +541,28 @@ impl Driver {
             Ok(upstream) if upstream.position() == self.buffer.end() => {
                 tracing::info!(from = %upstream.position(), "streaming from the primary");
                 self.upstream = Some(upstream);
+                self.standbys.begin();
                 self.status.update(|status| (status.primary_error, status.primary_retry_at) = (None, None));
                 Ok(())
             }
             Ok(_) => Ok(()),
-            Err(error) if error.is_fatal() => Err(Ended::Fatal(error)),
-            Err(error) => {
-                self.lost_upstream(&error);
-                Ok(())
-            }
+            Err(error) => self.upstream_failed(error),
         }
+    }
+
+    fn upstream_failed(&mut self, error: UpstreamError) -> Result<(), Ended> {
+        if error.is_fatal() {
+            return Err(Ended::Fatal(error));
+        }
+        self.lost_upstream(&error);
+        if error.needs_new_term() { Err(Ended::NewTimeline) } else { Ok(()) }
     }
 
     fn lost_upstream(&mut self, error: &UpstreamError) {
         self.upstream = None;
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
-        let primary = self.primary.as_ref().map(|settings| upstream::describe(&settings.primary)).unwrap_or_default();
+        let primary = self.primary.as_ref().map(|settings| primary::describe(&settings.primary)).unwrap_or_default();
         tracing::warn!(primary, %error, ?retry_in, "primary not available");
         metrics::disconnected("primary");
         self.status.update(|status| {
@@ -544,11 +594,17 @@ impl Driver {
                 Ok(())
             }
             Ok(UpstreamEvent::Idle) => Ok(()),
-            Err(error) if error.is_fatal() => Err(Ended::Fatal(error)),
-            Err(error) => {
-                self.lost_upstream(&error);
+            Ok(UpstreamEvent::End(next)) if next.begin > self.buffer.end() => {
+                let (expected, got) = (self.buffer.end(), next.begin);
+                self.upstream_failed(UpstreamError::Gap { expected, got })
+            }
+            Ok(UpstreamEvent::End(next)) => {
+                tracing::info!(timeline = %next.timeline, begins_at = %next.begin, "the Postgres timeline of this term has ended");
+                self.timeline_end = Some(next.begin);
+                self.upstream = None;
                 Ok(())
             }
+            Err(error) => self.upstream_failed(error),
         }
     }
 
@@ -559,6 +615,7 @@ impl Driver {
     }
 
     fn publish(&self) {
+        let now = Instant::now();
         let report = |(i, slot): (usize, &PeerSlot)| {
             let index = PeerIndex(i);
             let down = slot.down.as_ref().filter(|_| slot.link.is_none());
@@ -576,6 +633,8 @@ impl Driver {
             status.leading = self.proposer.term_start().is_some();
             status.commit_lsn = self.proposer.commit_lsn();
             status.received_lsn = self.buffer.end();
+            status.pg_timeline = self.proposer.timeline();
+            status.standbys = self.standbys.needed(now);
             status.buffered_bytes = self.buffer.len();
             status.buffer_limit_bytes = self.buffer_size;
             status.streaming = self.upstream.is_some();
@@ -613,11 +672,10 @@ async fn next_upstream(upstream: &mut Option<Upstream>, read: bool) -> Result<Up
 #[cfg(test)]
 mod tests {
     use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
-    use pgproto::{Generation, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+    use pgproto::{Generation, NodeId, Term};
 
     use super::*;
     use crate::config::HostPort;
-    use crate::consensus::state::ServerInfo;
 
     const START: Lsn = Lsn(0x100_0000);
     const CAPACITY: u64 = 1 << 20;
@@ -633,12 +691,8 @@ mod tests {
             ttid: None,
             buffer_size: CAPACITY,
         };
-        let facts = PrimaryFacts {
-            ttid: TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16])),
-            server: ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: SegmentSize::DEFAULT },
-            initial_start: START,
-        };
-        Driver::new(Some(Arc::new(settings)), facts, Arc::new(Status::new(safekeepers))).0
+        Driver::new(Some(Arc::new(settings)), PrimaryFacts::of_a_new_server(START), Arc::new(Status::new(safekeepers)))
+            .0
     }
 
     /// Lets safekeeper `index` connect and greet; the result is what it is sent.
@@ -678,7 +732,12 @@ mod tests {
     async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
         let mut driver = driver();
         let lacks = |driver: &mut Driver, index| {
-            let down = PeerDown { reason: "no timeline".to_owned(), lacks_timeline: true, next_retry_at: None };
+            let down = PeerDown {
+                reason: "no timeline".to_owned(),
+                lacks_timeline: true,
+                newer_timeline: false,
+                next_retry_at: None,
+            };
             driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
             driver.may_create.load(Ordering::Acquire)
         };
@@ -694,7 +753,12 @@ mod tests {
     async fn a_timeline_begins_where_a_majority_has_none() {
         let mut driver = driver();
         for (index, may_create) in [(0, false), (2, true)] {
-            let down = PeerDown { reason: "no timeline".to_owned(), lacks_timeline: true, next_retry_at: None };
+            let down = PeerDown {
+                reason: "no timeline".to_owned(),
+                lacks_timeline: true,
+                newer_timeline: false,
+                next_retry_at: None,
+            };
             driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
             assert_eq!(driver.may_create.load(Ordering::Acquire), may_create);
         }

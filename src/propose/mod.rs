@@ -14,11 +14,13 @@
 //! | File | What is in it |
 //! |---|---|
 //! | `driver` | one term of office, from campaign to step-down |
+//! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
+//! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
 
@@ -27,6 +29,8 @@ pub mod checks;
 mod donor;
 mod driver;
 mod peer;
+pub mod primary;
+mod standby_feedback;
 mod standby_names;
 pub mod status;
 pub mod sync;
@@ -36,13 +40,13 @@ pub mod upstream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgproto::{Lsn, SystemId, TenantId, TenantTimelineId, TimelineId};
+use pgproto::{SystemId, TenantId, TenantTimelineId, TimelineId};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::HostPort;
-use crate::consensus::state::ServerInfo;
 use crate::retry::Backoff;
 use driver::{Driver, Ended};
+use primary::PrimaryFacts;
 use status::Status;
 use upstream::UpstreamError;
 
@@ -77,33 +81,23 @@ fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
     TenantTimelineId::new(TenantId(id), TimelineId(id))
 }
 
-/// What is known of the primary before anything is proposed.
-#[derive(Clone, Copy, Debug)]
-pub struct PrimaryFacts {
-    /// The log on the safekeepers.
-    pub ttid: TenantTimelineId,
-    /// Version, system identifier, segment size.
-    pub server: ServerInfo,
-    /// Where the log begins if the safekeepers have none yet: a segment start.
-    pub initial_start: Lsn,
-}
-
 /// Pause after a lost election: longer each time, so that two proposers don't keep deposing each other.
 const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
 /// Follows the primary and proposes its WAL until `shutdown`. An error means that only an operator can help.
 pub async fn run(settings: Settings, status: Arc<Status>, shutdown: CancellationToken) -> Result<(), UpstreamError> {
     let settings = Arc::new(settings);
-    let Some(facts) = primary_facts(&settings, &status, &shutdown).await? else { return Ok(()) };
-    tracing::info!(
-        timeline = %facts.ttid, system_id = %facts.server.system_id, pg_version = facts.server.pg_version,
-        "following the primary"
-    );
-    checks::warn_about(&settings).await;
-    status.update(|report| report.ttid = Some(facts.ttid));
     let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
+    let mut known = None;
     loop {
-        let (driver, inbox) = Driver::new(Some(Arc::clone(&settings)), facts, Arc::clone(&status));
+        let facts = match known.take() {
+            Some(facts) => facts,
+            None => match primary_facts(&settings, &status, &shutdown).await? {
+                Some(facts) => Arc::new(facts),
+                None => return Ok(()),
+            },
+        };
+        let (driver, inbox) = Driver::new(Some(Arc::clone(&settings)), Arc::clone(&facts), Arc::clone(&status));
         let began = Instant::now();
         let ended = driver.run(inbox, &shutdown).await;
         // Until the next driver reports: whoever looks in the pause must not see a leader.
@@ -111,11 +105,21 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         match ended {
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
-            Ended::SteppedDown(reason) => tracing::warn!(%reason, "stepping down"),
-            Ended::Synced(_) | Ended::NoLog => {
-                tracing::warn!("the safekeepers have no log, and it isn't known where to begin one")
+            // Everything is ready for the next term, and commits wait for it.
+            Ended::NewTimeline => continue,
+            Ended::Outdated => tracing::warn!("a majority of the safekeepers knows of a newer primary: looking for it"),
+            Ended::SteppedDown(reason) => {
+                tracing::warn!(%reason, "stepping down");
+                known = Some(facts);
             }
-            Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
+            Ended::Synced(_) | Ended::NoLog => {
+                tracing::warn!("the safekeepers have no log, and it isn't known where to begin one");
+                known = Some(facts);
+            }
+            Ended::Stalled => {
+                tracing::warn!("no majority could be brought to the start of this term: electing anew");
+                known = Some(facts);
+            }
         }
         if began.elapsed() > STEP_DOWN_PAUSE.1 {
             pause.progress();
@@ -128,7 +132,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
     }
 }
 
-/// Asks the primary until it answers; `None` on shutdown.
+/// Asks for the primary until it answers; `None` on shutdown.
 async fn primary_facts(
     settings: &Settings,
     status: &Status,
@@ -136,12 +140,21 @@ async fn primary_facts(
 ) -> Result<Option<PrimaryFacts>, UpstreamError> {
     let mut retry = Backoff::for_peers();
     loop {
-        match upstream::facts(settings).await {
-            Ok(facts) => return Ok(Some(facts)),
+        match primary::facts(settings).await {
+            Ok((facts, primary)) => {
+                tracing::info!(
+                    primary = primary::describe(&primary), timeline = %facts.ttid, system_id = %facts.server.system_id,
+                    pg_version = facts.server.pg_version, pg_timeline = %facts.stock.ancestry.current(),
+                    "following the primary"
+                );
+                checks::warn_about(&primary, &settings.application_name).await;
+                status.update(|report| report.ttid = Some(facts.ttid));
+                return Ok(Some(facts));
+            }
             Err(error) if error.is_fatal() => return Err(error),
             Err(error) => {
                 retry.failed(Instant::now());
-                let (primary, retry_in) = (upstream::describe(&settings.primary), retry.wait(Instant::now()));
+                let (primary, retry_in) = (primary::describe(&settings.primary), retry.wait(Instant::now()));
                 tracing::warn!(primary, %error, ?retry_in, "primary not available");
                 status.update(|report| {
                     report.primary_error = Some(error.to_string());

@@ -10,13 +10,13 @@ use std::time::Instant;
 
 use bytes::{BufMut, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion};
+use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION};
 use pgproto::{SystemId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::PrimaryFacts;
+use super::primary::{PrimaryFacts, text};
 use crate::client::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
 use crate::client::safekeeper;
 use crate::config::HostPort;
@@ -54,6 +54,8 @@ pub(super) struct PeerDown {
     pub(super) reason: String,
     /// It answers, and has no such timeline.
     pub(super) lacks_timeline: bool,
+    /// It answers, and its WAL is of a newer Postgres timeline than the primary's.
+    pub(super) newer_timeline: bool,
     pub(super) next_retry_at: Option<Instant>,
 }
 
@@ -94,17 +96,18 @@ impl Link {
 pub(super) async fn run(
     index: PeerIndex,
     address: HostPort,
-    facts: PrimaryFacts,
+    facts: Arc<PrimaryFacts>,
     may_create: Arc<AtomicBool>,
     events: mpsc::Sender<Event>,
 ) {
     let mut backoff = Backoff::for_peers();
     loop {
         tokio::time::sleep(backoff.wait(Instant::now())).await;
-        let mut lacks_timeline = false;
+        let (mut lacks_timeline, mut newer_timeline) = (false, false);
         let reason = match connect(&address, &facts, may_create.load(Ordering::Acquire)).await {
             Err(error) => {
                 lacks_timeline = matches!(error, ConnectError::NoTimeline);
+                newer_timeline = matches!(error, ConnectError::NewerTimeline { .. });
                 error.to_string()
             }
             Ok(connection) => {
@@ -127,7 +130,7 @@ pub(super) async fn run(
             }
         };
         backoff.failed(Instant::now());
-        let down = PeerDown { reason, lacks_timeline, next_retry_at: backoff.next_retry_at() };
+        let down = PeerDown { reason, lacks_timeline, newer_timeline, next_retry_at: backoff.next_retry_at() };
         if events.send(Event::Disconnected(index, down)).await.is_err() {
             return;
         }
@@ -136,15 +139,24 @@ pub(super) async fn run(
 
 async fn connect(address: &HostPort, facts: &PrimaryFacts, may_create: bool) -> Result<Connection, ConnectError> {
     let mut connection = safekeeper::connect(address, facts.ttid, Some("walproposer")).await?;
-    check_timeline(&mut connection, facts.server.system_id, may_create).await?;
-    let push = format!("START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}')");
+    check_timeline(&mut connection, facts, may_create).await?;
+    let push =
+        format!("START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}', stock '{STOCK_VERSION}')");
     connection.start_copy(&push).await?;
+    if connection.parameter(STOCK_PARAMETER) != Some(STOCK_VERSION) {
+        return Err(ConnectError::NoStock);
+    }
     Ok(connection)
 }
 
 /// A safekeeper takes WAL of whatever cluster a proposer names, as a compute may change its identifier. A stock primary
-/// never does, so one that comes with another cluster's timeline is stopped here, before it asks for a vote.
-async fn check_timeline(connection: &mut Connection, expected: SystemId, may_create: bool) -> Result<(), ConnectError> {
+/// never does, so one that comes with another cluster's timeline is stopped here, before it asks for a vote. So is a former
+/// primary that was revived: it would depose the proposer of the new one, to no end.
+async fn check_timeline(
+    connection: &mut Connection,
+    facts: &PrimaryFacts,
+    may_create: bool,
+) -> Result<(), ConnectError> {
     let rows = match connection.query("IDENTIFY_SYSTEM").await {
         Ok(rows) => rows,
         Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT && !may_create => {
@@ -154,12 +166,16 @@ async fn check_timeline(connection: &mut Connection, expected: SystemId, may_cre
         Err(ConnectError::Server(_)) => return Ok(()),
         Err(error) => return Err(error),
     };
-    let value = rows.first().and_then(|row| row.first()?.as_ref());
-    let known = value.and_then(|value| std::str::from_utf8(value).ok()?.parse().ok()).map(SystemId);
-    match known {
+    let field = |index| rows.first().and_then(|row| text(row, index));
+    let (expected, primary) = (facts.server.system_id, facts.stock.ancestry.current());
+    match field(0).and_then(|text| text.parse().ok()).map(SystemId) {
         Some(there) if there.is_known() && expected.is_known() && there != expected => {
-            Err(ConnectError::WrongCluster { expected, there })
+            return Err(ConnectError::WrongCluster { expected, there });
         }
+        _ => {}
+    }
+    match field(1).and_then(|text| text.parse().ok()) {
+        Some(there) if there > primary => Err(ConnectError::NewerTimeline { there, primary }),
         _ => Ok(()),
     }
 }
@@ -189,7 +205,7 @@ impl Talk<'_> {
     async fn read(&mut self, mut reader: ReadHalf) -> String {
         loop {
             let message = match reader.next().await {
-                Ok(BackendMessage::CopyData(body)) => AcceptorMessage::decode(body, ProtocolVersion::V3),
+                Ok(BackendMessage::CopyData(body)) => AcceptorMessage::decode(body, ProtocolVersion::V3Stock),
                 Ok(BackendMessage::ErrorResponse(error)) => return error.to_string(),
                 Ok(BackendMessage::NoticeResponse(_)) => continue,
                 Ok(other) => return format!("unexpected message {other:?} in COPY mode"),
@@ -235,11 +251,11 @@ async fn write(
 /// Appends a message to what is gathered; large WAL goes out at once, behind it, without a copy.
 async fn put(writer: &mut WriteHalf, gathered: &mut BytesMut, message: ProposerMessage) -> std::io::Result<()> {
     let ProposerMessage::Append(append) = &message else {
-        frame::put(gathered, COPY_DATA, |body| message.encode(ProtocolVersion::V3, body));
+        frame::put(gathered, COPY_DATA, |body| message.encode(ProtocolVersion::V3Stock, body));
         return Ok(());
     };
     let mut header = BytesMut::with_capacity(64);
-    append.encode_header(ProtocolVersion::V3, &mut header);
+    append.encode_header(ProtocolVersion::V3Stock, &mut header);
     frame::put_header(gathered, COPY_DATA, header.len() + append.wal.len());
     gathered.put(header);
     if gathered.len() + append.wal.len() <= GATHER {
@@ -263,12 +279,11 @@ mod tests {
     use bytes::Bytes;
     use pgproto::backend::{ErrorFields, encode};
     use pgproto::walproposer::AppendRequest;
-    use pgproto::{Generation, Lsn, TenantTimelineId, Term};
+    use pgproto::{Generation, Lsn, Term};
     use tokio::io::AsyncReadExt;
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::consensus::state::ServerInfo;
 
     /// A safekeeper that lets a proposer in and then reads nothing any more.
     async fn stuck_safekeeper(listener: TcpListener) {
@@ -284,6 +299,7 @@ mod tests {
         encode::ready_for_query(&mut out);
         socket.write_all_buf(&mut out).await.unwrap();
         assert!(socket.read(&mut received).await.unwrap() > 0, "START_WAL_PUSH");
+        encode::parameter_status(&mut out, STOCK_PARAMETER, STOCK_VERSION);
         encode::copy_both_response(&mut out);
         socket.write_all_buf(&mut out).await.unwrap();
         std::future::pending().await
@@ -307,10 +323,7 @@ mod tests {
         let (events, mut inbox) = mpsc::channel(16);
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(stuck_safekeeper(listener));
-        let ttid = TenantTimelineId::new(pgproto::TenantId([1; 16]), pgproto::TimelineId([2; 16]));
-        let server =
-            ServerInfo { pg_version: 150_018, system_id: SystemId(7), wal_seg_size: pgproto::SegmentSize::DEFAULT };
-        let facts = PrimaryFacts { ttid, server, initial_start: Lsn(0x100_0000) };
+        let facts = PrimaryFacts::of_a_new_server(Lsn(0x100_0000));
         tasks.spawn(run(PeerIndex(0), address, facts, Arc::new(AtomicBool::new(true)), events));
         let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };
         // Full, and not emptied although asked to tell: the writer waits for the socket.

@@ -3,7 +3,8 @@
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::feedback::HotStandbyFeedback;
+use pgproto::{Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use serde::Serialize;
 
 use crate::config::HostPort;
@@ -35,6 +36,10 @@ pub struct Report {
     pub term: Term,
     /// Whether the term is won.
     pub leading: bool,
+    /// The Postgres timeline of this term's WAL, once the term is won.
+    pub pg_timeline: Option<PgTimelineId>,
+    /// What hot standbys that read from the safekeepers need kept on the primary.
+    pub standbys: HotStandbyFeedback,
     /// Committed by the quorum in this term.
     pub commit_lsn: Lsn,
     /// End of the WAL received from the primary.
@@ -82,6 +87,8 @@ pub struct StatusView {
     pub timeline: Option<TenantTimelineId>,
     /// Term campaigned for or led in.
     pub term: Term,
+    /// The Postgres timeline of this term's WAL, `null` until the term is won.
+    pub pg_timeline: Option<PgTimelineId>,
     /// Committed by the quorum, `null` while nothing is.
     pub commit_lsn: Option<Lsn>,
     /// End of the WAL received from the primary.
@@ -92,6 +99,8 @@ pub struct StatusView {
     pub buffer_limit_bytes: u64,
     /// The primary.
     pub primary: PrimaryView,
+    /// What hot standbys that read from the safekeepers need kept on the primary.
+    pub standbys: StandbysView,
     /// The safekeepers.
     pub safekeepers: Vec<SafekeeperView>,
 }
@@ -107,6 +116,15 @@ pub struct PrimaryView {
     pub error: Option<String>,
     /// Seconds until the next try to connect.
     pub next_retry_in_seconds: Option<f64>,
+}
+
+/// The hot standbys in [`StatusView`]: full transaction ids, `null` when none reports any.
+#[derive(Debug, Serialize)]
+pub struct StandbysView {
+    /// The oldest transaction that one of them may still see.
+    pub xmin: Option<u64>,
+    /// The same for catalog tables, when it differs.
+    pub catalog_xmin: Option<u64>,
 }
 
 /// A safekeeper in [`StatusView`].
@@ -155,6 +173,7 @@ impl Status {
     pub fn view(&self) -> StatusView {
         let report = self.report();
         let known = |lsn: Lsn| lsn.is_valid().then_some(lsn);
+        let id = |id: u64| (id != 0).then_some(id);
         let now = Instant::now();
         let seconds_until = |at: Option<Instant>| at.map(|at| at.saturating_duration_since(now).as_secs_f64());
         let safekeeper = |(address, peer): (&HostPort, &PeerReport)| SafekeeperView {
@@ -171,6 +190,7 @@ impl Status {
             state: report.state_name(),
             timeline: report.ttid,
             term: report.term,
+            pg_timeline: report.pg_timeline,
             commit_lsn: known(report.commit_lsn),
             received_lsn: known(report.received_lsn),
             buffered_bytes: report.buffered_bytes,
@@ -181,6 +201,7 @@ impl Status {
                 error: report.primary_error.clone(),
                 next_retry_in_seconds: seconds_until(report.primary_retry_at),
             },
+            standbys: StandbysView { xmin: id(report.standbys.xmin), catalog_xmin: id(report.standbys.catalog_xmin) },
             safekeepers: self.safekeepers.iter().zip(&report.peers).map(safekeeper).collect(),
         }
     }

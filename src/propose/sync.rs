@@ -9,23 +9,26 @@
 //! Even when the peer horizon says that everybody has everything, the run goes on until they know it on disk; it takes one
 //! round trip more and depends on nothing that was said in the past.
 
+use std::fmt::Display;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pgproto::backend::SqlState;
-use pgproto::{Lsn, SystemId, TenantTimelineId, Term};
+use pgproto::{Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::driver::{Driver, Ended};
+use super::primary::{PrimaryFacts, parse_segment_size, text, timelines};
 use super::status::{SafekeeperView, Status};
-use super::upstream::parse_segment_size;
-use super::{PrimaryFacts, STEP_DOWN_PAUSE, derived_ttid};
+use super::upstream::UpstreamError;
+use super::{STEP_DOWN_PAUSE, derived_ttid};
 use crate::client::connection::{ConnectError, Connection};
 use crate::client::safekeeper;
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::consensus::state::ServerInfo;
+use crate::consensus::timelines::StockServer;
 use crate::retry::Backoff;
 
 /// Elections lost in a row after which somebody else must be proposing.
@@ -90,26 +93,25 @@ async fn sync(
         let view = status.view();
         Synced { timeline: ttid, lsn, term: lsn.map_or(Term(0), |_| view.term), safekeepers: view.safekeepers }
     };
-    let Some(server) = server_facts(status.safekeepers(), ttid).await else { return Ok(report(None)) };
-    let facts = PrimaryFacts { ttid, server, initial_start: Lsn::INVALID };
     let mut pause = Backoff::new(STEP_DOWN_PAUSE.0, STEP_DOWN_PAUSE.1);
     let mut lost = 0;
+    let mut lose = |reason: &dyn Display| {
+        tracing::warn!(%reason, "stepping down");
+        lost += 1;
+        if lost < MAX_LOST_ELECTIONS { Ok(()) } else { Err(SyncError::Contended(reason.to_string())) }
+    };
     loop {
-        let (driver, inbox) = Driver::new(None, facts, Arc::clone(status));
+        let Some(facts) = facts(status.safekeepers(), ttid).await else { return Ok(report(None)) };
+        let (driver, inbox) = Driver::new(None, Arc::new(facts), Arc::clone(status));
         match driver.run(inbox, shutdown).await {
             Ended::Synced(lsn) => return Ok(report(Some(lsn))),
             Ended::NoLog => return Ok(report(None)),
             Ended::Shutdown => return Err(SyncError::Interrupted),
             Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
-            Ended::SteppedDown(reason) => {
-                tracing::warn!(%reason, "stepping down");
-                lost += 1;
-                if lost >= MAX_LOST_ELECTIONS {
-                    return Err(SyncError::Contended(reason.to_string()));
-                }
-            }
-            // There is no primary that could be wrong.
-            Ended::Fatal(error) => return Err(SyncError::Contended(error.to_string())),
+            Ended::SteppedDown(reason) => lose(&reason)?,
+            // One that wasn't reached before has WAL of a newer Postgres timeline.
+            Ended::Outdated | Ended::NewTimeline => lose(&"a safekeeper knows of a newer Postgres timeline")?,
+            Ended::Fatal(error) => lose(&error)?,
         }
         pause.failed(Instant::now());
         tokio::time::sleep(pause.wait(Instant::now())).await;
@@ -119,24 +121,29 @@ async fn sync(
 /// What a safekeeper says about the timeline.
 enum Answer {
     /// It has it.
-    Facts(ServerInfo),
+    Facts(Box<PrimaryFacts>),
     /// It hasn't.
     Missing,
     /// It can't be asked now.
     Unknown,
 }
 
-/// The server whose WAL the timeline holds, as soon as one safekeeper tells; `None` when a majority doesn't have it.
-async fn server_facts(addresses: &[HostPort], ttid: TenantTimelineId) -> Option<ServerInfo> {
+/// What is known of the server whose WAL the timeline holds, from the safekeeper with the newest Postgres timeline of those
+/// that answer; `None` when a majority doesn't have it.
+async fn facts(addresses: &[HostPort], ttid: TenantTimelineId) -> Option<PrimaryFacts> {
     let mut retry = Backoff::for_peers();
     loop {
         let mut missing = 0;
+        let mut known = Vec::new();
         for address in addresses {
-            match ask_for_facts(address, ttid).await {
-                Answer::Facts(server) => return Some(server),
+            match ask_for_facts(address, addresses, ttid).await {
+                Answer::Facts(facts) => known.push(*facts),
                 Answer::Missing => missing += 1,
                 Answer::Unknown => {}
             }
+        }
+        if let Some(facts) = known.into_iter().max_by_key(|facts| facts.stock.ancestry.current()) {
+            return Some(facts);
         }
         if missing >= majority(addresses.len()) {
             tracing::info!(timeline = %ttid, "a majority of the safekeepers has no such timeline: there is nothing to sync");
@@ -153,11 +160,13 @@ async fn wait(retry: &mut Backoff) {
     tokio::time::sleep(pause).await;
 }
 
-async fn ask_for_facts(address: &HostPort, ttid: TenantTimelineId) -> Answer {
-    match facts_of(address, ttid).await {
-        Ok(Some(server)) => Answer::Facts(server),
+async fn ask_for_facts(address: &HostPort, all: &[HostPort], ttid: TenantTimelineId) -> Answer {
+    match facts_of(address, all, ttid).await {
+        Ok(Some(facts)) => Answer::Facts(Box::new(facts)),
         Ok(None) => Answer::Unknown,
-        Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT => Answer::Missing,
+        Err(UpstreamError::Connection(ConnectError::Server(error))) if error.code == SqlState::UNDEFINED_OBJECT => {
+            Answer::Missing
+        }
         Err(error) => {
             tracing::warn!(safekeeper = %address, %error, "can't ask about the timeline");
             Answer::Unknown
@@ -165,18 +174,31 @@ async fn ask_for_facts(address: &HostPort, ttid: TenantTimelineId) -> Answer {
     }
 }
 
-async fn facts_of(address: &HostPort, ttid: TenantTimelineId) -> Result<Option<ServerInfo>, ConnectError> {
+async fn facts_of(
+    address: &HostPort,
+    all: &[HostPort],
+    ttid: TenantTimelineId,
+) -> Result<Option<PrimaryFacts>, UpstreamError> {
     let mut connection = safekeeper::connect(address, ttid, Some(APPLICATION_NAME)).await?;
     let size = value(&mut connection, "SHOW wal_segment_size").await?;
     let version = value(&mut connection, "SHOW server_version_num").await?;
-    // Not known yet while there is no WAL. A proposer need not know it either.
-    let system_id = match value(&mut connection, "IDENTIFY_SYSTEM").await {
-        Ok(text) => text.parse().map(SystemId).unwrap_or_default(),
-        Err(ConnectError::Server(_)) => SystemId::default(),
-        Err(error) => return Err(error),
+    let (system_id, timeline) = match connection.query("IDENTIFY_SYSTEM").await {
+        Ok(rows) => {
+            let field = |index| rows.first().and_then(|row| text(row, index));
+            let system_id = field(0).and_then(|text| text.parse().ok()).map(SystemId);
+            (system_id.unwrap_or_default(), field(1).and_then(|text| text.parse().ok()).unwrap_or(PgTimelineId::FIRST))
+        }
+        // Not known yet while there is no WAL. A proposer need not know it either.
+        Err(ConnectError::Server(_)) => (SystemId::default(), PgTimelineId::FIRST),
+        Err(error) => return Err(error.into()),
     };
+    let (ancestry, history) = timelines(&mut connection, timeline).await?;
     let Some(wal_seg_size) = parse_segment_size(&size) else { return Ok(None) };
-    Ok(Some(ServerInfo { pg_version: version.parse().unwrap_or(0), system_id, wal_seg_size }))
+    let server = ServerInfo { pg_version: version.parse().unwrap_or(0), system_id, wal_seg_size };
+    // They know better themselves what they were told of the version.
+    let (pg_version, server_version, safekeepers) = (0, String::new(), all.to_vec());
+    let stock = StockServer { pg_version, server_version, safekeepers, ancestry, history };
+    Ok(Some(PrimaryFacts { ttid, server, initial_start: Lsn::INVALID, stock }))
 }
 
 /// The first value of the first row.

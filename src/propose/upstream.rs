@@ -3,27 +3,21 @@
 //! The primary believes any flush position it is told: it releases commits and removes WAL on our word. So only what the
 //! quorum committed is reported, never more than was received, and never less than before.
 
+use std::cmp::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, ErrorFields, SqlState};
-use pgproto::replication::message::{ServerMessage, StandbyStatus};
+use pgproto::feedback::HotStandbyFeedback;
+use pgproto::pg_timeline::Branch;
+use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
 use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
-use tokio_postgres::config::{Host, SslMode};
 
+use super::Settings;
+use super::primary::{self, PrimaryFacts, Server, create_slot, quoted, text};
 use super::throttle::AckThrottle;
-use super::{PrimaryFacts, Settings};
-use crate::client::connection::{ConnectError, Connection, Login};
-use crate::consensus::state::ServerInfo;
-
-/// Role of a connection string without one.
-pub(super) const DEFAULT_USER: &str = "postgres";
-
-/// Port of a connection string without one.
-const DEFAULT_PORT: u16 = 5432;
-
-/// Versions whose WAL is understood, as `PG_VERSION_NUM`.
-const SUPPORTED_VERSIONS: std::ops::Range<u32> = 140_000..190_000;
+use crate::client::connection::{ConnectError, Connection, Row};
+use crate::consensus::timelines::Divergence;
 
 /// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears
 /// from us, so it is asked in time.
@@ -31,9 +25,6 @@ const PRIMARY_SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Silence after which reports ask the primary for a sign of life.
 const ASK_AFTER: Duration = Duration::from_secs(10);
-
-/// Makes the primary notice a dead proposer soon, so that a new connection gets the slot (spec: postgres clients 9.1).
-const WAL_SENDER_OPTIONS: &str = "-c wal_sender_timeout=5s";
 
 /// Why the primary can't be followed.
 #[derive(Debug, thiserror::Error)]
@@ -69,12 +60,26 @@ pub enum UpstreamError {
     /// The segment that was switched away from is not yet whole on the primary.
     #[error("the primary has not yet finished the WAL segment that ends at {0}")]
     SegmentUnfinished(Lsn),
-    /// The primary is on another Postgres timeline.
-    #[error(
-        "the primary is on Postgres timeline {0}, and this version follows only timeline 1: \
-         it was promoted or restored. Nothing was changed"
-    )]
-    WrongTimeline(PgTimelineId),
+    /// The safekeepers have other WAL than the primary.
+    #[error(transparent)]
+    Diverged(#[from] Divergence),
+    /// A server that was promoted since is the primary now; the term ends.
+    #[error("the primary is on Postgres timeline {0} now")]
+    Promoted(PgTimelineId),
+    /// The primary was restarted with another minor version, which readers shall hear of; the term ends.
+    #[error("the primary runs PostgreSQL {0} now")]
+    Upgraded(String),
+    /// A server answers as primary that is not the one followed before.
+    #[error("the server is on Postgres timeline {there}, older than {ours}: a former primary, which is not followed")]
+    FormerPrimary {
+        /// The server's.
+        there: PgTimelineId,
+        /// The timeline followed so far.
+        ours: PgTimelineId,
+    },
+    /// None of several hosts is a primary.
+    #[error("all servers that answer are standbys: waiting until one is promoted")]
+    OnlyStandbys,
     /// Another database cluster answers at this address.
     #[error("the primary has system identifier {got}, not {expected}: this is another database cluster")]
     WrongSystem {
@@ -95,13 +100,18 @@ pub enum UpstreamError {
 }
 
 impl UpstreamError {
+    /// Whether the primary must be looked at anew and can be followed in another term.
+    pub fn needs_new_term(&self) -> bool {
+        matches!(self, Self::Promoted(_) | Self::Upgraded(_))
+    }
+
     /// Whether only an operator can help.
     pub fn is_fatal(&self) -> bool {
         matches!(
             self,
             Self::TlsRequired
                 | Self::UnsupportedVersion(_)
-                | Self::WrongTimeline(_)
+                | Self::Diverged(_)
                 | Self::WrongSystem { .. }
                 | Self::PrimaryBehind(_)
                 | Self::WalRemoved(..)
@@ -119,6 +129,8 @@ pub enum UpstreamEvent {
         /// The bytes.
         wal: Bytes,
     },
+    /// The Postgres timeline ends at or below what was received; this one follows. The stream is over.
+    End(Branch),
     /// Something that needs nothing from the caller.
     Idle,
 }
@@ -132,33 +144,43 @@ pub struct Upstream {
     throttle: AckThrottle,
     /// When the last message came.
     heard: Instant,
+    /// Where the stream stands.
+    stage: Stage,
 }
 
-/// Learns what must be known of the primary before anything is proposed, and makes sure that its slot exists.
-pub async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
-    let mut connection = connect(settings).await?;
-    let (system_id, flush_lsn) = identify(&mut connection).await?;
-    let wal_seg_size = segment_size(&mut connection).await?;
-    let version = connection.parameter("server_version").unwrap_or_default();
-    let pg_version = version_number(version)
-        .ok_or_else(|| UpstreamError::Unexpected(format!("server_version \"{version}\" is not a version")))?;
-    if !SUPPORTED_VERSIONS.contains(&pg_version) {
-        return Err(UpstreamError::UnsupportedVersion(version.to_owned()));
-    }
-    create_slot(&mut connection, &settings.slot).await?;
-    let held_from = slot_start(&mut connection, settings, pg_version).await?;
-    // Stock readers ask from a segment start, so the log must begin at one. The slot keeps the whole segment.
-    let first = SegmentNumber::containing(held_from.unwrap_or(flush_lsn), wal_seg_size);
-    let server = ServerInfo { pg_version, system_id, wal_seg_size };
-    Ok(PrimaryFacts { ttid: settings.ttid(system_id), server, initial_start: first.start(wal_seg_size) })
+/// Stages of a stream. The last ones are gone through when a Postgres timeline ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// WAL comes.
+    Streaming,
+    /// The server ended COPY, so do we; rows follow.
+    Ending,
+    /// The rows told what comes next.
+    Told(Branch),
 }
 
-/// Begins to stream from `start`.
-pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
-    let mut connection = connect(settings).await?;
-    let (system_id, flush_lsn) = identify(&mut connection).await?;
+/// Begins to stream `timeline` from `start`.
+pub async fn follow(
+    settings: &Settings,
+    facts: &PrimaryFacts,
+    timeline: PgTimelineId,
+    start: Lsn,
+) -> Result<Upstream, UpstreamError> {
+    let Server { mut connection, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
+    }
+    let ours = facts.stock.ancestry.current();
+    match there.cmp(&ours) {
+        Ordering::Less => return Err(UpstreamError::FormerPrimary { there, ours }),
+        Ordering::Greater => return Err(UpstreamError::Promoted(there)),
+        Ordering::Equal => {}
+    }
+    match connection.parameter("server_version") {
+        Some(version) if version != facts.stock.server_version => {
+            return Err(UpstreamError::Upgraded(version.to_owned()));
+        }
+        _ => {}
     }
     if flush_lsn < start {
         let unfinished = ends_in_padding(flush_lsn, start, facts.server.wal_seg_size);
@@ -168,24 +190,34 @@ pub async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Re
             UpstreamError::PrimaryBehind(start)
         });
     }
-    let command =
-        format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {}", quoted(&settings.slot), PgTimelineId::FIRST);
-    let mut started = connection.start_copy(&command).await;
+    let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {timeline}", quoted(&settings.slot));
+    let mut started = connection.start_stream(&command).await;
     if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
         // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
         create_slot(&mut connection, &settings.slot).await?;
-        started = connection.start_copy(&command).await;
+        started = connection.start_stream(&command).await;
     }
-    match started {
-        Ok(()) => {}
+    let stage = match started {
+        Ok(None) => Stage::Streaming,
+        Ok(Some(rows)) => Stage::Told(rows.first().and_then(next_timeline).ok_or_else(|| unclear(&rows))?),
         Err(ConnectError::Server(error)) if error.code == SqlState::OBJECT_IN_USE => {
             return Err(UpstreamError::SlotInUse { slot: settings.slot.clone(), reason: error.message });
         }
         Err(ConnectError::Server(error)) => return Err(refused(start, error)),
         Err(error) => return Err(error.into()),
-    }
+    };
     let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
-    Ok(Upstream { connection, position: start, primary_flush_lsn: flush_lsn, commit_lsn, throttle, heard })
+    Ok(Upstream { connection, position: start, primary_flush_lsn: flush_lsn, commit_lsn, throttle, heard, stage })
+}
+
+/// What follows the Postgres timeline whose stream has ended.
+fn next_timeline(row: &Row) -> Option<Branch> {
+    let timeline = text(row, 0)?.parse().ok()?;
+    Some(Branch { timeline, begin: text(row, 1)?.parse().ok()? })
+}
+
+fn unclear(rows: &[Row]) -> UpstreamError {
+    UpstreamError::Unexpected(format!("{rows:?} at the end of a Postgres timeline"))
 }
 
 /// What the primary's refusal to stream from `at` means. Its texts may be translated, so whether the primary is behind is
@@ -206,124 +238,6 @@ fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
     start == SegmentNumber::containing(flush_lsn, size).end(size) && !flush_lsn.0.is_multiple_of(size.bytes())
 }
 
-async fn connect(settings: &Settings) -> Result<Connection, UpstreamError> {
-    let primary = &settings.primary;
-    if primary.get_ssl_mode() == SslMode::Require {
-        return Err(UpstreamError::TlsRequired);
-    }
-    let options = match primary.get_options() {
-        Some(own) => format!("{WAL_SENDER_OPTIONS} {own}"),
-        None => WAL_SENDER_OPTIONS.to_owned(),
-    };
-    let login = Login {
-        user: primary.get_user().unwrap_or(DEFAULT_USER),
-        password: primary.get_password(),
-        database: "replication",
-        replication: true,
-        application_name: Some(&settings.application_name),
-        options: Some(&options),
-    };
-    let mut last = None;
-    for (host, port) in addresses(primary) {
-        let result = match host {
-            Host::Tcp(host) => Connection::connect_tcp(&host, port, &login).await,
-            Host::Unix(directory) => Connection::connect_unix(&directory, port, &login).await,
-        };
-        match result {
-            Ok(connection) => return Ok(connection),
-            Err(error) => last = Some(error),
-        }
-    }
-    Err(last.map_or_else(|| UpstreamError::Unexpected("no host is configured".to_owned()), Into::into))
-}
-
-/// Where to try, in order. As in libpq, `hostaddr` goes before `host`, and a single port is that of every host.
-fn addresses(primary: &tokio_postgres::Config) -> Vec<(Host, u16)> {
-    let by_address: Vec<_> = primary.get_hostaddrs().iter().map(|address| Host::Tcp(address.to_string())).collect();
-    let hosts = if by_address.is_empty() { primary.get_hosts().to_vec() } else { by_address };
-    let ports = primary.get_ports();
-    let port = |index: usize| ports.get(index).or(ports.first()).copied().unwrap_or(DEFAULT_PORT);
-    hosts.into_iter().enumerate().map(|(index, host)| (host, port(index))).collect()
-}
-
-/// The addresses that are tried, for the log.
-pub(super) fn describe(primary: &tokio_postgres::Config) -> String {
-    let name = |(host, port): (Host, u16)| match host {
-        Host::Tcp(name) => format!("{name}:{port}"),
-        Host::Unix(directory) => format!("{}:{port}", directory.display()),
-    };
-    addresses(primary).into_iter().map(name).collect::<Vec<_>>().join(",")
-}
-
-async fn identify(connection: &mut Connection) -> Result<(SystemId, Lsn), UpstreamError> {
-    let rows = connection.query("IDENTIFY_SYSTEM").await?;
-    let field = |index: usize| rows.first().and_then(|row| text(row.get(index)?.as_ref()?));
-    let unexpected = || UpstreamError::Unexpected(format!("IDENTIFY_SYSTEM returned {rows:?}"));
-    let system_id = field(0).and_then(|t| t.parse().ok()).map(SystemId).ok_or_else(unexpected)?;
-    let timeline: PgTimelineId = field(1).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
-    let flush_lsn = field(2).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
-    if timeline != PgTimelineId::FIRST {
-        return Err(UpstreamError::WrongTimeline(timeline));
-    }
-    Ok((system_id, flush_lsn))
-}
-
-async fn segment_size(connection: &mut Connection) -> Result<SegmentSize, UpstreamError> {
-    let rows = connection.query("SHOW wal_segment_size").await?;
-    let shown = rows.first().and_then(|row| text(row.first()?.as_ref()?)).unwrap_or_default();
-    let size = parse_segment_size(shown);
-    size.ok_or_else(|| UpstreamError::Unexpected(format!("wal_segment_size is \"{shown}\"")))
-}
-
-/// The value of `wal_segment_size` as `SHOW` tells it.
-pub(super) fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
-    let (number, unit) = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
-        (Some(number), _) => (number, 1 << 20),
-        (_, Some(number)) => (number, 1 << 30),
-        _ => return None,
-    };
-    SegmentSize::new(number.parse::<u32>().ok()?.checked_mul(unit)?).ok()
-}
-
-/// `PG_VERSION_NUM` of a text such as `15.18 (Debian 15.18-0+deb12u1)`.
-fn version_number(text: &str) -> Option<u32> {
-    let number = text.split_whitespace().next()?;
-    let digits = |part: &str| part.chars().take_while(char::is_ascii_digit).collect::<String>().parse::<u32>().ok();
-    let (major, minor) = number.split_once('.').unwrap_or((number, "0"));
-    digits(major)?.checked_mul(10_000)?.checked_add(digits(minor).unwrap_or(0))
-}
-
-async fn create_slot(connection: &mut Connection, slot: &str) -> Result<(), UpstreamError> {
-    // This spelling is understood by every version from 14 on.
-    match connection.query(&format!("CREATE_REPLICATION_SLOT {} PHYSICAL RESERVE_WAL", quoted(slot))).await {
-        Ok(_) => tracing::info!(slot, "created the replication slot on the primary"),
-        Err(ConnectError::Server(error)) if error.code == SqlState::DUPLICATE_OBJECT => {}
-        Err(error) => return Err(error.into()),
-    }
-    Ok(())
-}
-
-/// The first LSN that the slot keeps, or `None` when the primary doesn't say.
-async fn slot_start(
-    connection: &mut Connection,
-    settings: &Settings,
-    pg_version: u32,
-) -> Result<Option<Lsn>, UpstreamError> {
-    if pg_version < 150_000 {
-        return Ok(super::checks::slot_start(settings).await);
-    }
-    let rows = connection.query(&format!("READ_REPLICATION_SLOT {}", quoted(&settings.slot))).await?;
-    Ok(rows.first().and_then(|row| text(row.get(1)?.as_ref()?)).and_then(|t| t.parse().ok()))
-}
-
-fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-fn text(value: &Bytes) -> Option<&str> {
-    std::str::from_utf8(value).ok()
-}
-
 impl Upstream {
     /// Position of the next byte to come.
     pub fn position(&self) -> Lsn {
@@ -337,6 +251,32 @@ impl Upstream {
 
     /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
     pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        match self.stage {
+            Stage::Streaming => self.next_of_stream().await,
+            Stage::Ending => self.next_of_end().await,
+            Stage::Told(next) => Ok(UpstreamEvent::End(next)),
+        }
+    }
+
+    /// The server tells what follows the timeline: a row, and twice that the command is complete.
+    async fn next_of_end(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        self.connection.flush().await?;
+        let silent = tokio::time::Instant::from_std(self.heard + PRIMARY_SILENCE_LIMIT);
+        let message = tokio::time::timeout_at(silent, self.connection.next());
+        match message.await.map_err(|_| ConnectError::TimedOut)?? {
+            BackendMessage::DataRow(row) => {
+                let next = next_timeline(&row).ok_or_else(|| unclear(&[row]))?;
+                self.stage = Stage::Told(next);
+                Ok(UpstreamEvent::Idle)
+            }
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::CommandComplete(_) | BackendMessage::ReadyForQuery(_) => Err(ConnectError::Closed.into()),
+            BackendMessage::RowDescription(_) | BackendMessage::NoticeResponse(_) => Ok(UpstreamEvent::Idle),
+            other => Err(UpstreamError::Unexpected(format!("{other:?} at the end of a Postgres timeline"))),
+        }
+    }
+
+    async fn next_of_stream(&mut self) -> Result<UpstreamEvent, UpstreamError> {
         let due = self.throttle.reply_due().map(tokio::time::Instant::from_std);
         let answer = async {
             match due {
@@ -359,7 +299,12 @@ impl Upstream {
         match message {
             BackendMessage::CopyData(body) => self.copy_data(body),
             BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
-            BackendMessage::CommandComplete(_) | BackendMessage::CopyDone => Err(ConnectError::Closed.into()),
+            BackendMessage::CopyDone => {
+                self.stage = Stage::Ending;
+                self.connection.put_copy_done();
+                Ok(UpstreamEvent::Idle)
+            }
+            BackendMessage::CommandComplete(_) => Err(ConnectError::Closed.into()),
             BackendMessage::NoticeResponse(_) | BackendMessage::ParameterStatus { .. } => Ok(UpstreamEvent::Idle),
             other => Err(UpstreamError::Unexpected(format!("{other:?} in the WAL stream"))),
         }
@@ -391,9 +336,21 @@ impl Upstream {
         if self.throttle.advanced(self.commit_lsn) { self.send_status().await } else { Ok(()) }
     }
 
+    /// Tells the primary what hot standbys need kept, or that there are none any more.
+    pub async fn send_feedback(&mut self, feedback: HotStandbyFeedback) -> Result<(), UpstreamError> {
+        if self.stage != Stage::Streaming {
+            return Ok(());
+        }
+        let feedback = HotStandbyFeedback { timestamp: crate::clock::since_2000(), ..feedback };
+        Ok(self.connection.send_copy_data(|body| encode_hot_standby_feedback(&feedback, body)).await?)
+    }
+
     /// Reports where the quorum stands. Flush and apply are the commit LSN too: `synchronous_commit=remote_apply` would
     /// otherwise wait for ever (spec: postgres clients 9.4).
     pub async fn send_status(&mut self) -> Result<(), UpstreamError> {
+        if self.stage != Stage::Streaming {
+            return Ok(());
+        }
         let lsn = self.commit_lsn;
         let (write, flush, apply) = (lsn, lsn, lsn);
         let timestamp = crate::clock::since_2000();
@@ -416,8 +373,15 @@ mod tests {
         let (mut primary, ours) = tokio::io::duplex(1024);
         let (commit_lsn, throttle, heard) = (Lsn(8), AckThrottle::default(), Instant::now());
         let connection = Connection::over(ours);
-        let mut upstream =
-            Upstream { connection, position: Lsn(8), primary_flush_lsn: Lsn(8), commit_lsn, throttle, heard };
+        let mut upstream = Upstream {
+            connection,
+            position: Lsn(8),
+            primary_flush_lsn: Lsn(8),
+            commit_lsn,
+            throttle,
+            heard,
+            stage: Stage::Streaming,
+        };
         for (silence, asked) in [(Duration::ZERO, 0), (ASK_AFTER, 1), (PRIMARY_SILENCE_LIMIT, 1)] {
             upstream.heard = Instant::now().checked_sub(silence).unwrap();
             upstream.send_status().await.unwrap();
@@ -426,14 +390,6 @@ mod tests {
             primary.read_exact(&mut message).await.unwrap();
             assert_eq!((message[0], message[5], message[38]), (b'd', b'r', asked), "after {silence:?}");
         }
-    }
-
-    #[test]
-    fn version_texts() {
-        assert_eq!(version_number("15.18 (Debian 15.18-0+deb12u1)"), Some(150_018));
-        assert_eq!(version_number("18beta1"), Some(180_000));
-        assert_eq!(version_number("14.23"), Some(140_023));
-        assert_eq!(version_number("x"), None);
     }
 
     #[test]

@@ -27,6 +27,7 @@
 //! | [`node`] | how to log in at a node, and what can be wrong with one |
 //! | [`sink`] | what takes the WAL |
 //! | [`sinks`] | a directory, standard output |
+//! | [`slot`] | makes and drops the replication slot |
 //! | [`status`] | what is shown to operators |
 //! | [`verify`] | whether a directory is one unbroken chain |
 
@@ -36,6 +37,7 @@ mod probe;
 pub mod receiver;
 pub mod sink;
 pub mod sinks;
+pub mod slot;
 pub mod status;
 mod stream;
 pub mod verify;

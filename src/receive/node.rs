@@ -165,11 +165,11 @@ pub(super) struct Introduction {
     pub(super) others: Vec<Member>,
 }
 
-/// Asks a node for the members. A server that doesn't know the question names none.
-pub(super) async fn members(connection: &mut Connection) -> Result<Introduction, ConnectError> {
+/// Asks a node for the members; `None` if it doesn't know the question.
+pub(super) async fn members(connection: &mut Connection) -> Result<Option<Introduction>, ConnectError> {
     let rows = match connection.query("TIMELINE_MEMBERS").await {
         Err(ConnectError::Server(error)) if error.code != SqlState::ADMIN_SHUTDOWN => {
-            return Ok(Introduction::default());
+            return Ok(None);
         }
         rows => rows?,
     };
@@ -186,5 +186,5 @@ pub(super) async fn members(connection: &mut Connection) -> Result<Introduction,
             introduction.others.push(Member { node_id, address, zone });
         }
     }
-    Ok(introduction)
+    Ok(Some(introduction))
 }

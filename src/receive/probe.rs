@@ -95,12 +95,14 @@ async fn ask(
     backoff: &mut Backoff,
 ) -> Result<(), ConnectError> {
     let mut connection = access.connect(address).await?;
+    let mut knows_members = true;
     for turn in 0_u32.. {
         let identity = identify_system(&mut connection).await?;
-        let introduction = match turn % MEMBERS_EVERY {
-            0 => Some(members(&mut connection).await?),
-            _ => None,
+        let introduction = match knows_members && turn.is_multiple_of(MEMBERS_EVERY) {
+            true => members(&mut connection).await?,
+            false => None,
         };
+        knows_members &= turn > 0 || introduction.is_some();
         let told = Told { commit_lsn: identity.end, timeline: identity.timeline };
         if outbox.send(Answer { address: address.clone(), told, introduction }).await.is_err() {
             return Ok(());

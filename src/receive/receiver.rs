@@ -1,5 +1,7 @@
 //! The receiver itself: chooses, connects, checks what comes and hands it to the sink.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -9,7 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::candidates::{Candidates, Choice};
-use super::node::{Access, NodeError};
+use super::node::{Access, Introduction, NodeError};
 use super::probe::{Answer, Probes};
 use super::sink::{Feedback, Origin, Position, Sink, SinkError};
 use super::status::{CandidateReport, Status};
@@ -36,8 +38,37 @@ pub enum Start {
     /// Where the slot stands, if there is one; else with the segment that is being written.
     #[default]
     Current,
+    /// With the oldest segment that the first node has.
+    Oldest,
     /// With the segment that holds this position.
     At(Lsn),
+}
+
+/// The text was no place to begin.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected \"current\", \"oldest\", or an LSN such as 0/5000000")]
+pub struct ParseStartError;
+
+impl FromStr for Start {
+    type Err = ParseStartError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "current" => Ok(Start::Current),
+            "oldest" => Ok(Start::Oldest),
+            lsn => lsn.parse().map(Start::At).map_err(|_| ParseStartError),
+        }
+    }
+}
+
+impl fmt::Display for Start {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Start::Current => f.write_str("current"),
+            Start::Oldest => f.write_str("oldest"),
+            Start::At(lsn) => lsn.fmt(f),
+        }
+    }
 }
 
 /// What to receive, and how.
@@ -103,6 +134,7 @@ pub async fn run<S: Sink>(
         sink,
         status,
         candidates,
+        opened: None,
         log: None,
         link: None,
         failures: 0,
@@ -129,6 +161,8 @@ struct Receiver<'a, S> {
     candidates: Candidates,
     probes: Probes,
     feedback: watch::Sender<Feedback>,
+    /// The origin that the sink was opened with, and where it wants to go on.
+    opened: Option<(Origin, Option<Position>)>,
     log: Option<Log>,
     link: Option<(HostPort, Link)>,
     /// Connections that ended in a row without a record.
@@ -220,7 +254,7 @@ impl<S: Sink> Receiver<'_, S> {
         }
     }
 
-    fn introduced(&mut self, address: &HostPort, introduction: super::node::Introduction, now: Instant) {
+    fn introduced(&mut self, address: &HostPort, introduction: Introduction, now: Instant) {
         if let Some((node_id, zone)) = introduction.itself {
             self.candidates.introduced(address, node_id, zone);
         }
@@ -284,16 +318,29 @@ impl<S: Sink> Receiver<'_, S> {
 
     /// A node answered: is it the right one, and where shall it begin?
     async fn identified(&mut self, node: Identified) -> Result<bool, Trouble> {
-        let now = Instant::now();
-        if let Some(address) = self.candidates.current().cloned() {
-            self.introduced(&address, node.introduction.clone(), now);
+        if let Some((address, introduction)) = self.candidates.current().cloned().zip(node.introduction.clone()) {
+            self.introduced(&address, introduction, Instant::now());
         }
-        if let Some(log) = &self.log {
-            check_origin(&log.origin, &node.origin)?;
-        } else {
-            self.open(&node).await?;
+        // The first node that answers decides what is received.
+        let there = match &self.opened {
+            Some((origin, there)) => {
+                check_origin(origin, &node.origin)?;
+                *there
+            }
+            None => {
+                let there = self.sink.open(&node.origin).await?;
+                self.opened = Some((node.origin.clone(), there));
+                there
+            }
+        };
+        if self.log.is_none() {
+            if there.is_none() && self.settings.start == Start::Oldest && node.oldest.is_none() {
+                let _ = node.order.send(Order::FindOldest);
+                return Ok(false);
+            }
+            self.begin(there, &node).await?;
         }
-        let Some(log) = &self.log else { return Ok(true) };
+        let Some(log) = &self.log else { return Ok(false) };
         if self.settings.end.is_some_and(|end| log.at.lsn >= end) {
             return Ok(true);
         }
@@ -302,19 +349,18 @@ impl<S: Sink> Receiver<'_, S> {
         let needed = needed.filter(|timeline| *timeline >= log.at.timeline && *timeline != PgTimelineId::FIRST);
         let histories = needed.filter(|timeline| !self.sink.has_history(*timeline)).collect();
         // Fails when the connection ended meanwhile, which is told behind this.
-        let _ = node.order.send(Order { at: log.at, histories });
+        let _ = node.order.send(Order::Stream(log.at, histories));
         Ok(false)
     }
 
-    /// The first node that answers decides what is received.
-    async fn open(&mut self, node: &Identified) -> Result<(), SinkError> {
+    async fn begin(&mut self, there: Option<Position>, node: &Identified) -> Result<(), SinkError> {
         let origin = node.origin.clone();
         let size = origin.segment_size;
-        let there = self.sink.open(&origin).await?;
         let at = there.unwrap_or_else(|| {
             let lsn = match (self.settings.start, node.slot) {
                 (Start::At(lsn), _) => lsn,
-                (Start::Current, SlotPosition::At(_, lsn)) => lsn,
+                (Start::Oldest, _) => node.oldest.unwrap_or(node.identity.end),
+                (Start::Current, SlotPosition::At(lsn)) => lsn,
                 (Start::Current, _) => node.identity.end,
             };
             // Whole segments, as every user of files of WAL expects.
@@ -323,8 +369,7 @@ impl<S: Sink> Receiver<'_, S> {
         });
         self.sink.begin(at).await?;
         tracing::info!(at = %at.lsn, timeline = %at.timeline, resumed = there.is_some(), "receiving WAL");
-        // Which version's pages these are is not asked: a node that has no WAL yet names a version of its own.
-        let scanner = RecordScanner::new(at.lsn, size, 0);
+        let scanner = RecordScanner::new(at.lsn, size, origin.pg_version);
         self.candidates.wants_timeline(at.timeline);
         self.log = Some(Log { origin, at, scanner });
         self.publish();
@@ -370,7 +415,7 @@ impl<S: Sink> Receiver<'_, S> {
         self.sink.switch(to).await?;
         if to.lsn != log.at.lsn {
             // The begin of a record that never was is void, and another one comes in its place.
-            log.scanner = RecordScanner::new(to.lsn, log.origin.segment_size, 0);
+            log.scanner = RecordScanner::new(to.lsn, log.origin.segment_size, log.origin.pg_version);
         }
         log.at = to;
         self.candidates.wants_timeline(to.timeline);

@@ -25,7 +25,8 @@ use super::node::{Access, Introduction, NodeError, members};
 use super::sink::{Feedback, Origin, Position};
 use crate::client::connection::{ConnectError, Connection};
 use crate::client::replication::{
-    Identity, SlotPosition, identify_system, quoted, read_slot, segment_size, timeline_history, version_number,
+    Identity, SlotPosition, identify_system, oldest_segment, quoted, read_slot, segment_size, server_version_num,
+    timeline_history,
 };
 use crate::clock::since_2000;
 use crate::config::HostPort;
@@ -73,17 +74,20 @@ pub(super) struct Identified {
     pub(super) ancestry: Ancestry,
     /// Where our slot stands, if we have one.
     pub(super) slot: SlotPosition,
-    pub(super) introduction: Introduction,
+    /// Begin of the oldest segment that is there, if that was asked for.
+    pub(super) oldest: Option<Lsn>,
+    pub(super) introduction: Option<Introduction>,
     /// To be answered with where to begin.
     pub(super) order: oneshot::Sender<Order>,
 }
 
-/// What to send.
+/// What the node is to be asked.
 #[derive(Debug)]
-pub(super) struct Order {
-    pub(super) at: Position,
-    /// History files to fetch first.
-    pub(super) histories: Vec<PgTimelineId>,
+pub(super) enum Order {
+    /// These history files, and then WAL from there on.
+    Stream(Position, Vec<PgTimelineId>),
+    /// Where its WAL begins. It is identified once more then.
+    FindOldest,
 }
 
 /// What a connection is to do.
@@ -151,18 +155,20 @@ struct Talk {
     goodbye: CancellationToken,
 }
 
+/// Where to begin, the history files to fetch, the node's timelines, and its newest history file.
+type Asked = (Position, Vec<PgTimelineId>, Ancestry, Option<(PgTimelineId, Bytes)>);
+
 impl Talk {
     async fn run(&mut self) -> Result<Infallible, NodeError> {
         let mut connection = self.plan.access.connect(&self.address).await?;
-        let (order, mut ancestry, newest) = self.identify(&mut connection).await?;
-        for timeline in order.histories {
+        let (mut at, histories, mut ancestry, newest) = self.identify(&mut connection).await?;
+        for timeline in histories {
             let content = match &newest {
                 Some((known, content)) if *known == timeline => content.clone(),
                 _ => timeline_history(&mut connection, timeline).await?,
             };
             self.tell(Event::History(timeline, content)).await?;
         }
-        let mut at = order.at;
         loop {
             while let Some(next) = ancestry.successor(at.timeline).filter(|next| next.begin <= at.lsn) {
                 at = Position { timeline: next.timeline, lsn: next.begin };
@@ -179,16 +185,14 @@ impl Talk {
         self.queue.send(event).await.map_err(|_| ConnectError::Closed.into())
     }
 
-    /// Finds out who is there, and what to ask of it. Returns the newest history file too.
-    async fn identify(
-        &self,
-        connection: &mut Connection,
-    ) -> Result<(Order, Ancestry, Option<(PgTimelineId, Bytes)>), NodeError> {
-        let identity = identify_system(connection).await?;
+    /// Finds out who is there, and what to ask of it: from where on WAL, and which history files. Returns the node's timelines
+    /// and its newest history file too.
+    async fn identify(&self, connection: &mut Connection) -> Result<Asked, NodeError> {
+        let mut identity = identify_system(connection).await?;
         let origin = Origin {
             system_id: identity.system_id,
             segment_size: segment_size(connection).await?,
-            pg_version: connection.parameter("server_version").and_then(version_number).unwrap_or(0),
+            pg_version: server_version_num(connection).await?,
         };
         let newest = match identity.timeline {
             PgTimelineId::FIRST => None,
@@ -203,11 +207,21 @@ impl Talk {
             None => SlotPosition::Unknown,
         };
         let introduction = members(connection).await?;
-        let (order, ordered) = oneshot::channel();
-        let told = Identified { identity, origin, ancestry: ancestry.clone(), slot, introduction, order };
-        self.tell(Event::Identified(Box::new(told))).await?;
-        let order = ordered.await.map_err(|_| ConnectError::Closed)?;
-        Ok((order, ancestry, newest))
+        let mut oldest = None;
+        loop {
+            let (order, ordered) = oneshot::channel();
+            let (origin, ancestry, introduction) = (origin.clone(), ancestry.clone(), introduction.clone());
+            let told = Identified { identity, origin, ancestry, slot, oldest, introduction, order };
+            let (size, ancestry) = (told.origin.segment_size, told.ancestry.clone());
+            self.tell(Event::Identified(Box::new(told))).await?;
+            match ordered.await.map_err(|_| ConnectError::Closed)? {
+                Order::Stream(at, histories) => return Ok((at, histories, ancestry, newest)),
+                Order::FindOldest => {
+                    oldest = Some(oldest_segment(connection, &identity, size, &ancestry).await?);
+                    identity = identify_system(connection).await?;
+                }
+            }
+        }
     }
 
     async fn start(&self, connection: &mut Connection, at: Position) -> Result<(), NodeError> {

@@ -1,6 +1,7 @@
 //! One socket, as messages: a bounded reader and a writer that sends WAL without copying it.
 
-use std::io;
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes, BytesMut};
@@ -29,7 +30,7 @@ pub(super) fn split(socket: TcpStream, config: &ServerConfig) -> (MessageReader,
     let writer = MessageWriter {
         socket: write,
         out: BytesMut::new(),
-        payload: Bytes::new(),
+        queue: VecDeque::new(),
         limit: config.reader_limit,
         io: None,
     };
@@ -124,11 +125,13 @@ impl MessageReader {
     }
 }
 
-/// What is sent to the client: messages, and behind them at most one payload that is not copied.
+/// What is sent to the client: messages, and between them payloads that are not copied.
 pub(super) struct MessageWriter {
     socket: OwnedWriteHalf,
+    /// What is sent first.
+    queue: VecDeque<Bytes>,
+    /// What is sent then.
     out: BytesMut,
-    payload: Bytes,
     limit: Duration,
     io: Option<IoCounters>,
 }
@@ -139,27 +142,27 @@ impl MessageWriter {
         self.io = Some(io);
     }
 
-    /// Where messages are written to. Only while no payload waits: it would come before them.
+    /// Where messages are written to.
     pub(super) fn out(&mut self) -> &mut BytesMut {
-        debug_assert!(self.payload.is_empty(), "a message behind a payload");
         &mut self.out
     }
 
     /// Sends `payload` behind what is in [`Self::out`].
     pub(super) fn attach(&mut self, payload: Bytes) {
-        debug_assert!(self.payload.is_empty(), "two payloads");
-        self.payload = payload;
+        if !self.out.is_empty() {
+            self.queue.push_back(self.out.split().freeze());
+        }
+        self.queue.push_back(payload);
     }
 
     /// Whether everything was sent.
     pub(super) fn is_empty(&self) -> bool {
-        self.out.is_empty() && self.payload.is_empty()
+        self.out.is_empty() && self.queue.is_empty()
     }
 
     /// Sends some of what waits. Cancel safe: what wasn't sent still waits.
     pub(super) async fn write_some(&mut self) -> io::Result<()> {
-        let mut waiting = (&mut self.out).chain(&mut self.payload);
-        let count = self.socket.write_buf(&mut waiting).await?;
+        let count = self.socket.write_buf(&mut Waiting { queue: &mut self.queue }.chain(&mut self.out)).await?;
         if count == 0 && !self.is_empty() {
             return Err(io::ErrorKind::WriteZero.into());
         }
@@ -181,5 +184,35 @@ impl MessageWriter {
     pub(super) async fn close(&mut self) -> io::Result<()> {
         self.flush().await?;
         self.socket.shutdown().await
+    }
+}
+
+/// A queue, as what the socket writes from.
+struct Waiting<'a> {
+    queue: &'a mut VecDeque<Bytes>,
+}
+
+impl Buf for Waiting<'_> {
+    fn remaining(&self) -> usize {
+        self.queue.iter().map(Bytes::len).sum()
+    }
+
+    fn chunk(&self) -> &[u8] {
+        self.queue.iter().find(|bytes| !bytes.is_empty()).map_or(&[], |bytes| bytes)
+    }
+
+    fn chunks_vectored<'a>(&'a self, target: &mut [IoSlice<'a>]) -> usize {
+        target.iter_mut().zip(self.queue.iter()).map(|(slice, bytes)| *slice = IoSlice::new(bytes)).count()
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        while let Some(first) = self.queue.front_mut() {
+            if count < first.len() {
+                first.advance(count);
+                return;
+            }
+            count -= first.len();
+            self.queue.pop_front();
+        }
     }
 }

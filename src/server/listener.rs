@@ -16,6 +16,7 @@ use super::interrupt::Interrupt;
 use super::session::Session;
 use super::start_wal_push;
 use super::{MAX_REFUSALS, SHUTDOWN_LIMIT, ServerConfig, connection};
+use crate::peers::Peers;
 use crate::timeline::registry::Registry;
 
 /// Pause after a failed accept. It mostly means that there are no file descriptors left, and that passes.
@@ -24,11 +25,17 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Serves clients on `listener` until `shutdown`, then waits a short while for the sessions to end.
 ///
 /// Sessions watch `shutdown` themselves and take leave of their clients with 57P01.
-pub async fn serve(listener: TcpListener, registry: Arc<Registry>, config: ServerConfig, shutdown: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    registry: Arc<Registry>,
+    peers: Arc<Peers>,
+    config: ServerConfig,
+    shutdown: CancellationToken,
+) {
     let sessions = Arc::new(Semaphore::new(config.max_connections));
     // Held by every connection, also by those that are only told that there are too many.
     let sockets = Arc::new(Semaphore::new(config.max_connections.saturating_add(MAX_REFUSALS)));
-    let house = Arc::new(House { registry, config, shutdown: shutdown.clone(), next_id: AtomicU32::new(1) });
+    let house = Arc::new(House { registry, peers, config, shutdown: shutdown.clone(), next_id: AtomicU32::new(1) });
     let tasks = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
@@ -69,6 +76,7 @@ async fn accept(
 /// What all sessions share.
 pub(super) struct House {
     pub(super) registry: Arc<Registry>,
+    pub(super) peers: Arc<Peers>,
     pub(super) config: ServerConfig,
     pub(super) shutdown: CancellationToken,
     next_id: AtomicU32,
@@ -94,7 +102,7 @@ impl House {
         let admission = if permit.is_some() { Admission::Open } else { Admission::Full(self.config.max_connections) };
         let end = match handshake::run(&self, id, address, admission, &mut reader, &mut writer).await {
             Ok(client) => {
-                let mut session = Session { house: Arc::clone(&self), client, reader, writer };
+                let mut session = Session { house: Arc::clone(&self), client, reader, writer, temporary: Vec::new() };
                 match session.run().await {
                     Interrupt::Push(request) => return self.serve_proposer(session, request).await,
                     end => {
@@ -113,13 +121,13 @@ impl House {
     async fn serve_proposer(self: Arc<Self>, session: Session, request: StartWalPush) {
         let lane = self.registry.lane(session.client.ttid);
         let served = lane.spawn(async move {
-            let Session { house, client, reader, writer } = session;
+            let Session { house, client, reader, writer, .. } = session;
             let (id, address) = (client.id, client.address);
             let (reader, writer) = match connection::rehome(reader, writer) {
                 Ok(halves) => halves,
                 Err(error) => return tracing::warn!(id, %address, %error, "connection lost"),
             };
-            let mut session = Session { house, client, reader, writer };
+            let mut session = Session { house, client, reader, writer, temporary: Vec::new() };
             let end = start_wal_push::run(&mut session, request).await;
             let Session { house, reader, writer, .. } = session;
             handshake::take_leave(&house, id, address, end, reader, writer).await;

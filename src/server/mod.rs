@@ -35,6 +35,8 @@
 //! | `session` | the command loop |
 //! | `settings` | what a client is told before its first command |
 //! | `identify_system`, `show`, `status`, `timeline_history` | commands with an answer |
+//! | `slots` | replication slots |
+//! | `members` | who else keeps a timeline, and what safekeepers tell each other |
 //! | `start_wal_push` | a proposer's stream |
 //! | `start_replication`, `horizon` | a reader's stream, and how far it may see |
 //!
@@ -46,9 +48,11 @@ mod horizon;
 mod identify_system;
 mod interrupt;
 mod listener;
+mod members;
 mod session;
 mod settings;
 mod show;
+mod slots;
 mod start_replication;
 mod start_wal_push;
 mod status;

@@ -10,9 +10,10 @@ use super::connection::{MessageReader, MessageWriter};
 use super::handshake::{Client, NoTimeline, find_timeline};
 use super::interrupt::Interrupt;
 use super::listener::House;
-use super::{MAX_COMMAND_BODY, identify_system, show, start_replication, status, timeline_history};
+use super::{MAX_COMMAND_BODY, identify_system, members, show, slots, start_replication, status, timeline_history};
 use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
+use crate::timeline::slots::TemporarySlot;
 
 /// Characters of a refused command that are logged.
 const LOGGED_TEXT: usize = 200;
@@ -23,6 +24,8 @@ pub(super) struct Session {
     pub(super) client: Client,
     pub(super) reader: MessageReader,
     pub(super) writer: MessageWriter,
+    /// Slots that end with it.
+    pub(super) temporary: Vec<TemporarySlot>,
 }
 
 impl Session {
@@ -99,13 +102,13 @@ impl Session {
             Command::TimelineHistory(timeline) => timeline_history::run(self, timeline),
             Command::StartReplication(request) => start_replication::run(self, request).await,
             Command::StartWalPush(request) => Err(Interrupt::Push(request)),
-            Command::TimelineMembers | Command::PeerExchange(_) => {
-                let text = "safekeepers don't talk to each other yet";
-                Err(Interrupt::refused(SqlState::FEATURE_NOT_SUPPORTED, text))
+            Command::TimelineMembers => members::run(self),
+            Command::PeerExchange(json) => members::exchange(self, &json),
+            Command::ReadReplicationSlot(name) => slots::read(self, &name).await,
+            Command::CreateReplicationSlot { name, temporary, reserve_wal } => {
+                slots::create(self, &name, temporary, reserve_wal).await
             }
-            Command::ReadReplicationSlot(_)
-            | Command::CreateReplicationSlot { .. }
-            | Command::DropReplicationSlot { .. } => Err(no_slots()),
+            Command::DropReplicationSlot { name, wait } => slots::drop_slot(self, &name, wait).await,
         }
     }
 
@@ -132,11 +135,4 @@ fn kind(command: &Command) -> QueryKind {
         Command::TimelineStatus => QueryKind::TimelineStatus,
         _ => QueryKind::Other,
     }
-}
-
-/// Slots are not offered yet.
-pub(super) fn no_slots() -> Interrupt {
-    let fields =
-        ErrorFields::error(SqlState::FEATURE_NOT_SUPPORTED, "replication slots are not supported by this safekeeper");
-    Interrupt::Refused(fields.with_hint("Connect without a slot: WAL is kept for all readers."))
 }

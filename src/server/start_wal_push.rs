@@ -17,7 +17,7 @@ use pgproto::backend::{ErrorFields, SqlState, encode};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::command::StartWalPush;
 use pgproto::walproposer::{
-    AcceptorMessage, ProposerGreeting, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
+    AcceptorMessage, AppendResponse, ProposerGreeting, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
 };
 use pgproto::{SegmentSize, TenantTimelineId};
 use tokio::sync::mpsc;
@@ -43,7 +43,7 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interru
 }
 
 async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
-    let Session { house, client, reader, writer } = session;
+    let Session { house, client, reader, writer, .. } = session;
     let version = request.version;
     if version == ProtocolVersion::V3Stock {
         encode::parameter_status(writer.out(), STOCK_PARAMETER, STOCK_VERSION);
@@ -165,6 +165,12 @@ async fn answer(
                     Ack::Refused(error) => return Err(error.into()),
                 }
             }
+            () = push.feedback_arrived() => {}
+        }
+        let Ack::Response(last) = &*acks.borrow() else { continue };
+        for report in push.take_feedback() {
+            let response = AppendResponse { pageserver_feedback: Some(report), ..last.clone() };
+            put_reply(writer.out(), &AcceptorMessage::AppendResponse(response), version);
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! A standby asks for every one from its own timeline to the one reported by IDENTIFY_SYSTEM, and doesn't start without.
 
+use bytes::BytesMut;
 use pgproto::PgTimelineId;
 use pgproto::backend::{Column, SqlState, encode};
 
@@ -20,13 +21,16 @@ pub(super) fn run(session: &mut Session, wanted: PgTimelineId) -> Result<(), Int
         let text = format!("could not open file \"pg_wal/{name}\": No such file or directory");
         return Err(Interrupt::refused(SqlState::UNDEFINED_FILE, text));
     };
-    let old = timeline.control_state().server.pg_version < 160_000;
-    let out = session.writer.out();
-    let columns = [Column::text("filename"), Column::text("content")];
-    encode::row_description_modified(out, &columns, if old { 0 } else { -1 });
-    encode::data_row(out, &[Some(name.as_bytes()), Some(&content)]);
-    encode::command_complete(out, "TIMELINE_HISTORY");
+    answer(session.writer.out(), timeline.control_state().server.pg_version, &name, &content);
     Ok(())
+}
+
+/// As a server of that version answers.
+pub(super) fn answer(out: &mut BytesMut, pg_version: u32, name: &str, content: &[u8]) {
+    let modifier = if pg_version < 160_000 { 0 } else { -1 };
+    encode::row_description_modified(out, &[Column::text("filename"), Column::text("content")], modifier);
+    encode::data_row(out, &[Some(name.as_bytes()), Some(content)]);
+    encode::command_complete(out, "TIMELINE_HISTORY");
 }
 
 impl From<HistoryError> for Interrupt {

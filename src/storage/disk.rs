@@ -7,6 +7,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, IoSlice};
+use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -74,6 +75,10 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     }
     /// Reads at `offset`; returns how many bytes, fewer than asked for only at the end of the file.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Says that this range is going to be read soon, for the disk to begin with it. Waits for nothing.
+    fn will_need(&self, _offset: u64, _length: u64) -> io::Result<()> {
+        Ok(())
+    }
     /// Writes all of `slices` at `offset`, one after the other. The slices are used up.
     fn write_at(&self, slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()>;
     /// Cuts the file, or extends it with zeros.
@@ -216,6 +221,10 @@ impl DiskFile for RealFile {
             }
         }
         Ok(wanted - buf.len())
+    }
+
+    fn will_need(&self, offset: u64, length: u64) -> io::Result<()> {
+        Ok(rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), rustix::fs::Advice::WillNeed)?)
     }
 
     fn write_at(&self, mut slices: &mut [IoSlice<'_>], mut offset: u64) -> io::Result<()> {

@@ -14,26 +14,37 @@ use crate::consensus::history::TermHistory;
 use crate::consensus::state::ControlState;
 use crate::metrics;
 
-/// Most bytes returned by one read: what fits into one message to a reader.
+/// Most bytes returned by one [`WalReader::read`]: what fits into one message to a reader.
 pub const MAX_READ_SIZE: usize = pgproto::walproposer::MAX_SEND_SIZE;
 
-/// Reads the WAL of one timeline. Keeps the file of the segment read last open; a clone shares nothing else.
+/// The disk is asked for WAL this far in front of what is read, in bytes: enough to keep it busy with several requests.
+const HINT_AHEAD: u64 = 4 << 20;
+/// How much it is asked for at a time.
+const HINT: u64 = 1 << 20;
+
+/// Reads the WAL of one timeline. Keeps the files of the segments read last open, and the memory that it read into, as soon
+/// as nobody holds it any more.
 ///
 /// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. What this process
 /// didn't write or check itself is compared with the ledger, block by block, and never served when it differs.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct WalReader {
     files: TimelineFiles,
     segment_size: SegmentSize,
     /// First position that can be read.
     start: Lsn,
     open: Option<OpenSegment>,
+    /// The one behind it, once the disk was asked for it.
+    next: Option<OpenSegment>,
+    /// Up to here the disk was asked for WAL.
+    hinted: Lsn,
     /// Once something had to be checked.
     ledger: Option<Arc<Ledger>>,
     history: TermHistory,
+    buffers: Buffers,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 struct OpenSegment {
     number: SegmentNumber,
     file: Arc<dyn DiskFile>,
@@ -88,6 +99,9 @@ pub enum ReadError {
     /// The disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
+    /// The process is going down, or has a bug.
+    #[error("reading WAL was broken off: safekeeper is shutting down, or see its log")]
+    BrokenOff,
 }
 
 impl WalReader {
@@ -105,7 +119,9 @@ impl WalReader {
         } else {
             state.local_start_lsn
         };
-        Ok(Self { files, segment_size, start, open: None, ledger: None, history: state.term_history.clone() })
+        let history = state.term_history.clone();
+        let buffers = Buffers::default();
+        Ok(Self { files, segment_size, start, open: None, next: None, hinted: start, ledger: None, history, buffers })
     }
 
     /// First position that can be read. It moves when WAL is removed.
@@ -113,10 +129,25 @@ impl WalReader {
         self.start.max(self.files.oldest_lsn())
     }
 
-    /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, or for [`MAX_READ_SIZE`].
-    /// Empty only when `at` equals `end`.
+    /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, when what is behind is damaged,
+    /// or for [`MAX_READ_SIZE`]. Empty only when `at` equals `end`.
     pub async fn read(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let result = blocking(|| self.read_now(at, end));
+        blocking(|| self.read_now(at, end, MAX_READ_SIZE))
+    }
+
+    /// Same, for `most` bytes, and without a word to the runtime. The disk is asked for what will be read next.
+    pub(super) fn read_on(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
+        self.hint(at, end);
+        self.read_now(at, end, most)
+    }
+
+    /// Gives back the memory kept for the next read.
+    pub(super) fn give_back(&mut self) {
+        self.buffers = Buffers::default();
+    }
+
+    fn read_now(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
+        let result = self.read_some(at, end, most);
         if let Err(ReadError::Disk(error)) = &result
             && !error.is_not_found()
         {
@@ -125,13 +156,13 @@ impl WalReader {
         result
     }
 
-    fn read_now(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
+    fn read_some(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
         let wanted = match end.checked_sub(at) {
             Some(wanted) if at.is_valid() => wanted,
             _ => return Err(ReadError::InvalidRange { at, end }),
         };
         let wanted = wanted.min(self.segment_size.bytes() - offset(at, self.segment_size));
-        let wanted = usize::try_from(wanted).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
+        let wanted = usize::try_from(wanted).unwrap_or(most).min(most);
         let to = Lsn(at.0.saturating_add(wanted as u64));
         let files = self.files.clone();
         unless_changed(
@@ -148,17 +179,18 @@ impl WalReader {
     fn read_stored(&mut self, at: Lsn, wanted: usize) -> Result<Bytes, ReadError> {
         let number = SegmentNumber::containing(at, self.segment_size);
         let file = self.segment(number)?;
-        let mut wal = BytesMut::zeroed(wanted);
-        let read = file.read_at(&mut wal, offset(at, self.segment_size));
+        let mut wal = self.buffers.take(wanted);
+        let target = wal.get_mut(..wanted).unwrap_or_default();
+        let read = file.read_at(target, offset(at, self.segment_size));
         let count = read.during_at("read", || self.files.present_path(number, self.segment_size))?;
         if count < wanted {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
-        Ok(wal.freeze())
+        Ok(self.buffers.lend(wal).slice(..wanted))
     }
 
-    /// Reads the blocks that hold the range, compares them with the ledger, and gives out the range. A range that ends
-    /// behind what must be checked is cut there.
+    /// Reads the blocks that hold the range, compares them with the ledger, and gives out the range: what is before the first
+    /// damaged block, if there is something. A range that ends behind what must be checked is cut there.
     fn read_checked(&mut self, at: Lsn, to: Lsn, trusted: Option<Chain>) -> Result<Bytes, ReadError> {
         let damaged = |at, reason: String| ReadError::Damaged { at, reason };
         let ledger = match &self.ledger {
@@ -182,20 +214,32 @@ impl WalReader {
         let mut wal = self.read_stored(first, length)?;
         let mut block = first;
         let mut rest = wal.clone();
+        let mut fault = None;
         while block < past {
             let length = usize::try_from(block_end(block).saturating_sub(block)).unwrap_or_default();
             let bytes = rest.split_to(length.min(rest.len()));
             let mut verdict = ledger.verify_block(block, &bytes);
             if verdict == Verdict::EntryLost {
-                self.rebuild(&ledger, block, trusted)?;
+                match self.rebuild(&ledger, block, trusted) {
+                    // What is before it is good.
+                    Err(_) if block > at => break,
+                    rebuilt => rebuilt?,
+                }
                 verdict = ledger.verify_block(block, &bytes);
             }
-            match verdict {
-                Verdict::Good => {}
-                Verdict::EntryLost => return Err(damaged(block, "its entry in the ledger is missing".to_owned())),
-                Verdict::Fault(fault) => return Err(damaged(block, fault.to_string())),
+            fault = match verdict {
+                Verdict::Good => None,
+                Verdict::EntryLost => Some("its entry in the ledger is missing".to_owned()),
+                Verdict::Fault(fault) => Some(fault.to_string()),
+            };
+            if fault.is_some() {
+                break;
             }
             block = block_end(block);
+        }
+        let to = to.min(block);
+        if let Some(reason) = fault.filter(|_| to <= at) {
+            return Err(damaged(block, reason));
         }
         let begin = usize::try_from(at.saturating_sub(first)).unwrap_or_default();
         let length = usize::try_from(to.saturating_sub(at)).unwrap_or_default();
@@ -226,24 +270,81 @@ impl WalReader {
         }
     }
 
+    /// Asks the disk for what comes behind `at`, so that it is there when it is read. Nobody waits for it; what goes wrong
+    /// here is met again when it is read.
+    fn hint(&mut self, at: Lsn, end: Lsn) {
+        let to = end.min(Lsn(at.0.saturating_add(HINT_AHEAD)));
+        if self.hinted < at || self.hinted > Lsn(at.0.saturating_add(2 * HINT_AHEAD)) {
+            self.hinted = at;
+        }
+        while self.hinted < to {
+            let number = SegmentNumber::containing(self.hinted, self.segment_size);
+            let from = self.hinted;
+            self.hinted = Lsn(from.0.saturating_add(HINT)).min(number.end(self.segment_size)).min(to);
+            let current = self.open.as_ref().is_none_or(|open| open.number == number);
+            let Ok(file) = (if current { self.segment(number) } else { self.segment_ahead(number) }) else { return };
+            let _ = file.will_need(offset(from, self.segment_size), self.hinted.saturating_sub(from));
+        }
+    }
+
     fn segment(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, ReadError> {
         let truncations = self.files.truncations();
-        if let Some(open) = &self.open
-            && open.number == number
-            && open.truncations == truncations
-        {
+        let is_it = |open: &OpenSegment| open.number == number && open.truncations == truncations;
+        if !self.open.as_ref().is_some_and(is_it) {
+            self.open = self.next.take().filter(is_it);
+        }
+        if let Some(open) = &self.open {
             return Ok(open.file.clone());
         }
-        self.open = None;
-        let Some(file) = self.files.open_to_read(number, self.segment_size)? else {
-            return Err(ReadError::SegmentMissing { segment: self.name(number) });
-        };
-        self.open = Some(OpenSegment { number, file: file.clone(), truncations });
-        Ok(file)
+        let opened = self.open_segment(number)?;
+        Ok(self.open.insert(opened).file.clone())
+    }
+
+    /// Same, for one that is going to be read: the one that is being read stays open.
+    fn segment_ahead(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, ReadError> {
+        match &self.next {
+            Some(next) if next.number == number => Ok(next.file.clone()),
+            _ => {
+                let opened = self.open_segment(number)?;
+                Ok(self.next.insert(opened).file.clone())
+            }
+        }
+    }
+
+    fn open_segment(&self, number: SegmentNumber) -> Result<OpenSegment, ReadError> {
+        let truncations = self.files.truncations();
+        match self.files.open_to_read(number, self.segment_size)? {
+            Some(file) => Ok(OpenSegment { number, file, truncations }),
+            None => Err(ReadError::SegmentMissing { segment: self.name(number) }),
+        }
     }
 
     fn name(&self, number: SegmentNumber) -> String {
         self.files.segment_name(number, self.segment_size)
+    }
+}
+
+/// Memory to read into. What is lent comes back when its last user drops it; two are enough for who uses one while the other
+/// is being filled.
+#[derive(Debug, Default)]
+struct Buffers {
+    last: Bytes,
+    before: Bytes,
+}
+
+impl Buffers {
+    /// At least `length` bytes, of any content.
+    fn take(&mut self, length: usize) -> BytesMut {
+        std::mem::swap(&mut self.last, &mut self.before);
+        match std::mem::take(&mut self.last).try_into_mut() {
+            Ok(buffer) if buffer.len() >= length => buffer,
+            _ => BytesMut::zeroed(length),
+        }
+    }
+
+    fn lend(&mut self, buffer: BytesMut) -> Bytes {
+        self.last = buffer.freeze();
+        self.last.clone()
     }
 }
 

@@ -6,9 +6,10 @@
 //! | temporary slot, here or on another node | its `restart_lsn` | the same |
 //! | connected reader | the next byte to be sent to it | the same |
 //! | peers | the lowest position that a member may still need, as the leader says | no |
-//! | page server | what it has durably, once one reported | no |
+//! | page server | what all of them have in remote storage, once one reported | no |
 //! | slots that aren't known | the oldest WAL there is, as long as the file of slots was damaged and not made whole | no |
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use pgproto::{Lsn, NodeId};
@@ -16,6 +17,7 @@ use pgproto::{Lsn, NodeId};
 use super::Timeline;
 use super::slots::Slot;
 use crate::clock;
+use crate::metrics::{HoldSample, SlotSample};
 
 /// What WAL is kept for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -144,9 +146,12 @@ impl Timeline {
         for reader in self.readers.list() {
             add(HoldOwner::Reader { conn_id: reader.conn_id }, reader.sent_lsn, None, limit);
         }
-        let progress = self.progress();
+        let (progress, control) = (self.progress(), self.control.load());
         add(HoldOwner::Peers, progress.peer_horizon_lsn, None, None);
-        add(HoldOwner::PageServer, progress.remote_consistent_lsn, None, None);
+        // It is raised to where the timeline begins without a page server's word.
+        if self.readers.pageserver().is_some() || progress.remote_consistent_lsn > control.timeline_start_lsn {
+            add(HoldOwner::PageServer, progress.remote_consistent_lsn.max(control.timeline_start_lsn), None, None);
+        }
         if self.slots.is_incomplete() {
             add(HoldOwner::UnknownSlots, self.wal_start(), None, None);
         }
@@ -170,6 +175,31 @@ impl Timeline {
             false if limit.is_some_and(|limit| held > limit) => WalStatus::Unreserved,
             false => WalStatus::Reserved,
         })
+    }
+}
+
+impl Timeline {
+    /// Its holds for metrics, unless there is nothing to tell.
+    pub(super) fn hold_sample(&self) -> Option<HoldSample> {
+        let commit_lsn = self.progress().commit_lsn;
+        let sample = |slot: &Slot| {
+            let status = self.wal_status(slot);
+            SlotSample {
+                name: slot.name.clone(),
+                wal_status: status.map_or("unused", WalStatus::name),
+                held_bytes: status.map_or(0, |_| commit_lsn.saturating_sub(slot.restart_lsn)),
+            }
+        };
+        let slots: Vec<SlotSample> = self.slots.table().kept().map(sample).collect();
+        if slots.is_empty() && self.readers.count() == 0 && self.push_sessions.count() == 0 {
+            return None;
+        }
+        let mut held_bytes = BTreeMap::new();
+        for hold in self.holds() {
+            let most: &mut u64 = held_bytes.entry(hold.owner.kind()).or_default();
+            *most = hold.bytes(commit_lsn).max(*most);
+        }
+        Some(HoldSample { ttid: self.ttid, slots, held_bytes })
     }
 }
 

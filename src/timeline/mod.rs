@@ -7,7 +7,7 @@
 //!  push sessions --Command--> mailbox --> writer task --(perform in order)--> storage
 //!                                           |   acceptor decides, task performs
 //!            Progress, commit LSN <---watch-+---watch---> acknowledgements of each session
-//!  readers: wait for the commit LSN, read segments themselves
+//!  readers: wait for the commit LSN, read the tail in memory, or segments, themselves
 //! ```
 //!
 //! The task exists only while there is work: an idle timeline is *parked* as a map entry without task, buffer or open
@@ -24,28 +24,35 @@
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
 //! | `writer` | the single writer |
 //! | [`lag`] | how old the oldest WAL is that a reader lacks |
+//! | [`feed`] | what a reader reads from |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
 //! | [`readers`] | who reads here and what they reported |
 //! | [`slots`] | replication slots, which all members know |
 //! | [`members`] | what the other members said last |
 //! | [`holds`] | who needs which WAL |
+//! | [`retention`] | saves slots, removes WAL that nobody needs |
+//! | [`tail`] | the newest WAL in memory |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
+pub mod feed;
 pub mod holds;
 pub mod lag;
 pub mod members;
 pub mod push;
 pub mod readers;
 pub mod registry;
+pub mod retention;
 pub mod slots;
+pub mod tail;
 mod writer;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use arc_swap::ArcSwap;
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use parking_lot::Mutex;
+use pgproto::feedback::PageserverFeedback;
 use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::Configuration;
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
@@ -55,15 +62,14 @@ use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
-use crate::metrics::{TimelineHealth, TimelineSample};
-use crate::storage::{
-    Fork, HistoryError, MAX_READ_SIZE, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader,
-};
+use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, TimelineHealth, TimelineSample};
+use crate::storage::{Fork, HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
 use members::Members;
-use readers::Readers;
+use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
+use tail::{Tail, Tails};
 use writer::{Command, Writer};
 
 /// Commands waiting for the writer. Full means back-pressure: the connection that sends stops being read.
@@ -163,6 +169,7 @@ pub struct Timeline {
     health: ArcSwap<Health>,
     seat: Mutex<Seat>,
     readers: Readers,
+    tail: Arc<Tail>,
     push_sessions: push::PushSessions,
     slots: Slots,
     members: Members,
@@ -174,13 +181,19 @@ pub struct Timeline {
 
 impl Timeline {
     /// Puts acceptor and store together; the writer starts parked, and will work on `lane`.
-    fn new(acceptor: Acceptor, store: TimelineStore, lane: Lane, retention: RetentionPolicy) -> Arc<Self> {
+    fn new(
+        acceptor: Acceptor,
+        store: TimelineStore,
+        lane: Lane,
+        retention: RetentionPolicy,
+        tails: &Arc<Tails>,
+    ) -> Arc<Self> {
         let control = acceptor.durable_state().clone();
         let progress = Progress::of(&acceptor);
         let files = store.files().clone();
+        let slots = Slots::load(files.clone(), acceptor.node_id());
         let mut commit_times = CommitTimes::default();
         commit_times.committed(progress.commit_lsn);
-        let slots = Slots::load(files.clone(), acceptor.node_id());
         let timeline = Arc::new(Self {
             ttid: control.ttid,
             node_id: acceptor.node_id(),
@@ -191,6 +204,7 @@ impl Timeline {
             health: ArcSwap::from_pointee(Health::Sound),
             seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
+            tail: Tail::new(Arc::clone(tails)),
             push_sessions: push::PushSessions::default(),
             slots,
             members: Members::default(),
@@ -264,46 +278,9 @@ impl Timeline {
         self.ask(|reply| Command::ReportFault { fault, reply }).await
     }
 
-    /// Reads WAL back. The caller must not ask for more than [`Progress`] allows it to see.
-    pub fn wal_reader(&self) -> Result<WalReader, ReadError> {
+    /// Reads stored WAL back. The caller must not ask for more than [`Progress`] allows it to see.
+    fn wal_reader(&self) -> Result<WalReader, ReadError> {
         WalReader::new(self.files.clone(), &self.control.load())
-    }
-
-    /// Reads with a reader of this timeline; when it finds damage, the timeline learns of it before the reader does.
-    ///
-    /// Behind a segment switch the rest of the segment counts as there before it has come. Those are zeros; they are not looked
-    /// for in the file, where nobody has written them yet.
-    pub async fn read_wal(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let Progress { write_lsn: written, flush_lsn, .. } = self.progress();
-        // Nothing else makes the durable end lie behind what was written.
-        if !written.is_valid() || end <= written || end > flush_lsn {
-            return self.read_written(wal, at, end).await;
-        }
-        let mut bytes = BytesMut::new();
-        if at < written {
-            bytes.extend_from_slice(&self.read_written(wal, at, written).await?);
-        }
-        let reached = Lsn(at.0.saturating_add(bytes.len() as u64));
-        if reached >= written {
-            let padding = usize::try_from(end.saturating_sub(reached)).unwrap_or(MAX_READ_SIZE).min(MAX_READ_SIZE);
-            bytes.resize(bytes.len() + padding, 0);
-        }
-        Ok(bytes.freeze())
-    }
-
-    async fn read_written(self: &Arc<Self>, wal: &mut WalReader, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let read = wal.read(at, end).await;
-        let damaged_at = match &read {
-            Err(ReadError::Damaged { at, .. } | ReadError::ShortSegment { at, .. }) => Some(*at),
-            _ => None,
-        };
-        if let (Some(from), Err(error)) = (damaged_at, &read) {
-            let fault = Fault { from, acked_end: self.progress().flush_lsn, reason: error.to_string().into() };
-            if let Err(error) = self.report_fault(fault).await {
-                tracing::warn!(ttid = %self.ttid, "damage could not be noted: {error}");
-            }
-        }
-        read
     }
 
     /// WAL that leaders cut off and that was set aside, the oldest first.
@@ -346,7 +323,20 @@ impl Timeline {
             remote_consistent_lsn: progress.remote_consistent_lsn,
             receivers,
             written_wal_bytes: self.written_bytes.load(Ordering::Relaxed),
+            readers: self.readers.list().iter().map(|reader| self.sample_reader(reader)).collect(),
+            pageserver: self.readers.pageserver(),
         }
+    }
+
+    fn sample_reader(&self, reader: &ReaderStatus) -> ReaderSample {
+        let Positions { write, flush, apply } = reader.positions;
+        let reported = [(ReaderPosition::Write, write), (ReaderPosition::Flush, flush), (ReaderPosition::Apply, apply)];
+        let lags = reported.into_iter().filter(|(_, lsn)| lsn.is_valid()).map(|(position, lsn)| {
+            let Lag { bytes, time } = self.lag(lsn);
+            ReaderLag { position, bytes, time }
+        });
+        let application = Application::classify(reader.application_name.as_deref().unwrap_or_default());
+        ReaderSample { conn_id: reader.conn_id, application, lags: lags.collect() }
     }
 
     /// Who reads here.
@@ -396,6 +386,17 @@ impl Timeline {
     /// the log's end needs stays, and so does everything while the timeline can't vouch for its log.
     pub async fn remove_wal_before(self: &Arc<Self>, lsn: Lsn) -> Result<Removed, TimelineError> {
         self.ask(|reply| Command::RemoveBefore { lsn, reply }).await
+    }
+
+    /// Takes in what a page server reports: proposers are told, and WAL that all page servers have in remote storage needs
+    /// no more care. `false` while the writer has more to do than it can take; the next report brings it again.
+    pub fn pageserver_reported(self: &Arc<Self>, feedback: &PageserverFeedback) -> bool {
+        self.push_sessions.forward(feedback);
+        let lsn = self.readers.remote_consistent_lsn();
+        if lsn <= self.progress().remote_consistent_lsn {
+            return true;
+        }
+        self.mailbox().is_ok_and(|mailbox| mailbox.try_send(Command::RemoteConsistent(lsn)).is_ok())
     }
 
     /// Saves the lazily saved LSNs now.

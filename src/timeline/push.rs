@@ -8,8 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use pgproto::feedback::PageserverFeedback;
 use pgproto::walproposer::{AcceptorMessage, AppendRequest, AppendResponse, ProposerMessage};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 use super::writer::Command;
 use super::{Timeline, TimelineError};
@@ -99,6 +100,17 @@ impl PushSession {
         acks
     }
 
+    /// Wakes when page servers have reported. Cancel safe.
+    pub async fn feedback_arrived(&self) {
+        self.listed.feedback_news.notified().await;
+    }
+
+    /// What page servers reported since this was last asked, the newest of each shard. It travels attached to a repetition of
+    /// the last [`Ack::Response`] (spec: semantics 3.7); until there is one, it waits.
+    pub fn take_feedback(&self) -> Vec<PageserverFeedback> {
+        std::mem::take(&mut *self.listed.feedback.lock()).into_values().collect()
+    }
+
     /// Resolves when the writer is gone, with the reason.
     pub async fn writer_gone(&self) -> TimelineError {
         self.mailbox.closed().await;
@@ -115,7 +127,13 @@ impl Drop for PushSession {
 struct ListedSession {
     conn_id: u32,
     streaming: AtomicBool,
+    /// Reports of page servers that the proposer is to be told, by shard.
+    feedback: Mutex<BTreeMap<u32, PageserverFeedback>>,
+    feedback_news: Notify,
 }
+
+/// Shards that a compute knows of at most. It stops with an assertion when it is told of another one.
+const MAX_SHARDS: u32 = 128;
 
 /// A connected proposer, for status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -134,13 +152,29 @@ pub struct PushSessions {
 
 impl PushSessions {
     fn add(&self, conn_id: u32) -> Arc<ListedSession> {
-        let listed = Arc::new(ListedSession { conn_id, streaming: AtomicBool::new(false) });
+        let listed = Arc::new(ListedSession {
+            conn_id,
+            streaming: AtomicBool::new(false),
+            feedback: Mutex::default(),
+            feedback_news: Notify::new(),
+        });
         self.list.lock().insert(conn_id, Arc::clone(&listed));
         listed
     }
 
     fn remove(&self, listed: &Arc<ListedSession>) {
         self.list.lock().remove(&listed.conn_id);
+    }
+
+    /// Has all proposers told what a page server reports.
+    pub(super) fn forward(&self, report: &PageserverFeedback) {
+        if report.shard_number >= MAX_SHARDS {
+            return;
+        }
+        for session in self.list.lock().values() {
+            session.feedback.lock().insert(report.shard_number, report.clone());
+            session.feedback_news.notify_one();
+        }
     }
 
     /// How many there are.

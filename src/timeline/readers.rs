@@ -16,6 +16,9 @@ use pgproto::Lsn;
 use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
 use pgproto::replication::message::StandbyStatus;
 
+use crate::clock;
+use crate::metrics::PageserverSample;
+
 /// What a reader last reported, word for word.
 #[derive(Clone, Debug, PartialEq)]
 pub enum ReaderFeedback {
@@ -113,6 +116,7 @@ impl ReaderStatus {
 struct Table {
     readers: BTreeMap<u32, ReaderStatus>,
     aggregate: HotStandbyFeedback,
+    pageserver: Option<PageserverSample>,
 }
 
 /// The readers of a timeline.
@@ -158,12 +162,28 @@ impl Readers {
         self.table.lock().aggregate
     }
 
+    /// What page servers said since the process started.
+    pub fn pageserver(&self) -> Option<PageserverSample> {
+        self.table.lock().pageserver
+    }
+
     /// What all page servers connected have in remote storage; 0 when none has reported. Each serves its own part of the
     /// data, so only what the last of them has counts.
     pub fn remote_consistent_lsn(&self) -> Lsn {
         let table = self.table.lock();
         let pageservers = table.readers.values().filter(|r| matches!(r.feedback, Some(ReaderFeedback::Pageserver(_))));
         pageservers.map(|reader| reader.positions.apply).min().unwrap_or_default()
+    }
+
+    fn note_pageserver(&self, new: &PageserverFeedback) {
+        let mut table = self.table.lock();
+        let before = table.pageserver;
+        table.pageserver = Some(PageserverSample {
+            last_received_lsn: new.last_received_lsn,
+            unix_time: clock::unix_seconds(),
+            reports: before.map_or(0, |before| before.reports) + 1,
+            corruption_detected: new.corruption_detected || before.is_some_and(|before| before.corruption_detected),
+        });
     }
 }
 
@@ -215,6 +235,7 @@ impl ReaderGuard<'_> {
 
     /// A page server's report arrived while WAL up to `commit_lsn` is committed here.
     pub fn pageserver_feedback(&self, new: PageserverFeedback, commit_lsn: Lsn) -> Verdict {
+        self.readers.note_pageserver(&new);
         self.update(|reader| {
             let reported = (&new).into();
             reader.feedback = Some(ReaderFeedback::Pageserver(new));

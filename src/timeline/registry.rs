@@ -12,10 +12,11 @@ use pgproto::{NodeId, TenantId, TenantTimelineId, TimelineId};
 
 use super::Timeline;
 use super::holds::RetentionPolicy;
+use super::tail::Tails;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{JournalSample, TimelineSample, TimelineSource};
+use crate::metrics::{HoldSample, JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -78,6 +79,7 @@ pub struct Registry {
     data_dir: DataDir,
     lanes: Lanes,
     retention: RetentionPolicy,
+    tails: Arc<Tails>,
     limit: usize,
     timelines: Mutex<BTreeMap<TenantTimelineId, Slot>>,
 }
@@ -95,12 +97,13 @@ impl Registry {
         retention: RetentionPolicy,
     ) -> Result<Arc<Self>, DiskError> {
         let mut timelines = BTreeMap::new();
+        let tails = Arc::new(Tails::default());
         for ttid in data_dir.timelines()? {
             let slot = match TimelineStore::open(&data_dir, ttid).await {
                 Ok((store, recovered)) => {
                     let acceptor = acceptor(data_dir.node_id(), recovered);
                     tracing::info!(%ttid, flush_lsn = %acceptor.flush_lsn(), term = %acceptor.term(), "loaded");
-                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), retention))
+                    Slot::Loaded(Timeline::new(acceptor, store, lanes.of(ttid), retention, &tails))
                 }
                 Err(error) => {
                     tracing::error!(%ttid, %error, "timeline not loaded: it takes part in nothing until this is mended");
@@ -109,7 +112,8 @@ impl Registry {
             };
             timelines.insert(ttid, slot);
         }
-        Ok(Arc::new(Self { data_dir, lanes, retention, limit: MAX_TIMELINES, timelines: Mutex::new(timelines) }))
+        let timelines = Mutex::new(timelines);
+        Ok(Arc::new(Self { data_dir, lanes, retention, tails, limit: MAX_TIMELINES, timelines }))
     }
 
     /// The node these timelines are on.
@@ -201,7 +205,7 @@ impl Registry {
             Ok((store, recovered)) => {
                 tracing::info!("creating new timeline {ttid}");
                 let acceptor = acceptor(self.node_id(), recovered);
-                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), self.retention);
+                let timeline = Timeline::new(acceptor, store, self.lanes.of(ttid), self.retention, &self.tails);
                 timelines.insert(ttid, Slot::Loaded(Arc::clone(&timeline)));
                 Ok(timeline)
             }
@@ -257,6 +261,10 @@ impl TimelineSource for Registry {
             failed_checkpoints: stats.failed_checkpoints,
             failed: journal.failed().is_some(),
         }
+    }
+
+    fn holds(&self) -> Vec<HoldSample> {
+        self.list().iter().filter_map(|timeline| timeline.hold_sample()).collect()
     }
 }
 

@@ -57,6 +57,8 @@ pub(super) enum Command {
         fault: Fault,
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
+    /// WAL below is in remote storage at the page servers.
+    RemoteConsistent(Lsn),
     Checkpoint {
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
@@ -150,6 +152,7 @@ impl Task {
         if !deserted {
             return Ok(Some(self));
         }
+        timeline.tail.clear();
         *seat = Seat::Parked(self.writer);
         Ok(None)
     }
@@ -203,6 +206,10 @@ impl Task {
             Command::ReportFault { fault, reply } => {
                 self.writer.acceptor.report_fault(fault);
                 self.answer(Ok(Vec::new()), reply, |_, _| ()).await
+            }
+            Command::RemoteConsistent(lsn) => {
+                self.writer.acceptor.remote_consistent(lsn);
+                Ok(())
             }
             Command::Checkpoint { reply } => {
                 let actions = self.writer.acceptor.checkpoint();
@@ -351,6 +358,7 @@ impl Task {
         };
         self.writer.batch.clear();
         self.writer.batch_bytes = 0;
+        self.timeline.tail.clear();
         self.writer.acceptor.fall_back(recovered.control, recovered.scanner);
         for (session, _) in self.writer.unacknowledged.drain(..) {
             session.acknowledge(Ack::Refused(error.clone()));
@@ -364,6 +372,7 @@ impl Task {
             match action {
                 Action::Write { at, wal } => {
                     self.timeline.written_bytes.fetch_add(wal.len() as u64, Ordering::Relaxed);
+                    self.timeline.tail.push(at, &wal);
                     self.writer.gather(at, wal).await?;
                 }
                 Action::Flush => self.writer.write_out().await?,
@@ -376,6 +385,7 @@ impl Task {
                 Action::InitFirstSegment { start } => self.writer.store.init_first_segment(start).await?,
                 Action::Truncate { end } => {
                     self.writer.write_out().await?;
+                    self.timeline.tail.cut(end);
                     self.writer.store.truncate(end).await?;
                 }
                 Action::StoreHistory(files) => self.writer.store.store_history(&files).await?,

@@ -14,6 +14,7 @@
 mod cluster;
 mod http;
 mod ledger;
+mod measure;
 mod port;
 mod postgres;
 mod process;
@@ -29,9 +30,10 @@ pub use cluster::{
 };
 pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::{Commit, Ledger};
+pub use measure::{cpu_seconds, forget_cached, median};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
-pub use process::{Daemon, Launch};
+pub use process::{Daemon, Launch, run_within};
 pub use programs::{Account, Clients, Programs, in_ci, leave_out, run};
 pub use prometheus::{Prometheus, promtool};
 pub use random::Random;

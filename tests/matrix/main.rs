@@ -4,13 +4,17 @@
 //! The versions come from scripts/postgres-versions. One that isn't there is left out with a line that says so, and is a
 //! failure where all were asked for (`EVERY_POSTGRES=1`, as in continuous integration).
 
+mod feedback;
 mod libpq;
+mod promotion;
 mod receivers;
+mod slots;
 mod standbys;
 
 use anyhow::{Context, Result, ensure};
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Programs, Safekeeper, Scratch, leave_out, scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Postgres, Programs, ReceiveWal, Safekeeper, Scratch, compare_wal, leave_out,
+    scenario, secs, wait_for,
 };
 
 /// Runs `body` with a cluster whose primary has the version `major`.
@@ -90,6 +94,15 @@ fn standby(scratch: &Scratch, cluster: &Cluster, name: &str, settings: &[(&str, 
     standby.configure(settings)?;
     standby.start()?;
     Ok(standby)
+}
+
+/// Waits until the files of `receiver` equal the primary's up to the end of its WAL.
+fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<()> {
+    let end = cluster.primary.flush_lsn()?;
+    let (reference, dir) = (cluster.primary.wal_dir(), receiver.dir().to_owned());
+    receiver
+        .daemon()
+        .wait_until(secs(60), "the received files to be the primary's", || compare_wal(&reference, &dir, end).map(drop))
 }
 
 /// The index of the safekeeper that `standby` streams from.

@@ -1,9 +1,10 @@
 //! `pg_receivewal` of several versions against safekeepers with the WAL of each version. It refuses servers newer than itself.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use testkit::{Clients, Cluster, ReceiveWal, Scratch, Signal, compare_wal, leave_out, secs};
 
-use crate::{commit_step, for_each_version};
+use crate::slots::{create_slot, drop_slot, slot_command, slot_position, wait_gone, wait_slot};
+use crate::{commit_step, for_each_version, wait_identical};
 
 /// The versions of `pg_receivewal` under test.
 const RECEIVERS: [u32; 3] = [15, 16, 18];
@@ -48,21 +49,62 @@ fn pg_receivewal_gets_the_primarys_files(scratch: &Scratch, cluster: &mut Cluste
     Ok(())
 }
 
+for_each_version!(pg_receivewal_with_a_slot_misses_nothing);
+
+fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Cluster) -> Result<()> {
+    let major = cluster.primary.programs().major();
+    for clients in RECEIVERS.into_iter().filter(|receiver| *receiver >= major).filter_map(Clients::of) {
+        let slot = format!("receiver_{}", clients.major());
+        create_slot(cluster, 0, &slot)?;
+        let reserved = slot_position(cluster.safekeeper(1)?, &slot)?.context("a position, as WAL is reserved")?;
+        // What is written before it connects for the first time.
+        commit_step(&cluster.primary, &slot)?;
+        cluster.primary.sql()?.run("SELECT pg_switch_wal()")?;
+        commit_step(&cluster.primary, &slot)?;
+        cluster.wait_committed(cluster.primary.flush_lsn()?)?;
+
+        let source = cluster.safekeeper(2)?.conninfo(&slot);
+        let args = ["--slot", &slot, "--status-interval=1"];
+        let mut receiver = ReceiveWal::start_from(&clients, scratch, &slot, &source, &args)?;
+        wait_first_file(&mut receiver)?;
+        wait_identical(cluster, &mut receiver)?;
+        if major >= 15 {
+            // Before that, a client had no way to ask where its slot is.
+            let compared = compare_wal(&cluster.primary.wal_dir(), receiver.dir(), cluster.primary.flush_lsn()?)?;
+            ensure!(compared.start <= reserved, "it begins at {}, its slot at {reserved}", compared.start);
+        }
+        // It reports a segment as flushed when that is finished.
+        cluster.primary.sql()?.run("SELECT pg_switch_wal()")?;
+        let finished = cluster.primary.flush_lsn()?;
+        commit_step(&cluster.primary, &slot)?;
+        wait_identical(cluster, &mut receiver)?;
+        wait_slot(cluster, &slot, finished)?;
+        let status = receiver.daemon().stop(Signal::INT, secs(30))?;
+        ensure!(status.success(), "{} ended with {status}", receiver.daemon().name());
+        drop_slot(scratch, &clients, cluster.safekeeper(1)?, &slot)?;
+        wait_gone(cluster, &slot)?;
+
+        // Its own way to make a slot reserves nothing: it has no position before it is used.
+        let (on, again) = ("--create-slot", "--if-not-exists");
+        slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on])?;
+        ensure!(slot_position(cluster.safekeeper(1)?, &slot)?.is_none(), "a position before it is used");
+        let exists =
+            slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on]).err().context("made twice")?;
+        ensure!(format!("{exists:#}").contains("already exists"), "{exists:#}");
+        slot_command(scratch, &clients, cluster.safekeeper(1)?, &slot, &[on, again])?;
+        receiver.daemon().start()?;
+        wait_identical(cluster, &mut receiver)?;
+        wait_slot(cluster, &slot, finished)?;
+    }
+    Ok(())
+}
+
 fn wait_first_file(receiver: &mut ReceiveWal) -> Result<()> {
     let dir = receiver.dir().to_owned();
     receiver.daemon().wait_until(secs(60), "the first file", || {
         ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
         Ok(())
     })
-}
-
-/// Waits until the files of `receiver` equal the primary's up to the end of its WAL.
-fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<()> {
-    let end = cluster.primary.flush_lsn()?;
-    let (reference, dir) = (cluster.primary.wal_dir(), receiver.dir().to_owned());
-    receiver
-        .daemon()
-        .wait_until(secs(60), "the received files to be the primary's", || compare_wal(&reference, &dir, end).map(drop))
 }
 
 /// A `pg_receivewal` older than the WAL sees so, from the version that the safekeeper tells, and gives up.

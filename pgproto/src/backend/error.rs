@@ -62,6 +62,10 @@ impl SqlState {
     pub const FEATURE_NOT_SUPPORTED: SqlState = SqlState(*b"0A000");
     /// A parameter has a value it cannot have.
     pub const INVALID_PARAMETER_VALUE: SqlState = SqlState(*b"22023");
+    /// A name that it cannot be.
+    pub const INVALID_NAME: SqlState = SqlState(*b"42602");
+    /// A name with too many bytes.
+    pub const NAME_TOO_LONG: SqlState = SqlState(*b"42622");
     /// The command could not be parsed.
     pub const SYNTAX_ERROR: SqlState = SqlState(*b"42601");
     /// No such setting or slot.

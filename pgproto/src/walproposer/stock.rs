@@ -53,9 +53,9 @@ pub struct HistoryFile {
 /// What a leader tells of the stock server whose WAL it proposes.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct StockPrimary {
-    /// `PG_VERSION_NUM`, such as 150018.
+    /// `PG_VERSION_NUM`, such as 150018; 0 = unknown.
     pub pg_version: u32,
-    /// The server's own text, at most [`MAX_SERVER_VERSION`] bytes.
+    /// The server's own text, at most [`MAX_SERVER_VERSION`] bytes; empty = unknown.
     pub server_version: String,
     /// All safekeepers as the leader knows them.
     pub safekeepers: Vec<HostPort>,

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use parking_lot::Mutex;
 use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage};
 use pgproto::{Lsn, NodeId, SegmentSize, Term};
@@ -16,6 +17,7 @@ use safekeeper::server::{Horizon, cut};
 use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::simdisk::{SimDisk, Survivors};
 use safekeeper::storage::{DataDir, DataDirOptions, ReadError};
+use safekeeper::timeline::feed::WalFeed;
 use safekeeper::timeline::push::{Ack, PushSession};
 use safekeeper::timeline::registry::{LookupError, Registry};
 use safekeeper::timeline::{Timeline, TimelineError};
@@ -385,8 +387,8 @@ impl Seen {
         news: &Notify,
     ) -> Result<(), String> {
         let timeline = self.registry.get(TTID).map_err(|error| error.to_string())?;
-        let mut wal = timeline.wal_reader().map_err(|error| error.to_string())?;
-        if !start.is_valid() || start < wal.start_lsn() {
+        let mut feed = WalFeed::open(&timeline).map_err(|error| error.to_string())?;
+        if !start.is_valid() || start < feed.start_lsn() {
             return Err(format!("WAL at {start} was removed"));
         }
         let mut horizon = Horizon::new(&timeline, term);
@@ -397,14 +399,18 @@ impl Seen {
             let horizon_end = horizon.end().map_err(|error| format!("{error:?}"))?;
             let end = self.shared().sabotage.horizon(&timeline, horizon_end);
             if at < end {
-                let read = timeline.read_wal(&mut wal, at, cut(at, end)).await;
-                let bytes = read.map_err(|error| self.refused(at, term, error))?;
+                let read = feed.read(at, end).await;
+                let mut piece = read.map_err(|error| self.refused(at, term, error))?;
                 horizon.confirm().map_err(|error| format!("{error:?}"))?;
-                let next = Lsn(at.0 + bytes.len() as u64);
-                if !sender.send(Reply::Wal { start: at, wal: bytes }).await {
-                    return Ok(());
+                while at < piece.end() {
+                    let mut wal = BytesMut::new();
+                    piece.take_to(cut(at, piece.end()), |slice| wal.extend_from_slice(&slice));
+                    let next = Lsn(at.0 + wal.len() as u64);
+                    if !sender.send(Reply::Wal { start: at, wal: wal.freeze() }).await {
+                        return Ok(());
+                    }
+                    at = next;
                 }
-                at = next;
                 continue;
             }
             horizon.check_caught_up().map_err(|error| format!("{error:?}"))?;

@@ -335,7 +335,11 @@ impl Acceptor {
                 actions.push(Action::StoreHistory(primary.history));
             }
             let StockPrimary { pg_version, server_version, safekeepers, .. } = primary;
-            next.server.pg_version = pg_version;
+            // Without a primary they aren't known, as in a mere sync of the safekeepers.
+            if pg_version != 0 {
+                next.server.pg_version = pg_version;
+            }
+            let server_version = if server_version.is_empty() { next.stock.server_version } else { server_version };
             next.stock = StockInfo { ancestry, server_version, safekeepers };
         }
         self.adopt(next, start, &mut actions);
@@ -458,6 +462,12 @@ impl Acceptor {
         if reached_term_start || segment_ahead {
             self.save_lazy(actions);
         }
+    }
+
+    /// Page servers claim to have everything below `lsn` in remote storage. Of what isn't committed here nobody can.
+    pub fn remote_consistent(&mut self, lsn: Lsn) {
+        let known = &mut self.lazy.remote_consistent_lsn;
+        *known = lsn.min(self.lazy.commit_lsn).max(*known);
     }
 
     /// Persists the lazily saved LSNs if they moved since they were last saved.

@@ -84,6 +84,15 @@ fn history_files_are_kept_after_the_cut_and_before_the_state_that_counts_on_them
 }
 
 #[test]
+fn a_leader_without_a_primary_leaves_its_version_as_it_is() {
+    let (mut a, end) = with_wal();
+    let unknown = StockPrimary { pg_version: 0, server_version: String::new(), ..primary(FIRST, &[]) };
+    a.handle(elected(2, end, &[(1, START.0), (2, end.0)], unknown)).unwrap();
+    let state = a.durable_state();
+    assert_eq!((state.server.pg_version, state.stock.server_version.as_str()), (150_019, "15.19"));
+}
+
+#[test]
 fn a_log_may_begin_on_any_timeline() {
     let mut a = new_acceptor();
     let leader = primary(THIRD, &[(1, Lsn(0x20_0000)), (2, Lsn(0x70_0028))]);

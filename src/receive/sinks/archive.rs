@@ -133,6 +133,66 @@ pub(crate) fn read_full(source: &mut dyn Read, mut buf: &mut [u8]) -> (usize, Op
     (wanted - buf.len(), None)
 }
 
+/// Reads all that can be read of a file that may be damaged. Decompressors lose what they have in hand when they find
+/// damage. So what comes just before it is read once more, byte by byte.
+pub(super) struct Salvage {
+    open: Box<dyn Fn() -> io::Result<Box<dyn Read + Send>> + Send>,
+    source: Box<dyn Read + Send>,
+    page: Box<[u8]>,
+    /// The bytes of the page that are to be given out.
+    range: std::ops::Range<usize>,
+    pages: u64,
+    damaged: bool,
+}
+
+impl Salvage {
+    /// Reads a segment file.
+    pub(super) fn new(disk: Arc<dyn Disk>, dir: &Path, file: ArchiveFile) -> io::Result<Self> {
+        let dir = dir.to_owned();
+        let open = Box::new(move || open(&*disk, &dir, &file));
+        Ok(Self { source: open()?, open, page: vec![0; PAGE].into(), range: 0..0, pages: 0, damaged: false })
+    }
+
+    fn next_page(&mut self) -> io::Result<()> {
+        if !self.damaged {
+            let (count, error) = read_full(&mut *self.source, &mut self.page);
+            if error.is_none() {
+                self.range = 0..count;
+                self.pages += 1;
+                return Ok(());
+            }
+            self.damaged = true;
+            self.source = (self.open)()?;
+            for _ in 0..self.pages {
+                read_full(&mut *self.source, &mut self.page);
+            }
+        }
+        let mut count = 0;
+        for byte in self.page.chunks_mut(1) {
+            match read_full(&mut *self.source, byte) {
+                (1, _) => count += 1,
+                (_, Some(error)) if count == 0 => return Err(error),
+                _ => break,
+            }
+        }
+        self.range = 0..count;
+        Ok(())
+    }
+}
+
+impl Read for Salvage {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        if self.range.is_empty() {
+            self.next_page()?;
+        }
+        let bytes = self.page.get(self.range.clone()).unwrap_or_default();
+        let count = bytes.len().min(buf.len());
+        buf.split_at_mut(count).0.copy_from_slice(bytes.split_at(count).0);
+        self.range.start += count;
+        Ok(count)
+    }
+}
+
 /// Reads a file from its begin to its end.
 struct DiskReader {
     file: Arc<dyn DiskFile>,
@@ -173,5 +233,7 @@ pub(super) fn prove(source: &mut dyn Read, scanner: &mut RecordScanner, size: Se
         }
     }
     let from = scanner.checked_from().max(start);
-    Proven { from, to: scanner.last_record_end().min(end).max(from), error }
+    // The padding behind the last record may not have come.
+    let to = scanner.last_record_end().min(scanner.position()).min(end);
+    Proven { from, to: to.max(from), error }
 }

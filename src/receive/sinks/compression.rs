@@ -65,13 +65,64 @@ impl Method {
         Ok(match self {
             Method::None => Box::new(source),
             Method::Gzip => Box::new(MultiGzDecoder::new(source)),
-            Method::Lz4 => Box::new(lz4_flex::frame::FrameDecoder::new(source)),
+            Method::Lz4 => Box::new(Lz4Reader(lz4_flex::frame::FrameDecoder::new(Ends::new(source)))),
             Method::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::new(source)?;
                 decoder.window_log_max(MAX_ZSTD_WINDOW)?;
                 Box::new(decoder)
             }
         })
+    }
+}
+
+/// The decoder takes a file that ends between two blocks for a whole one. This one looks for the end mark.
+struct Lz4Reader<R: Read>(lz4_flex::frame::FrameDecoder<Ends<R>>);
+
+impl<R: Read> Read for Lz4Reader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buf)? {
+            0 if !buf.is_empty() && !self.0.get_ref().is_lz4_frame_end() => Err(io::ErrorKind::UnexpectedEof.into()),
+            count => Ok(count),
+        }
+    }
+}
+
+/// Remembers the first and the last bytes of what is read.
+struct Ends<R> {
+    source: R,
+    first: [u8; 5],
+    last: [u8; 8],
+    length: u64,
+}
+
+impl<R: Read> Ends<R> {
+    fn new(source: R) -> Self {
+        Self { source, first: [0; 5], last: [0; 8], length: 0 }
+    }
+
+    /// The frame's flags are its fifth byte; the fourth bit of them tells of a checksum behind the end mark, four zeros.
+    fn is_lz4_frame_end(&self) -> bool {
+        let [mark_or_other @ .., _, _, _, _] = self.last;
+        let [_, _, _, _, mark_or_checksum @ ..] = self.last;
+        let has_checksum = self.first[4] & 0b100 != 0;
+        let mark = if has_checksum { mark_or_other } else { mark_or_checksum };
+        self.length == 0 || mark == [0; 4]
+    }
+}
+
+impl<R: Read> Read for Ends<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        let count = self.source.read(buf)?;
+        let known = usize::try_from(self.length).unwrap_or(usize::MAX);
+        for (first, byte) in self.first.iter_mut().skip(known).zip(buf.iter().take(count)) {
+            *first = *byte;
+        }
+        self.length += count as u64;
+        for byte in buf.iter().take(count).skip(count.saturating_sub(self.last.len())) {
+            self.last.rotate_left(1);
+            self.last[7] = *byte;
+        }
+        Ok(count)
     }
 }
 

@@ -7,7 +7,8 @@
 //!   ([`SinkError::Diverged`]). At the first segment after a start, the last record of the segment before must go on in it,
 //!   and the first one must link back.
 //! * When the primary's timeline changes, the first file of the new one gets the bytes of the old one up to there.
-//! * What was flushed is found again after a crash.
+//! * What was flushed is found again after a crash. Of compressed files only whole ones count as flushed, and those that
+//!   were closed in order.
 //! * The first error is final: nobody knows what is on the disk then.
 //! * No second receiver: the directory itself is locked. `pg_receivewal` doesn't look at that lock.
 
@@ -321,7 +322,7 @@ impl Opened {
     fn check_void(&self, old: PgTimelineId, to: Position, files: &[ArchiveFile]) -> Result<(), SinkError> {
         for file in files {
             let start = SegmentNumber::containing(to.lsn, self.place.size).start(self.place.size);
-            let proven = prove(&mut *self.place.open(file)?, &mut self.scanner(start), self.place.size);
+            let proven = prove(&mut self.place.salvage(file)?, &mut self.scanner(start), self.place.size);
             if proven.to > to.lsn {
                 return Err(SinkError::Diverged(format!(
                     "timeline {} begins at {}, but \"{}\" has whole records of timeline {old} up to {}: what they say is \
@@ -364,8 +365,7 @@ impl Opened {
 
     fn flush(&mut self) -> Result<Lsn, SinkError> {
         if let Some(segment) = &mut self.segment {
-            segment.flush()?;
-            self.flushed = segment.position();
+            self.flushed = self.flushed.max(segment.flush()?);
         }
         Ok(self.flushed)
     }

@@ -15,7 +15,7 @@ mod segment;
 pub mod stdout;
 
 #[cfg(test)]
-mod tests;
+pub(in crate::receive) mod tests;
 
 pub use compression::{Compression, Method};
 pub use directory::DirectorySink;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use pgproto::wal::RecordScanner;
 use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize};
 
-use super::archive::{self, ArchiveFile, prove, read_full};
+use super::archive::{self, ArchiveFile, Salvage, prove, read_full};
 use super::compression::{Compression, Encoder, Method};
 use crate::receive::SinkError;
 use crate::storage::{Disk, DiskFile};
@@ -56,7 +56,7 @@ enum Output {
 /// Bytes that are there already, in `[from, to)`.
 struct There {
     name: String,
-    source: Box<dyn Read + Send>,
+    source: Salvage,
     from: Lsn,
     to: Lsn,
 }
@@ -96,11 +96,16 @@ impl Place {
         archive::open(&*self.disk, &self.dir, file).during("cannot open", &self.path(&file.name()))
     }
 
+    /// Same, of a file that may have been cut or damaged by a crash.
+    pub(super) fn salvage(&self, file: &ArchiveFile) -> Result<Salvage, SinkError> {
+        Salvage::new(self.disk.clone(), &self.dir, *file).during("cannot open", &self.path(&file.name()))
+    }
+
     /// Which part of a file is there for certain. `scanner` as for [`prove`].
     fn there(&self, file: &ArchiveFile, mut scanner: RecordScanner, until: Lsn) -> Result<Option<There>, SinkError> {
-        let proven = prove(&mut *self.open(file)?, &mut scanner, self.size);
+        let proven = prove(&mut self.salvage(file)?, &mut scanner, self.size);
         let (from, to) = (proven.from, proven.to.min(until));
-        let there = There { name: file.name(), source: self.open(file)?, from, to };
+        let there = There { name: file.name(), source: self.salvage(file)?, from, to };
         Ok((from < to).then_some(there))
     }
 }
@@ -243,19 +248,24 @@ impl Segment {
         self.place.path(&format!("{}{suffix}", self.target(false).name()))
     }
 
-    /// Makes durable what was written.
-    pub(super) fn flush(&mut self) -> Result<(), SinkError> {
+    /// Makes durable what was written, and returns the end of that. Of a compressed file nothing counts before it is whole:
+    /// a decompressor may lose bytes before those that a crash tore.
+    pub(super) fn flush(&mut self) -> Result<Lsn, SinkError> {
         let path = self.output_path();
         match &mut self.output {
-            Output::Nowhere => return Ok(()),
-            Output::Plain { file, .. } => return file.sync_data().during("cannot sync", &path),
+            Output::Nowhere => return Ok(self.position),
+            Output::Plain { file, .. } => {
+                file.sync_data().during("cannot sync", &path)?;
+                return Ok(self.position);
+            }
             Output::Compressed { file, encoder, length, .. } => {
                 encoder.flush().during("cannot compress", &path)?;
                 append(&**file, length, &encoder.take()).during("cannot write", &path)?;
                 file.sync_data().during("cannot sync", &path)?;
             }
         }
-        self.bring_forward()
+        self.bring_forward()?;
+        Ok(self.number.start(self.place.size))
     }
 
     /// A file that was made again takes the place of the old one, once it holds as much.
@@ -322,10 +332,10 @@ impl Segment {
 impl There {
     /// Compares the next bytes, which are those at `at`.
     fn compare(&mut self, at: Lsn, wal: &[u8]) -> Result<(), SinkError> {
-        let mut bytes = vec![0; wal.len()];
-        let (count, error) = read_full(&mut *self.source, &mut bytes);
         let end = Lsn(at.0.saturating_add(wal.len() as u64));
         let (from, to) = (at.max(self.from), end.min(self.to));
+        let mut bytes = vec![0; part(wal, at, at, to).len()];
+        let (count, error) = read_full(&mut self.source, &mut bytes);
         if from >= to {
             return Ok(());
         }

@@ -149,11 +149,13 @@ impl<'a> Chain<'a> {
                 if is_end {
                     self.unfinished(written_end);
                 } else {
-                    let damage = if self.may_end(task) {
-                        format!("{error}, and there is more behind it, up to {written_end}")
-                    } else {
-                        error.to_string()
-                    };
+                    let mut damage = error.to_string();
+                    if self.may_end(task) {
+                        damage += &format!(", and there is more behind it, up to {written_end}");
+                    }
+                    if place_of(&error) < task.start {
+                        damage += ". It began in an earlier segment, which may be the damaged one";
+                    }
                     self.report.found(task.name.clone(), Some(place_of(&error)), Kind::Damaged, damage);
                 }
                 is_end

@@ -46,8 +46,11 @@ impl Stream<'_> {
                     self.habits = Habits::pageserver(self.habits.limit);
                 }
                 metrics::pageserver_feedback();
-                let heard = self.listed.pageserver_feedback(feedback, self.timeline.progress().commit_lsn);
-                self.judge(heard);
+                let commit_lsn = self.timeline.progress().commit_lsn;
+                self.judge(self.listed.pageserver_feedback(feedback.clone(), commit_lsn));
+                if !self.timeline.pageserver_reported(&feedback) {
+                    tracing::debug!(id = self.client.id, "a page server's report has to wait for the next one");
+                }
             }
             Err(DecodeError::UnknownTag { value, .. }) => {
                 let text = format!("unexpected message type {value:#04x} from a reader");
@@ -63,6 +66,9 @@ impl Stream<'_> {
     fn judge(&self, heard: Verdict) {
         if heard.absurd {
             metrics::absurd_report();
+        }
+        if let Some(slot) = self.slot.as_ref().filter(|_| heard.positions.flush.is_valid()) {
+            slot.confirm(heard.positions.flush);
         }
     }
 }

@@ -22,6 +22,8 @@ mod listen;
 mod pg_timeline;
 mod stream;
 
+use std::sync::Arc;
+
 use bytes::BytesMut;
 use pgproto::backend::{SqlState, encode};
 use pgproto::replication::command::StartReplication;
@@ -32,19 +34,20 @@ use self::habits::Habits;
 use self::pg_timeline::Course;
 use self::stream::{Ended, Stream};
 use super::interrupt::Interrupt;
-use super::session::{Session, no_slots};
+use super::session::Session;
+use super::slots;
 use crate::metrics;
-use crate::storage::WalReader;
 use crate::timeline::Timeline;
+use crate::timeline::feed::WalFeed;
+use crate::timeline::slots::SlotGuard;
 
 /// Serves a reader until it ends the stream or its Postgres timeline ends, which leaves the session ready for commands.
 pub(super) async fn run(session: &mut Session, request: StartReplication) -> Result<(), Interrupt> {
-    if request.slot.is_some() {
-        return Err(no_slots());
-    }
     let timeline = session.timeline().map_err(|error| error.refusal())?;
+    let slot = slots::acquire(session, &timeline, request.slot.as_deref()).await?;
+    let slot_ended = slot.as_ref().map(SlotGuard::ended).unwrap_or_default();
     let course = Course::plan(&timeline, &session.client, &request)?;
-    let Session { house, client, reader, writer } = session;
+    let Session { house, client, reader, writer, .. } = session;
     let horizon = course.horizon(&timeline, request.term);
     if let Some(next) = horizon.next_pg_timeline(request.start) {
         pg_timeline::tell_next(writer.out(), next);
@@ -53,7 +56,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
     }
     encode::copy_both_response(writer.out());
     writer.flush().await?;
-    let wal = open(&timeline, request.start, &course)?;
+    let feed = open(&timeline, request.start, &course)?;
     let _counted = metrics::reader(client.application());
     let listed = timeline.readers().register(client.id, client.address, client.application_name.clone(), request.start);
     let habits = Habits::of(client, &request, &house.config);
@@ -63,19 +66,25 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         client,
         habits,
         horizon,
-        wal,
+        feed,
         at: request.start,
         reader,
         writer,
         listed,
+        slot,
         last_heard: now,
         last_sent: now,
         asked: false,
         keepalive: None,
+        rest_until: now,
     };
     tokio::select! {
         ended = stream.serve() => ended,
         () = house.shutdown.cancelled() => Err(stream_ends(habits)),
+        () = slot_ended.cancelled() => {
+            let name = request.slot.as_deref().unwrap_or_default();
+            Err(slots::taken_away(name, timeline.slots().why_taken_away(name)))
+        }
     }
 }
 
@@ -110,13 +119,13 @@ fn stream_ends(habits: Habits) -> Interrupt {
 }
 
 /// Checks that WAL from `start` can be here.
-fn open(timeline: &Timeline, start: Lsn, course: &Course) -> Result<WalReader, Interrupt> {
-    let wal = timeline.wal_reader()?;
-    let oldest = wal.start_lsn().max(timeline.oldest_lsn());
+fn open(timeline: &Arc<Timeline>, start: Lsn, course: &Course) -> Result<WalFeed, Interrupt> {
+    let feed = WalFeed::open(timeline)?;
+    let oldest = feed.start_lsn().max(timeline.oldest_lsn());
     let size = timeline.control_state().server.wal_seg_size;
     let number = SegmentNumber::containing(start, size);
     if start.is_valid() && start >= oldest && number >= course.first_segment(size) {
-        return Ok(wal);
+        return Ok(feed);
     }
     Err(removed(&number.file_name(course.of_segment(number, size), size)))
 }

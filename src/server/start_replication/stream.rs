@@ -1,6 +1,14 @@
 //! What a reader is sent, and when.
+//!
+//! A piece of WAL at a time is read and goes out in as few writes as the socket takes, cut into messages; meanwhile the next
+//! one is read. So a reader that takes nothing holds two pieces of [`crate::storage::PIECE_SIZE`], or slices of the tail that
+//! were put there together, until it is taken for dead.
+//!
+//! Many readers at the end of a timeline rest after each message they got: the CPU that it takes to wake them all and to write
+//! to each of them is bounded, however fast commits come.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use pgproto::Lsn;
 use pgproto::backend::{ErrorFields, SqlState};
@@ -16,9 +24,11 @@ use crate::server::connection::{MessageReader, MessageWriter};
 use crate::server::handshake::Client;
 use crate::server::horizon::{Horizon, cut};
 use crate::server::interrupt::Interrupt;
-use crate::storage::{ReadError, WalReader};
+use crate::storage::ReadError;
 use crate::timeline::Timeline;
+use crate::timeline::feed::WalFeed;
 use crate::timeline::readers::ReaderGuard;
+use crate::timeline::slots::SlotGuard;
 
 /// How a stream came to its end.
 pub(super) enum Ended {
@@ -28,31 +38,42 @@ pub(super) enum Ended {
     PgTimeline,
 }
 
+/// What a message costs the machine, sent to a reader that waits for it. It is one write to a socket and two wake-ups; with
+/// this, readers of one timeline never take more than about a fifth of a CPU.
+const REST_PER_READER: Duration = Duration::from_micros(50);
+/// Shorter rests are none: there is no timer for them.
+const SHORTEST_REST: Duration = Duration::from_millis(1);
+
 /// One reader's stream.
 pub(super) struct Stream<'a> {
     pub(super) timeline: &'a Arc<Timeline>,
     pub(super) client: &'a Client,
     pub(super) habits: Habits,
     pub(super) horizon: Horizon,
-    pub(super) wal: WalReader,
+    pub(super) feed: WalFeed,
     /// Next byte to send.
     pub(super) at: Lsn,
     pub(super) reader: &'a mut MessageReader,
     pub(super) writer: &'a mut MessageWriter,
     pub(super) listed: ReaderGuard<'a>,
+    /// The slot it uses.
+    pub(super) slot: Option<SlotGuard<'a>>,
     pub(super) last_heard: Instant,
     pub(super) last_sent: Instant,
     /// The reader was asked for a reply since it was last heard.
     pub(super) asked: bool,
     /// A keepalive to be sent next, and whether it asks for a reply.
     pub(super) keepalive: Option<bool>,
+    /// No WAL is sent before.
+    pub(super) rest_until: Instant,
 }
 
 impl Stream<'_> {
     /// Returns when the reader ended the stream, or its Postgres timeline ended.
     pub(super) async fn run(&mut self) -> Result<Ended, Interrupt> {
         loop {
-            if self.writer.is_empty() {
+            let resting = Instant::now() < self.rest_until;
+            if self.writer.is_empty() && (!resting || self.keepalive.is_some()) {
                 if self.horizon.next_pg_timeline(self.at).is_some() {
                     return Ok(Ended::PgTimeline);
                 }
@@ -67,7 +88,8 @@ impl Stream<'_> {
                     }
                 }
                 sent = self.writer.write_some(), if !idle => sent?,
-                moved = self.horizon.changed(), if idle => moved?,
+                moved = self.horizon.changed(), if idle && !resting => moved?,
+                () = sleep_until(self.rest_until), if idle && resting => {}
                 () = sleep_until(deadline) => self.on_time()?,
             }
         }
@@ -85,23 +107,40 @@ impl Stream<'_> {
         if self.at >= end {
             return self.horizon.check_caught_up();
         }
-        let end_of_piece = cut(self.at, end);
-        let wal = self.timeline.read_wal(&mut self.wal, self.at, end_of_piece).await.map_err(|error| match error {
+        let mut piece = self.feed.read(self.at, end).await.map_err(|error| match error {
             ReadError::SegmentMissing { segment } => removed(&segment),
             other => other.into(),
         })?;
         self.horizon.confirm()?;
-        let next = self.at.checked_add(wal.len() as u64).filter(|&next| next > self.at);
-        let next = next.ok_or_else(|| Interrupt::fatal(SqlState::INTERNAL_ERROR, "reading WAL gave nothing"))?;
-        put_xlog_data_header(self.writer.out(), self.at, end, clock::since_2000(), wal.len());
-        self.writer.attach(wal);
+        let next = piece.end();
+        if next <= self.at {
+            return Err(Interrupt::fatal(SqlState::INTERNAL_ERROR, "reading WAL gave nothing"));
+        }
+        while piece.start() < next {
+            let (start, to) = (piece.start(), cut(piece.start(), next));
+            let length = usize::try_from(to.saturating_sub(start)).unwrap_or_default();
+            put_xlog_data_header(self.writer.out(), start, end, clock::since_2000(), length);
+            piece.take_to(to, |slice| self.writer.attach(slice));
+        }
         self.at = next;
         self.listed.sent(next);
         self.last_sent = Instant::now();
         if self.habits.silent {
             self.last_heard = self.last_sent;
         }
+        if next == end {
+            self.rest();
+        }
         Ok(())
+    }
+
+    /// Everything was sent.
+    fn rest(&mut self) {
+        let companions = u32::try_from(self.feed.companions()).unwrap_or(u32::MAX);
+        let rest = REST_PER_READER.saturating_mul(companions);
+        if rest >= SHORTEST_REST {
+            self.rest_until = self.last_sent + rest;
+        }
     }
 
     /// When something is due although nothing happens.

@@ -1,15 +1,20 @@
 //! Garbage, half messages and sockets closed at any byte: each ends its own connection and nothing else.
 
+use std::time::Duration;
+
 use bytes::{Bytes, BytesMut};
-use pgproto::backend::SqlState;
+use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::startup::StartupMessage;
 use pgproto::walproposer::{ProposerElected, ProposerMessage, ProtocolVersion, TermLsn, VoteRequest};
 use pgproto::{Generation, Lsn, Term, frontend};
 use proptest::strategy::{Strategy, ValueTree};
 use proptest::test_runner::TestRunner;
+use rustix::process::{Resource, Rlimit};
+use tokio::io::AsyncReadExt;
+use tokio::net::TcpSocket;
 
 use super::harness::{START, TestServer, append, greeting, message, options, server_with_wal, ttid};
-use crate::server::ServerConfig;
+use crate::server::{MAX_CONNECTIONS, ServerConfig};
 use crate::storage::test_wal::WalWriter;
 
 #[tokio::test]
@@ -169,5 +174,118 @@ async fn a_torn_push_can_be_resumed() {
     let mut second = server.leader(2, START, &[(1, START), (2, START)]).await;
     second.commit(2, START, &wal).await;
     assert_eq!(server.timeline().progress().commit_lsn, log.position());
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn starts_anywhere_are_served_waited_for_or_refused() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 200).await;
+    let end = log.position();
+    let mut reader = server.reader().await;
+    // In the middle of a record, of its header, of a page header, at the last byte.
+    for start in [START.0 + 1, START.0 + 8, START.0 + 8192, START.0 + 8195, START.0 + 10_001, end.0 - 1] {
+        let start = Lsn(start);
+        reader.start_replication(&start.to_string()).await;
+        assert_eq!(reader.wal(start, log.since(start).len()).await, log.since(start));
+        reader.copy_done().await;
+        reader.until_ready().await;
+    }
+    for start in [Lsn(0), Lsn(1), Lsn(START.0 - 1)] {
+        reader.start_replication(&start.to_string()).await;
+        reader.error(SqlState::UNDEFINED_FILE).await;
+        reader.until_ready().await;
+    }
+    for start in [end, Lsn(end.0 + 1), Lsn(u64::MAX)] {
+        reader.start_replication(&start.to_string()).await;
+        reader.copy_done().await;
+        let ended = reader.until_ready().await;
+        assert!(
+            ended.iter().all(|message| !matches!(message, BackendMessage::CopyData(_))),
+            "nothing to send: {ended:?}"
+        );
+    }
+    for operands in
+        ["0/3000000000", "x/1", "1", "0/0 TIMELINE 4294967296", "0/300000 TIMELINE -1", "0/300000 TIMELINE 0"]
+    {
+        reader.refused(&format!("START_REPLICATION {operands}"), SqlState::SYNTAX_ERROR).await;
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn whatever_a_reader_leaves_with_it_is_forgotten() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 2).await;
+    let half = message(b'd', &[b'r'; 34]);
+    for goodbye in
+        [message(b'X', b""), message(b'f', b"no\0"), message(b'S', b""), half.split_at(20).0.into(), BytesMut::new()]
+    {
+        let mut reader = server.reader().await;
+        reader.start_replication(&START.to_string()).await;
+        reader.wal(START, log.since(START).len()).await;
+        assert_eq!(server.timeline().readers().count(), 1);
+        reader.send(&goodbye).await;
+        drop(reader);
+        while server.timeline().readers().count() > 0 {
+            server.assert_alive().await;
+        }
+    }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_reads_byte_by_byte_costs_no_more_than_buffers_and_is_dropped() {
+    let config = ServerConfig { reader_limit: Duration::from_secs(2), ..ServerConfig::default() };
+    let server = TestServer::start_with(config).await;
+    let mut log = WalWriter::new(START);
+    while log.since(START).len() < 12 << 20 {
+        log.record(100_000, 1);
+    }
+    let mut leader = server.leader(1, START, &[(1, START)]).await;
+    leader.commit(1, START, &log.since(START)).await;
+    let small = TcpSocket::new_v4().unwrap();
+    small.set_recv_buffer_size(8192).unwrap();
+    let mut reader = server.reader_on(small.connect(server.address).await.unwrap()).await;
+    reader.start_replication(&START.to_string()).await;
+    let mut sent = START;
+    let mut next = tokio::time::interval(Duration::from_millis(20));
+    loop {
+        let readers = server.timeline().readers().list();
+        let [listed] = &readers[..] else { break };
+        sent = listed.sent_lsn;
+        next.tick().await;
+        // Fails when it was dropped meanwhile.
+        let _ = reader.socket.read_u8().await;
+    }
+    assert!(sent > START && sent < log.position(), "as much as a socket holds, not all: {sent}");
+    server.assert_alive().await;
+    server.stop().await;
+}
+
+/// Resident memory of this process in KiB.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_thousand_idle_connections_are_no_burden() {
+    // Both ends are in this process.
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    rustix::process::setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 2).await;
+    let before = resident();
+    let mut idle = Vec::new();
+    for _ in 0..MAX_CONNECTIONS - 2 {
+        idle.push(server.login(&[("user", "x")]).await);
+    }
+    assert!(resident() - before < 100 << 10, "{} KiB", resident() - before);
+    // One place is the leader's, one is left.
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    assert_eq!(reader.wal(START, log.since(START).len()).await, log.since(START));
+    server.hello(&[("user", "x")]).await.fatal(SqlState::CANNOT_CONNECT_NOW).await;
+    drop(idle);
+    server.assert_alive_soon().await;
     server.stop().await;
 }

@@ -21,6 +21,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::lanes::Lanes;
+use crate::peers::{PeerOptions, Peers};
 use crate::server::{ServerConfig, serve};
 use crate::storage::DataDir;
 use crate::storage::test_wal::{PG_VERSION, SIZE, SYSTEM_ID, WalWriter};
@@ -57,13 +58,25 @@ impl TestServer {
     }
 
     pub(super) async fn start_with(config: ServerConfig) -> Self {
-        let dir = TempDir::new().unwrap();
-        let data_dir = DataDir::open(dir.path(), Some(NodeId(1)), false).unwrap();
-        let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Self::start_node(NodeId(1), listener, PeerOptions::default(), config).await
+    }
+
+    /// One node of several.
+    pub(super) async fn start_node(
+        node: NodeId,
+        listener: TcpListener,
+        peers: PeerOptions,
+        config: ServerConfig,
+    ) -> Self {
+        let dir = TempDir::new().unwrap();
+        let data_dir = DataDir::open(dir.path(), Some(node), false).unwrap();
+        let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
         let address = listener.local_addr().unwrap();
         let shutdown = CancellationToken::new();
-        let task = tokio::spawn(serve(listener, Arc::clone(&registry), config, shutdown.clone()));
+        let peers = Peers::new(Arc::clone(&registry), peers, shutdown.clone());
+        tokio::spawn(Arc::clone(&peers).run());
+        let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
         Self { address, registry, shutdown, task, _dir: dir }
     }
 
@@ -79,11 +92,7 @@ impl TestServer {
     /// A socket on which a startup packet was sent.
     pub(super) async fn hello(&self, parameters: &[(&str, &str)]) -> TestClient {
         let mut client = self.dial().await;
-        let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
-        let message = StartupMessage { minor_version: 0, parameters: parameters.iter().map(own).collect() };
-        let mut out = BytesMut::new();
-        message.encode(&mut out);
-        client.send(&out).await;
+        client.introduce(parameters).await;
         client
     }
 
@@ -96,7 +105,15 @@ impl TestServer {
 
     /// A replication session of a stock client, for [`ttid`].
     pub(super) async fn reader(&self) -> TestClient {
-        self.login(&[("user", "x"), ("replication", "true"), ("options", &options(ttid()))]).await
+        self.reader_on(TcpStream::connect(self.address).await.unwrap()).await
+    }
+
+    /// The same over a socket that was prepared.
+    pub(super) async fn reader_on(&self, socket: TcpStream) -> TestClient {
+        let mut client = TestClient { socket, buffer: BytesMut::new() };
+        client.introduce(&[("user", "x"), ("replication", "true"), ("options", &options(ttid()))]).await;
+        client.until_ready().await;
+        client
     }
 
     /// A proposer that was let in, before its greeting.
@@ -112,7 +129,7 @@ impl TestServer {
             assert!(matches!(client.next().await, BackendMessage::ParameterStatus { .. }));
         }
         assert_eq!(client.next().await, BackendMessage::CopyBothResponse);
-        Pusher { client, version }
+        Pusher { client, version, node: self.registry.node_id() }
     }
 
     /// A proposer that leads in `term` and may append at `start`.
@@ -146,6 +163,13 @@ impl TestServer {
         assert_eq!(client.until_ready().await.len(), 3);
     }
 
+    /// The same once there is room for another client.
+    pub(super) async fn assert_alive_soon(&self) {
+        while let BackendMessage::ErrorResponse(fields) = self.hello(&[("user", "x")]).await.next().await {
+            assert_eq!(fields.code, SqlState::CANNOT_CONNECT_NOW);
+        }
+    }
+
     pub(super) async fn stop(self) {
         self.shutdown.cancel();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap();
@@ -160,6 +184,15 @@ pub(super) struct TestClient {
 impl TestClient {
     pub(super) async fn send(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();
+    }
+
+    /// Sends a startup packet.
+    async fn introduce(&mut self, parameters: &[(&str, &str)]) {
+        let own = |&(name, value): &(&str, &str)| (name.to_owned(), value.to_owned());
+        let message = StartupMessage { minor_version: 0, parameters: parameters.iter().map(own).collect() };
+        let mut out = BytesMut::new();
+        message.encode(&mut out);
+        self.send(&out).await;
     }
 
     pub(super) async fn query(&mut self, text: &str) {
@@ -296,6 +329,7 @@ impl TestClient {
 pub(super) struct Pusher {
     pub(super) client: TestClient,
     version: ProtocolVersion,
+    node: NodeId,
 }
 
 pub(super) fn greeting(ttid: TenantTimelineId) -> ProposerGreeting {
@@ -333,7 +367,7 @@ impl Pusher {
         self.send(ProposerMessage::Greeting(greeting(ttid()))).await;
         match self.reply().await {
             AcceptorMessage::Greeting(greeting) => {
-                assert_eq!(greeting.node_id, NodeId(1));
+                assert_eq!(greeting.node_id, self.node);
                 greeting.term
             }
             other => panic!("{other:?}"),
@@ -354,7 +388,13 @@ impl Pusher {
         self.elected_with(term, start, history, None).await;
     }
 
-    async fn elected_with(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)], stock: Option<StockPrimary>) {
+    pub(super) async fn elected_with(
+        &mut self,
+        term: u64,
+        start: Lsn,
+        history: &[(u64, Lsn)],
+        stock: Option<StockPrimary>,
+    ) {
         let term_history = history.iter().map(|&(term, lsn)| TermLsn { term: Term(term), lsn }).collect();
         let message = ProposerElected {
             generation: Generation(0),
@@ -399,13 +439,19 @@ pub(super) fn append(term: u64, begin: Lsn, commit: Lsn, wal: Bytes) -> AppendRe
 /// A server whose timeline has `records` committed records, written in term 1; its WAL, and its leader still connected.
 pub(super) async fn server_with_wal(config: ServerConfig, records: usize) -> (TestServer, WalWriter, Pusher) {
     let server = TestServer::start_with(config).await;
+    let (log, leader) = write_wal(&server, records).await;
+    (server, log, leader)
+}
+
+/// Gives `server` the same WAL as [`server_with_wal`] does.
+pub(super) async fn write_wal(server: &TestServer, records: usize) -> (WalWriter, Pusher) {
     let mut log = WalWriter::new(START);
     for seed in 0..records {
         log.record(100 + seed % 900, seed.to_le_bytes()[0]);
     }
     let mut leader = server.leader(1, START, &[(1, START)]).await;
     leader.commit(1, START, &log.since(START)).await;
-    (server, log, leader)
+    (log, leader)
 }
 
 /// A message of a client, as bytes.

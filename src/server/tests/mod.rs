@@ -2,9 +2,13 @@
 
 mod bad_input;
 mod commands;
+mod feedback;
 mod harness;
 mod health;
+mod neon_and_stock;
 mod pg_timelines;
 mod push;
 mod readers;
 mod replay;
+mod replies;
+mod slots;

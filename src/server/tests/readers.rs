@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
-use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
+use pgproto::feedback::PageserverFeedback;
+use pgproto::replication::message::{ServerMessage, StandbyStatus};
 use pgproto::walproposer::MAX_SEND_SIZE;
 use pgproto::{Lsn, Term};
 
@@ -124,7 +124,6 @@ async fn starts_that_cannot_be_served_leave_the_session_usable() {
         assert_eq!(reader.next().await, BackendMessage::ReadyForQuery(b'I'));
     }
     reader.refused(&format!("START_REPLICATION {START} TIMELINE 9"), SqlState::INTERNAL_ERROR).await;
-    reader.refused(&format!("START_REPLICATION SLOT s {START}"), SqlState::FEATURE_NOT_SUPPORTED).await;
     reader.row("IDENTIFY_SYSTEM").await;
     server.stop().await;
 }
@@ -171,22 +170,6 @@ async fn a_reader_that_answers_is_kept() {
         assert!(matches!(reader.stream().await, ServerMessage::Keepalive { reply_requested: true, .. }));
         reader.copy_data(|body| StandbyStatus::default().encode(body)).await;
     }
-    server.stop().await;
-}
-
-#[tokio::test]
-async fn feedback_reaches_the_proposer() {
-    let (server, log, mut leader) = server_with_wal(ServerConfig::default(), 1).await;
-    let mut reader = server.reader().await;
-    reader.start_replication(&START.to_string()).await;
-    let feedback = HotStandbyFeedback { timestamp: 77, xmin: 1 << 32 | 700, catalog_xmin: 0 };
-    let status = StandbyStatus { write: Lsn(9), flush: Lsn(8), reply_requested: true, ..StandbyStatus::default() };
-    reader.copy_data(|body| encode_hot_standby_feedback(&feedback, body)).await;
-    reader.copy_data(|body| status.encode(body)).await;
-    // The answer to the second says that the first was taken in.
-    while !matches!(reader.stream().await, ServerMessage::Keepalive { .. }) {}
-    leader.append(1, log.position(), log.position(), Bytes::new()).await;
-    assert_eq!(leader.ack().await.hs_feedback, feedback);
     server.stop().await;
 }
 

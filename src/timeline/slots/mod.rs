@@ -27,15 +27,13 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use pgproto::replication::{BadSlotName, check_slot_name};
 use pgproto::{Lsn, NodeId};
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-pub use rules::{
-    BadName, Change, Incarnation, MAX_SLOTS, MAX_TOMBSTONES, Slot, SlotState, SlotTable, TOMBSTONE_DAYS, Turn,
-    check_name,
-};
+pub use rules::{Change, Incarnation, MAX_SLOTS, MAX_TOMBSTONES, Slot, SlotState, SlotTable, TOMBSTONE_DAYS, Turn};
 use users::User;
 pub use users::{SlotGuard, TakenAway, TemporarySlot};
 
@@ -55,7 +53,7 @@ pub enum SlotError {
         /// The name.
         name: String,
         /// What is wrong with it.
-        reason: BadName,
+        reason: BadSlotName,
     },
     /// There is one of this name.
     #[error("replication slot \"{0}\" already exists")]
@@ -214,10 +212,16 @@ impl Slots {
         self.inner.lock().version
     }
 
-    /// Whether positions moved since they were saved, and when that was.
-    pub fn unsaved_since(&self) -> Option<Instant> {
+    /// When positions were last saved, and by how many bytes the one that moved furthest has moved since; `None` if there is
+    /// nothing to save.
+    pub fn unsaved(&self) -> Option<(Instant, u64)> {
         let inner = self.inner.lock();
-        (inner.table != inner.durable).then_some(inner.saved_at)
+        if inner.table == inner.durable {
+            return None;
+        }
+        let saved = |slot: &Slot| inner.durable.get(&slot.name).map_or(Lsn::INVALID, |saved| saved.restart_lsn);
+        let moved = inner.table.kept().map(|slot| slot.restart_lsn.saturating_sub(saved(slot))).max();
+        Some((inner.saved_at, moved.unwrap_or(0)))
     }
 
     /// Makes a slot that keeps WAL from `restart_lsn` on, or from its first report on if that is 0. Durable on return, here.
@@ -261,7 +265,7 @@ impl Slots {
     }
 
     fn check_free(&self, name: &str) -> Result<(), SlotError> {
-        check_name(name).map_err(|reason| SlotError::BadName { name: name.to_owned(), reason })?;
+        check_slot_name(name).map_err(|reason| SlotError::BadName { name: name.to_owned(), reason })?;
         match self.inner.lock().temporary.contains_key(name) {
             true => Err(SlotError::Exists(name.to_owned())),
             false => Ok(()),

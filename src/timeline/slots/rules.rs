@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 
+use pgproto::replication::check_slot_name;
 use pgproto::{Lsn, NodeId};
 use serde::{Deserialize, Serialize};
 
@@ -26,9 +27,6 @@ pub const MAX_TOMBSTONES: usize = 64;
 pub const TOMBSTONE_DAYS: u64 = 7;
 
 const SECONDS_PER_DAY: u64 = 86_400;
-
-/// Longest name (`NAMEDATALEN` - 1).
-const MAX_NAME: usize = 63;
 
 /// Which of the slots that had this name, one after the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -64,7 +62,7 @@ pub enum SlotState {
 /// A physical replication slot that outlives connections and nodes.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Slot {
-    /// Its name, see [`check_name`].
+    /// Its name, see [`check_slot_name`].
     pub name: String,
     /// Which slot of this name.
     pub incarnation: Incarnation,
@@ -97,31 +95,6 @@ impl Slot {
     /// Whether it isn't dropped.
     pub fn is_kept(&self) -> bool {
         self.state == SlotState::Kept
-    }
-}
-
-/// A name that no slot can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum BadName {
-    /// It has no characters.
-    #[error("is too short")]
-    Empty,
-    /// It has more than 63 bytes.
-    #[error("is too long")]
-    TooLong,
-    /// It has a character that isn't allowed.
-    #[error("contains invalid character")]
-    Character,
-}
-
-/// PostgreSQL's rules: 1 to 63 lower case letters, digits and underscores.
-pub fn check_name(name: &str) -> Result<(), BadName> {
-    let legal = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_';
-    match name.len() {
-        0 => Err(BadName::Empty),
-        length if length > MAX_NAME => Err(BadName::TooLong),
-        _ if name.bytes().all(legal) => Ok(()),
-        _ => Err(BadName::Character),
     }
 }
 
@@ -168,7 +141,7 @@ impl SlotTable {
 
     /// Takes in what somebody knows of a slot. What can't be a slot, or would be one too many, is left out.
     pub fn absorb(&mut self, slot: Slot) -> Change {
-        if check_name(&slot.name).is_err() {
+        if check_slot_name(&slot.name).is_err() {
             return Change::Nothing;
         }
         let Some(known) = self.0.get_mut(&slot.name) else {

@@ -32,7 +32,7 @@ pub struct SlotGuard<'a> {
     name: String,
     conn_id: u32,
     temporary: bool,
-    pub(super) ended: CancellationToken,
+    ended: CancellationToken,
 }
 
 /// A temporary slot: gone when this is dropped.
@@ -94,6 +94,14 @@ impl Slots {
         Ok(guard(false, ended))
     }
 
+    /// How a connection of this node lost its slot.
+    pub fn why_taken_away(&self, name: &str) -> TakenAway {
+        match self.get(name) {
+            Some(slot) => TakenAway::TakenOver(slot.turn.node),
+            None => TakenAway::Dropped,
+        }
+    }
+
     /// Waits until some slot is in use no more.
     pub async fn released(&self) {
         self.released.notified().await;
@@ -119,18 +127,9 @@ impl SlotGuard<'_> {
         }
     }
 
-    /// Returns when the slot is this connection's no more.
-    pub async fn taken_away(&self) -> TakenAway {
-        self.ended.cancelled().await;
-        match self.slots.get(&self.name) {
-            Some(slot) => TakenAway::TakenOver(slot.turn.node),
-            None => TakenAway::Dropped,
-        }
-    }
-
-    /// Its name.
-    pub fn name(&self) -> &str {
-        &self.name
+    /// Cancelled when the slot is this connection's no more; then ask [`Slots::why_taken_away`].
+    pub fn ended(&self) -> CancellationToken {
+        self.ended.clone()
     }
 }
 

@@ -12,8 +12,8 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, exit_code, secs, stop_on_signals,
-    wait_for,
+    Binaries, Cluster, ClusterOptions, PgbenchReport, Postgres, ReceiveWal, Scratch, exit_code, median, secs,
+    stop_on_signals, wait_for,
 };
 
 /// Settings of every primary. Background work that would fall into one variant's cell and not into another's is off; each cell
@@ -203,12 +203,6 @@ fn measure(scratch: &Scratch, variant: &Variant, cell: Cell, seconds: u64) -> Re
     }
     let report: PgbenchReport = variant.primary().pgbench(scratch, deadline, &args)?;
     Ok(Sample { tps: report.tps, p50_us: report.percentile_us(0.5), p99_us: report.percentile_us(0.99) })
-}
-
-/// The middle one of the values (the lower of two).
-fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> Option<T> {
-    values.sort_by(|a, b| a.partial_cmp(b).unwrap_or(std::cmp::Ordering::Equal));
-    values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
 fn milliseconds(micros: u64) -> String {

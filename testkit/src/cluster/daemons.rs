@@ -73,6 +73,12 @@ impl Safekeeper {
         Ok(Safekeeper { id, pg, http, data, daemon: Daemon::new(scratch, &name, launch) })
     }
 
+    /// From the next start on, it knows the addresses of all safekeepers, separated by commas.
+    pub fn set_peers(&mut self, addresses: &str) {
+        let launch = self.daemon.launch_mut();
+        *launch = launch.clone().args(["--peers", addresses]);
+    }
+
     /// Starts it and waits until it answers `GET /v1/status` with its own id.
     ///
     /// # Errors

@@ -33,6 +33,8 @@ pub struct ClusterOptions<'a> {
     pub synchronous: bool,
     /// Further arguments of every safekeeper.
     pub safekeeper_args: &'a [&'a str],
+    /// Tell the safekeepers of each other (`--peers`).
+    pub peers: bool,
     /// Size of the primary's WAL segments, in megabytes.
     pub segment_megabytes: u32,
     /// The primary's server; if `None`, what [`Programs::find`] finds.
@@ -47,6 +49,7 @@ impl Default for ClusterOptions<'_> {
             primary_settings: &[("wal_keep_size", "'8GB'")],
             synchronous: true,
             safekeeper_args: &[],
+            peers: true,
             segment_megabytes: DEFAULT_SEGMENT_MEGABYTES,
             programs: None,
         }
@@ -76,11 +79,14 @@ impl Cluster {
         let settings = options.primary_settings;
         let mut primary = Postgres::init_with(programs, scratch, "primary", settings, options.segment_megabytes)?;
         primary.start()?;
-        let mut safekeepers = Vec::new();
-        for id in 1..=options.safekeepers {
-            let mut safekeeper = Safekeeper::new(scratch, binaries, id, options.safekeeper_args)?;
+        let prepare = |id| Safekeeper::new(scratch, binaries, id, options.safekeeper_args);
+        let mut safekeepers = (1..=options.safekeepers).map(prepare).collect::<Result<Vec<_>>>()?;
+        if options.peers {
+            let addresses = safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",");
+            safekeepers.iter_mut().for_each(|safekeeper| safekeeper.set_peers(&addresses));
+        }
+        for safekeeper in &mut safekeepers {
             safekeeper.start()?;
-            safekeepers.push(safekeeper);
         }
         let mut walproposer = Walproposer::new(scratch, binaries, &primary, &safekeepers)?;
         walproposer.start()?;
@@ -144,13 +150,21 @@ impl Cluster {
         self.safekeepers.get_mut(index).ok_or_else(|| anyhow!("no safekeeper {index}"))
     }
 
+    /// The status of the timeline on `safekeeper`.
+    ///
+    /// # Errors
+    /// When it doesn't answer, or doesn't know the timeline.
+    pub fn status(&self, safekeeper: &Safekeeper) -> Result<serde_json::Value> {
+        let path = format!("/v1/tenant/{0}/timeline/{0}", self.ttid);
+        http_get(&safekeeper.http_address(), &path)?.json()
+    }
+
     /// An LSN in the status of the timeline on `safekeeper`, for example `commit_lsn`.
     ///
     /// # Errors
     /// When it doesn't answer, or doesn't know the timeline.
     pub fn status_lsn(&self, safekeeper: &Safekeeper, field: &str) -> Result<Lsn> {
-        let path = format!("/v1/tenant/{0}/timeline/{0}", self.ttid);
-        let status = http_get(&safekeeper.http_address(), &path)?.json()?;
+        let status = self.status(safekeeper)?;
         let text =
             status.get(field).and_then(|value| value.as_str()).with_context(|| format!("{field} in {status}"))?;
         text.parse().with_context(|| format!("{field} in {status}"))

@@ -1,0 +1,256 @@
+//! A standby that has its WAL from the safekeepers alone is promoted, and the safekeepers go on with it: commits, readers,
+//! and what becomes of the former primary. Also primaries that come with a past, and what hot standbys need kept.
+#![allow(clippy::expect_used)]
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use testkit::{
+    Binaries, Cluster, ClusterOptions, Postgres, Safekeeper, Scratch, StopMode, Walproposer, compare_wal, http_get,
+    scenario, secs, wait_for,
+};
+
+const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
+
+fn binaries() -> Binaries {
+    Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
+}
+
+fn start(scratch: &Scratch) -> Result<Cluster> {
+    Cluster::start(scratch, &binaries(), &ClusterOptions::default())
+}
+
+/// What a walproposer says of itself.
+fn status(walproposer: &Walproposer) -> Result<Value> {
+    http_get(&walproposer.http_address(), "/v1/status")?.json()
+}
+
+fn wait_status(walproposer: &Walproposer, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+    wait_for(secs(60), what, || {
+        let status = status(walproposer)?;
+        ensure!(holds(&status), "{status}");
+        Ok(status)
+    })
+}
+
+/// A standby that reads from the safekeepers, and is to be a primary one day.
+fn standby(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<Postgres> {
+    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, &cluster.readers_conninfo(name))?;
+    standby.configure(&[SYNCHRONOUS])?;
+    standby.start()?;
+    Ok(standby)
+}
+
+/// A walproposer that knows both servers.
+fn proposer_of(scratch: &Scratch, cluster: &Cluster, name: &str, servers: &[&Postgres]) -> Result<Walproposer> {
+    let ports: Vec<_> = servers.iter().map(|server| server.port().to_string()).collect();
+    let hosts = vec!["127.0.0.1"; servers.len()].join(",");
+    let primary = format!("host={hosts} port={} user=postgres", ports.join(","));
+    let args = ["--primary", primary.as_str()];
+    let mut walproposer =
+        Walproposer::named(scratch, &binaries(), name, &cluster.primary, &cluster.safekeepers, &args)?;
+    walproposer.start()?;
+    Ok(walproposer)
+}
+
+fn streams_on(timeline: u64) -> impl Fn(&Value) -> bool {
+    move |status| status["pg_timeline"] == timeline && status["primary"]["streaming"] == true
+}
+
+/// The safekeepers have what `server` has, byte for byte, up to the end of its WAL.
+fn compare_with(cluster: &Cluster, server: &Postgres) -> Result<()> {
+    let end = server.flush_lsn()?;
+    cluster.wait_committed(end)?;
+    for safekeeper in &cluster.safekeepers {
+        compare_wal(&server.wal_dir(), &cluster.timeline_dir(safekeeper), end)
+            .with_context(|| format!("safekeeper {} against the new primary", safekeeper.id()))?;
+    }
+    Ok(())
+}
+
+fn history_file(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Result<Vec<u8>> {
+    let path = cluster.timeline_dir(safekeeper).join(name);
+    std::fs::read(&path).with_context(|| path.display().to_string())
+}
+
+#[test]
+fn commits_go_on_on_a_promoted_standby_and_the_former_primary_gets_no_acknowledgement() {
+    scenario("promotion", |scratch| {
+        let mut cluster = start(scratch)?;
+        let new = standby(scratch, &cluster, "standby")?;
+        cluster.walproposer.stop()?;
+        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-both", &[&cluster.primary, &new])?;
+        wait_status(&walproposer, "WAL to flow", streams_on(1))?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        let end = cluster.primary.flush_lsn()?;
+        cluster.primary.kill9()?;
+        cluster.wait_replayed(&new, end)?;
+
+        new.promote()?;
+        // Each commit waits for the safekeepers.
+        new.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
+        new.sql()?.run("SELECT pg_switch_wal()")?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
+        let now = wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        compare_with(&cluster, &new)?;
+        for safekeeper in &cluster.safekeepers {
+            let stored = history_file(&cluster, safekeeper, "00000002.history")?;
+            assert_eq!(stored, std::fs::read(new.wal_dir().join("00000002.history"))?);
+        }
+
+        // The former primary comes back, and with it a proposer that knows of nothing else.
+        cluster.primary.start()?;
+        let former = proposer_of(scratch, &cluster, "walproposer-of-former", &[&cluster.primary])?;
+        let refused = |status: &Value| {
+            let errors = status["safekeepers"].as_array().into_iter().flatten().map(|s| s["error"].as_str());
+            errors.flatten().filter(|error| error.contains("former primary")).count() >= 2
+        };
+        wait_status(&former, "the safekeepers to be closed to a former primary", refused)?;
+        let listens = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
+        assert_eq!(cluster.primary.sql()?.value(listens)?, "0", "nobody acknowledges its commits");
+        new.sql()?.run("INSERT INTO t SELECT generate_series(3001, 4000)")?;
+        let later = status(&walproposer)?;
+        assert_eq!(later["term"], now["term"], "the proposer of the new primary was left alone");
+        // Both servers run, and the newer one is found.
+        walproposer.stop()?;
+        walproposer.start()?;
+        wait_status(&walproposer, "WAL to flow again", streams_on(2))?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(4001, 5000)")?;
+        assert_eq!(new.sql()?.value("SELECT count(*) FROM t")?, "5000");
+        compare_with(&cluster, &new)
+    });
+}
+
+#[test]
+fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
+    scenario("promotion-behind", |scratch| {
+        let mut cluster = start(scratch)?;
+        let primary = cluster.primary.conninfo();
+        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &primary)?;
+        new.configure(&[SYNCHRONOUS])?;
+        new.start()?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        // The standby goes on alone, on the old timeline and then on its own.
+        cluster.walproposer.stop()?;
+        let mut sql = cluster.primary.sql()?;
+        sql.run("SET synchronous_commit = local")?;
+        sql.run("INSERT INTO t SELECT generate_series(1001, 20000)")?;
+        drop(sql);
+        let end = cluster.primary.flush_lsn()?;
+        cluster.wait_replayed(&new, end)?;
+        cluster.primary.kill9()?;
+        new.promote()?;
+        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(20001, 21000)")?;
+        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        compare_with(&cluster, &new)
+    });
+}
+
+#[test]
+fn a_server_promoted_without_committed_records_is_refused() {
+    scenario("promotion-too-early", |scratch| {
+        let mut cluster = start(scratch)?;
+        let mut new = standby(scratch, &cluster, "standby")?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)?;
+        // It is cut off from the safekeepers, misses commits, and becomes primary all the same.
+        new.set("primary_conninfo", "''")?;
+        wait_for(secs(60), "the standby to be cut off", || {
+            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
+            Ok(())
+        })?;
+        cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
+        let end = cluster.primary.flush_lsn()?;
+        cluster.wait_committed(end)?;
+        cluster.walproposer.stop()?;
+        cluster.primary.kill9()?;
+        new.promote()?;
+        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let exit = walproposer.daemon().wait_exit(secs(60))?;
+        ensure!(!exit.success(), "it gave up without an error");
+        let log = std::fs::read_to_string(scratch.log("walproposer-of-new"))?;
+        for part in ["commits in between may have been acknowledged", "--timeline-id"] {
+            ensure!(log.contains(part), "{part} isn't in the log:\n{log}");
+        }
+        cluster.wait_committed(end)?;
+        // The former primary has them, and can go on.
+        new.stop(StopMode::Fast)?;
+        cluster.primary.start()?;
+        cluster.walproposer.start()?;
+        cluster.wait_synchronous()?;
+        cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
+        cluster.compare_all(cluster.primary.flush_lsn()?).map(drop)
+    });
+}
+
+#[test]
+fn a_primary_may_come_with_a_past() {
+    scenario("promotion-third", |scratch| {
+        let mut primary = Postgres::init(scratch, "primary", &[("wal_keep_size", "'8GB'")])?;
+        for _ in 0..2 {
+            let signal = primary.data_dir().join("standby.signal");
+            std::fs::File::create(&signal)?;
+            scratch.hand_to_postgres(&signal)?;
+            primary.start()?;
+            primary.promote()?;
+            primary.sql()?.run("CHECKPOINT")?;
+            primary.stop(StopMode::Fast)?;
+        }
+        primary.start()?;
+        let mut safekeepers = Vec::new();
+        for id in 1..=3 {
+            let mut safekeeper = Safekeeper::new(scratch, &binaries(), id, &[])?;
+            safekeeper.start()?;
+            safekeepers.push(safekeeper);
+        }
+        let mut walproposer = Walproposer::new(scratch, &binaries(), &primary, &safekeepers)?;
+        walproposer.start()?;
+        wait_status(&walproposer, "WAL of timeline 3", streams_on(3))?;
+        primary.set(SYNCHRONOUS.0, SYNCHRONOUS.1)?;
+        primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 100000) AS n")?;
+        let (end, id) = (primary.flush_lsn()?, format!("{:032x}", primary.system_identifier()?));
+        for safekeeper in &safekeepers {
+            let dir = safekeeper.data_dir().join(&id).join(&id);
+            wait_for(secs(60), "all WAL on every safekeeper", || compare_wal(&primary.wal_dir(), &dir, end))?;
+            for name in ["00000002.history", "00000003.history"] {
+                assert_eq!(std::fs::read(dir.join(name))?, std::fs::read(primary.wal_dir().join(name))?, "{name}");
+            }
+        }
+        Ok(())
+    });
+}
+
+/// The oldest transaction that the walproposer's slot keeps on the primary.
+fn kept(primary: &Postgres) -> Result<String> {
+    primary.sql()?.value("SELECT coalesce(xmin::text, 'none') FROM pg_replication_slots WHERE slot_name = 'safekeeper'")
+}
+
+#[test]
+fn what_a_hot_standby_sees_is_kept_on_the_primary_until_it_leaves() {
+    scenario("promotion-feedback", |scratch| {
+        let mut cluster = start(scratch)?;
+        let mut standby = standby(scratch, &cluster, "standby")?;
+        standby.set("wal_receiver_status_interval", "'1s'")?;
+        standby.set("hot_standby_feedback", "on")?;
+        let wait_kept = |primary: &Postgres, some: bool| {
+            wait_for(secs(60), if some { "xmin" } else { "no xmin" }, || {
+                let xmin = kept(primary)?;
+                ensure!((xmin != "none") == some, "xmin of the slot: {xmin}");
+                Ok(())
+            })
+        };
+        wait_kept(&cluster.primary, true)?;
+        wait_status(&cluster.walproposer, "the status to show it", |status| status["standbys"]["xmin"].is_u64())?;
+        // Nobody is there to tell when the standby leaves. The primary keeps what it was told.
+        cluster.walproposer.kill()?;
+        standby.stop(StopMode::Fast)?;
+        assert!(kept(&cluster.primary)? != "none", "as PostgreSQL does");
+        cluster.walproposer.start()?;
+        wait_kept(&cluster.primary, false)?;
+        // And when there is.
+        standby.start()?;
+        wait_kept(&cluster.primary, true)?;
+        standby.stop(StopMode::Fast)?;
+        wait_kept(&cluster.primary, false)
+    });
+}
