@@ -1,4 +1,5 @@
 //! Replication slots of a whole system: known on every safekeeper, used by stock programs, and what WAL they keep.
+#![allow(clippy::indexing_slicing)]
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
@@ -13,7 +14,24 @@ const SEGMENT: u64 = 1 << 20;
 fn start(scratch: &Scratch, safekeeper_args: &[&str]) -> Result<Cluster> {
     let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
     let options = ClusterOptions { safekeeper_args, segment_megabytes: 1, ..ClusterOptions::default() };
-    Cluster::start(scratch, &binaries, &options)
+    let cluster = Cluster::start(scratch, &binaries, &options)?;
+    wait_for(secs(60), "the safekeepers to know each other", || know_each_other(&cluster))?;
+    Ok(cluster)
+}
+
+/// A part of a JSON value; null when it isn't there.
+fn field<'a>(value: &'a Value, path: &str) -> &'a Value {
+    value.pointer(path).unwrap_or(&Value::Null)
+}
+
+fn know_each_other(cluster: &Cluster) -> Result<()> {
+    for safekeeper in &cluster.safekeepers {
+        let status = cluster.status(safekeeper)?;
+        let members = field(&status, "/members").as_array().context("members")?;
+        let heard = members.iter().filter(|member| field(member, "/age_ms").is_u64()).count();
+        ensure!(heard == 3, "safekeeper {} knows {members:?}", safekeeper.id());
+    }
+    Ok(())
 }
 
 fn command(safekeeper: &Safekeeper, text: &str) -> Result<Vec<Vec<Option<String>>>> {
@@ -23,25 +41,25 @@ fn command(safekeeper: &Safekeeper, text: &str) -> Result<Vec<Vec<Option<String>
 /// The slot in the status of a safekeeper, if it is there.
 fn slot(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Result<Option<Value>> {
     let status = cluster.status(safekeeper)?;
-    let slots = status["retention"]["slots"].as_array().context("slots")?.clone();
-    Ok(slots.into_iter().find(|slot| slot["name"] == name))
+    let slots = field(&status, "/retention/slots").as_array().context("slots")?;
+    Ok(slots.iter().find(|slot| field(slot, "/name") == name).cloned())
 }
 
 fn position(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Result<Lsn> {
     let slot = slot(cluster, safekeeper, name)?.context("no such slot")?;
-    Ok(slot["restart_lsn"].as_str().context("it has no position")?.parse()?)
+    Ok(field(&slot, "/restart_lsn").as_str().context("it has no position")?.parse()?)
 }
 
 fn wal_start(cluster: &Cluster, safekeeper: &Safekeeper) -> Result<Lsn> {
     let status = cluster.status(safekeeper)?;
-    Ok(status["retention"]["wal_start_lsn"].as_str().context("wal_start_lsn")?.parse()?)
+    Ok(field(&status, "/retention/wal_start_lsn").as_str().context("wal_start_lsn")?.parse()?)
 }
 
 /// Waits until `holds` on every safekeeper that is running.
 fn everywhere(cluster: &Cluster, what: &str, holds: impl Fn(&Safekeeper) -> Result<bool>) -> Result<()> {
     for safekeeper in &cluster.safekeepers {
         wait_for(secs(60), &format!("{what} on safekeeper {}", safekeeper.id()), || {
-            ensure!(holds(safekeeper)?, "not yet: {}", cluster.status(safekeeper)?["retention"]);
+            ensure!(holds(safekeeper)?, "not yet: {}", field(&cluster.status(safekeeper)?, "/retention"));
             Ok(())
         })?;
     }
@@ -77,6 +95,17 @@ fn slots_are_known_everywhere_and_survive_restarts() {
         command(cluster.safekeeper(0)?, "DROP_REPLICATION_SLOT gone")?;
         cluster.safekeeper(2)?.start()?;
         everywhere(&cluster, "the end of the slot", |sk| Ok(slot(&cluster, sk, "gone")?.is_none()))?;
+        // Nor does it matter that its file of slots is damaged.
+        cluster.safekeeper(2)?.stop()?;
+        let file = cluster.timeline_dir(&cluster.safekeepers[2]).join("safekeeper.control.slots");
+        let mut content = std::fs::read(&file)?;
+        *content.last_mut().context("an empty file")? ^= 1;
+        std::fs::write(&file, content)?;
+        cluster.safekeeper(2)?.start()?;
+        everywhere(&cluster, "the slots that are known elsewhere", |sk| {
+            let unknown = cluster.status(sk)?["retention"]["holds"].to_string().contains("unknown_slots");
+            Ok(!unknown && slot(&cluster, sk, "gone")?.is_none() && position(&cluster, sk, "kept")? == reserved)
+        })?;
         let again = command(cluster.safekeeper(2)?, "CREATE_REPLICATION_SLOT gone PHYSICAL")?;
         ensure!(again.len() == 1, "{again:?}");
         everywhere(&cluster, "the slot made again", |sk| Ok(slot(&cluster, sk, "gone")?.is_some()))?;
@@ -100,6 +129,23 @@ fn slots_are_known_everywhere_and_survive_restarts() {
         let refused = command(cluster.safekeeper(0)?, "CREATE_REPLICATION_SLOT lonely PHYSICAL");
         let refused = refused.err().context("a slot was made that only one node knows")?.to_string();
         ensure!(refused.contains("55000") && refused.contains("1 of 3"), "{refused}");
+        Ok(())
+    });
+}
+
+#[test]
+fn safekeepers_find_each_other_by_their_settings() {
+    scenario("slots-peers", |scratch| {
+        let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
+        let safekeeper_args = &["--advertise-pg=sk.example.com:5454", "--availability-zone=here"];
+        let options = ClusterOptions { peers: true, safekeeper_args, ..ClusterOptions::default() };
+        let cluster = Cluster::start(scratch, &binaries, &options)?;
+        wait_for(secs(60), "the safekeepers to know each other", || know_each_other(&cluster))?;
+        let status = cluster.status(&cluster.safekeepers[0])?;
+        for member in status["members"].as_array().context("members")? {
+            let expected = member["host"] == "sk.example.com" && member["availability_zone"] == "here";
+            ensure!(expected && member["port"] == 5454, "{member}");
+        }
         Ok(())
     });
 }

@@ -94,7 +94,7 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
     tokio::spawn(Arc::clone(&peers).run());
     let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
-    let router = http::safekeeper::router(Arc::clone(&registry));
+    let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers));
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
     server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
     shutdown.cancel();

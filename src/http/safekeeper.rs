@@ -13,7 +13,7 @@
 use std::sync::Arc;
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::{FromRef, Path, State};
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -29,13 +29,33 @@ use crate::consensus::history::TermHistory;
 use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
 use crate::metrics::{self, Exposition};
+use crate::peers::Peers;
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
 type Timelines = State<Arc<Registry>>;
 
-/// The routes, over the timelines of this node.
-pub fn router(registry: Arc<Registry>) -> Router {
+/// What the routes are about.
+#[derive(Clone)]
+struct Node {
+    registry: Arc<Registry>,
+    peers: Arc<Peers>,
+}
+
+impl FromRef<Node> for Arc<Registry> {
+    fn from_ref(node: &Node) -> Self {
+        Arc::clone(&node.registry)
+    }
+}
+
+impl FromRef<Node> for Arc<Peers> {
+    fn from_ref(node: &Node) -> Self {
+        Arc::clone(&node.peers)
+    }
+}
+
+/// The routes, over the timelines of this node and what it knows of the others.
+pub fn router(registry: Arc<Registry>, peers: Arc<Peers>) -> Router {
     let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry)));
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
@@ -44,7 +64,7 @@ pub fn router(registry: Arc<Registry>) -> Router {
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
-        .with_state(registry);
+        .with_state(Node { registry, peers });
     request::finish(router)
 }
 
@@ -84,9 +104,11 @@ fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Ar
 
 async fn timeline_status(
     State(registry): Timelines,
+    State(peers): State<Arc<Peers>>,
     Path(ids): Path<(String, String)>,
 ) -> Result<Json<TimelineStatus>, ApiError> {
-    Ok(Json(TimelineStatus::of(&*find(&registry, &ids)?)))
+    let timeline = find(&registry, &ids)?;
+    Ok(Json(TimelineStatus::of(&timeline, peers.members(&timeline))))
 }
 
 /// Body of a create request.

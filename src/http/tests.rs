@@ -17,6 +17,7 @@ use super::*;
 use crate::consensus::health::Fault;
 use crate::consensus::proposer::PeerState;
 use crate::lanes::Lanes;
+use crate::peers::{PeerOptions, Peers};
 use crate::propose::status::{PeerReport, Status};
 use crate::storage::DataDir;
 use crate::timeline::registry::Registry;
@@ -51,7 +52,8 @@ async fn safekeeper_server() -> Server {
     let dir = tempfile::tempdir().unwrap();
     let data_dir = DataDir::open(dir.path(), Some(NodeId(7)), false).unwrap();
     let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
-    let mut server = start(safekeeper::router(Arc::clone(&registry)), Limits::default()).await;
+    let peers = Peers::new(Arc::clone(&registry), PeerOptions::default(), CancellationToken::new());
+    let mut server = start(safekeeper::router(Arc::clone(&registry), peers), Limits::default()).await;
     server._dir = Some(dir);
     server.registry = Some(registry);
     server
@@ -162,6 +164,12 @@ async fn create_list_status() {
         "pg_timelines": [{"timeline": 1, "begin_lsn": "0/0"}],
         "health": {"state": "sound"},
         "forks": [],
+        "members": [],
+        "retention": {
+            "wal_start_lsn": "0/14EE150",
+            "slots": [],
+            "holds": [{"owner": "peers", "lsn": "0/14EE150", "held_bytes": 0, "counts": true}],
+        },
     });
     assert_eq!(server.get(&timeline_path()).await.json(), expected);
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::retention_status::RetentionStatus;
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
+use crate::peers::exchange::{TimelineMember, TimelineMembers};
 use crate::storage::{Fork, ForkHeader};
 use crate::timeline::Timeline;
 use crate::timeline::push::PushStatus;
@@ -44,6 +45,8 @@ pub(super) struct TimelineStatus {
     health: HealthReport,
     /// WAL that leaders cut off and that was set aside. Not in Neon's.
     forks: Vec<ForkReport>,
+    /// Who keeps the timeline, as far as this node knows. Not in Neon's.
+    members: Vec<TimelineMember>,
     /// What WAL is kept for. Not in Neon's.
     retention: RetentionStatus,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
@@ -250,7 +253,7 @@ enum ReceiverState {
 
 impl TimelineStatus {
     /// The timeline as it is now. LSNs and terms are of one moment; who is connected, of a slightly later one.
-    pub(super) fn of(timeline: &Timeline) -> Self {
+    pub(super) fn of(timeline: &Timeline, members: TimelineMembers) -> Self {
         let ttid = timeline.ttid();
         let progress = timeline.progress();
         let control = timeline.control_state();
@@ -278,6 +281,7 @@ impl TimelineStatus {
             walsenders: readers.into_iter().map(|reader| wal_sender(ttid, reader)).collect(),
             walreceivers: timeline.push_sessions().list().into_iter().map(Into::into).collect(),
             health: (&*timeline.health()).into(),
+            members: members.members,
             retention: RetentionStatus::of(timeline),
             forks: timeline.forks().into_iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),

@@ -51,6 +51,8 @@ impl ProposerSource for Source {
             streaming: report.streaming,
             buffer_bytes: report.buffered_bytes,
             buffer_limit_bytes: report.buffer_limit_bytes,
+            pg_timeline: report.pg_timeline,
+            standbys_xmin: report.standbys.xmin,
             safekeepers: safekeepers.collect(),
         }
     }

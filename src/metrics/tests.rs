@@ -106,6 +106,8 @@ fn busy_walproposer() -> Exposition {
         received_lsn: Lsn(12),
         primary_flush_lsn: Lsn(12),
         streaming: true,
+        pg_timeline: Some(pgproto::PgTimelineId(2)),
+        standbys_xmin: 740,
         safekeepers: vec![safekeeper],
         ..Default::default()
     }))

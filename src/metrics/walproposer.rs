@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, Term};
+use pgproto::{Lsn, PgTimelineId, Term};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Histogram, IntCounter, IntCounterVec};
@@ -121,6 +121,10 @@ pub struct ProposerSample {
     pub buffer_bytes: u64,
     /// Most WAL that is kept in memory, in bytes.
     pub buffer_limit_bytes: u64,
+    /// The Postgres timeline of the term's WAL; `None` until the term is won.
+    pub pg_timeline: Option<PgTimelineId>,
+    /// The oldest transaction that a hot standby may still see; 0 when none reports any.
+    pub standbys_xmin: u64,
     /// The safekeepers, as configured.
     pub safekeepers: Vec<SafekeeperSample>,
 }
@@ -138,7 +142,7 @@ pub struct SafekeeperSample {
     pub lag_bytes: Option<u64>,
 }
 
-const READINGS: [Reading<ProposerSample>; 7] = [
+const READINGS: [Reading<ProposerSample>; 9] = [
     Reading::gauge("walproposer_term", "Term of the present or last candidacy.", |s| Some(number_value(s.term.0))),
     Reading::gauge("walproposer_commit_lsn", "End of the WAL that a majority of safekeepers has on disk.", |s| {
         known_lsn(s.commit_lsn)
@@ -156,6 +160,14 @@ const READINGS: [Reading<ProposerSample>; 7] = [
     Reading::gauge("walproposer_buffer_limit_bytes", "Most WAL that is kept in memory.", |s| {
         Some(number_value(s.buffer_limit_bytes))
     }),
+    Reading::gauge("walproposer_postgres_timeline", "Postgres timeline of the WAL of the present term.", |s| {
+        s.pg_timeline.map(|timeline| number_value(timeline.0.into()))
+    }),
+    Reading::gauge(
+        "walproposer_standbys_xmin",
+        "The oldest transaction, as a full id, that hot standbys need kept on the primary.",
+        |s| Some(s.standbys_xmin).filter(|xmin| *xmin != 0).map(number_value),
+    ),
 ];
 
 const SAFEKEEPER_READINGS: [Reading<SafekeeperSample>; 2] = [

@@ -38,6 +38,9 @@ pub struct TimelineMember {
     /// How long ago that was true, in milliseconds; 0 for the node that answers, absent if it was never heard of.
     #[serde(default)]
     pub age_ms: Option<u64>,
+    /// Why it doesn't answer the node that tells this; absent while it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failure: Option<String>,
 }
 
 /// What a node tells another, and is answered with.

@@ -81,6 +81,10 @@ fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
     TenantTimelineId::new(TenantId(id), TimelineId(id))
 }
 
+/// What is told of a former primary that was revived.
+const OUTDATED: &str = "a majority of the safekeepers has WAL of a newer Postgres timeline: this is a former primary, and \
+                        none of its commits is acknowledged; another server was promoted";
+
 /// Pause after a lost election: longer each time, so that two proposers don't keep deposing each other.
 const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
@@ -106,8 +110,13 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
-            Ended::NewTimeline => continue,
-            Ended::Outdated => tracing::warn!("a majority of the safekeepers knows of a newer primary: looking for it"),
+            Ended::TimelineOver => continue,
+            Ended::PrimaryChanged if began.elapsed() > STEP_DOWN_PAUSE.0 => continue,
+            Ended::PrimaryChanged => tracing::warn!("the primary changes again and again"),
+            Ended::Outdated => {
+                tracing::warn!("{OUTDATED}: looking for it");
+                status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
+            }
             Ended::SteppedDown(reason) => {
                 tracing::warn!(%reason, "stepping down");
                 known = Some(facts);

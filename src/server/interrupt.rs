@@ -72,7 +72,6 @@ impl From<ReadError> for Interrupt {
             ReadError::BeforeStart { .. } | ReadError::SegmentMissing { .. } => SqlState::UNDEFINED_FILE,
             ReadError::ShortSegment { .. } | ReadError::Damaged { .. } => SqlState::DATA_CORRUPTED,
             ReadError::Disk(_) => SqlState::IO_ERROR,
-            ReadError::BrokenOff => SqlState::INTERNAL_ERROR,
         };
         Self::refused(code, error.to_string())
     }

@@ -154,6 +154,10 @@ async fn drop_everywhere(session: &Session, timeline: &Arc<Timeline>, name: &str
     find(session, timeline, name).await;
     let deadline = Instant::now() + session.house.config.idle_limit;
     loop {
+        if timeline.members().user_of(name).is_some() {
+            // Perhaps not any more.
+            session.house.peers.ask(timeline).await;
+        }
         match drop_unused(timeline, name) {
             Ok(_) => break,
             Err(SlotError::InUse { .. }) if wait && Instant::now() < deadline => {
@@ -183,6 +187,8 @@ fn drop_unused(timeline: &Timeline, name: &str) -> Result<Slot, SlotError> {
 }
 
 /// Uses the slot that START_REPLICATION names, if it names one.
+///
+/// Neon's replicas name slots that nobody made: on a compute's timeline, a name that isn't known has no effect.
 pub(super) async fn acquire<'a>(
     session: &Session,
     timeline: &'a Arc<Timeline>,
@@ -199,7 +205,10 @@ pub(super) async fn acquire<'a>(
         let detail = format!("WAL from {} on is needed for it, and before {start} was removed here.", slot.restart_lsn);
         return Err(Interrupt::Refused(fields.with_detail(detail)));
     }
-    let guard = timeline.slots().acquire(name, session.client.id)?;
+    let guard = match timeline.slots().acquire(name, session.client.id) {
+        Err(SlotError::Unknown(_)) if !timeline.is_of_stock_server() => return Ok(None),
+        acquired => acquired?,
+    };
     session.house.peers.hurry(timeline);
     Ok(Some(guard))
 }

@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::num::NonZeroU64;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, OFlags};
+use rustix::io::{Errno, ReadWriteFlags};
 
 /// What writes to a file opened by [`Disk::open_durable`] are aligned to, in bytes.
 pub const DURABLE_ALIGNMENT: usize = 4096;
@@ -75,6 +76,10 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     }
     /// Reads at `offset`; returns how many bytes, fewer than asked for only at the end of the file.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Same, for bytes that needn't be waited for: fewer than asked for also where memory doesn't hold the next ones.
+    fn read_cached_at(&self, buf: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.read_at(buf, offset)
+    }
     /// Says that this range is going to be read soon, for the disk to begin with it. Waits for nothing.
     fn will_need(&self, _offset: u64, _length: u64) -> io::Result<()> {
         Ok(())
@@ -113,12 +118,19 @@ fn fill_with_zeros<F: DiskFile + ?Sized>(file: &F, len: u64) -> io::Result<()> {
 #[derive(Clone, Copy, Debug)]
 pub struct RealDisk {
     sync: bool,
+    /// Permissions of new files, of which the process's umask takes some away.
+    mode: u32,
 }
 
 impl RealDisk {
     /// With `sync` false all syncs do nothing: for tests that can afford to lose everything in a crash of the machine.
     pub fn new(sync: bool) -> Self {
-        Self { sync }
+        Self { sync, mode: 0o666 }
+    }
+
+    /// New files are for their owner alone.
+    pub fn private(self) -> Self {
+        Self { mode: 0o600, ..self }
     }
 }
 
@@ -133,7 +145,8 @@ impl Disk for RealDisk {
     }
 
     fn create(&self, path: &Path, truncate: bool) -> io::Result<Arc<dyn DiskFile>> {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(truncate).open(path)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(truncate).mode(self.mode).open(path)?;
         Ok(Arc::new(RealFile { file, sync: self.sync }))
     }
 
@@ -223,6 +236,24 @@ impl DiskFile for RealFile {
         Ok(wanted - buf.len())
     }
 
+    fn read_cached_at(&self, mut buf: &mut [u8], mut offset: u64) -> io::Result<usize> {
+        let wanted = buf.len();
+        while !buf.is_empty() {
+            match rustix::io::preadv2(&self.file, &mut [IoSliceMut::new(buf)], offset, ReadWriteFlags::NOWAIT) {
+                Ok(0) => break,
+                Ok(count) => {
+                    offset += count as u64;
+                    buf = buf.get_mut(count..).unwrap_or_default();
+                }
+                Err(Errno::INTR) => {}
+                // Not in memory, or a file system that can't tell.
+                Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::NOSYS) => break,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(wanted - buf.len())
+    }
+
     fn will_need(&self, offset: u64, length: u64) -> io::Result<()> {
         Ok(rustix::fs::fadvise(&self.file, offset, NonZeroU64::new(length), rustix::fs::Advice::WillNeed)?)
     }
@@ -238,7 +269,7 @@ impl DiskFile for RealFile {
                     offset += count as u64;
                     IoSlice::advance_slices(&mut slices, count);
                 }
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
         }
@@ -253,8 +284,8 @@ impl DiskFile for RealFile {
     fn reserve(&self, len: u64) -> io::Result<()> {
         loop {
             match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
-                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => return fill_with_zeros(self, len),
-                Err(rustix::io::Errno::INTR) => {}
+                Err(Errno::OPNOTSUPP | Errno::NOSYS) => return fill_with_zeros(self, len),
+                Err(Errno::INTR) => {}
                 reserved => return Ok(reserved?),
             }
         }

@@ -63,7 +63,6 @@ pub mod journal;
 mod ledger;
 mod naming;
 mod opening;
-mod read_ahead;
 mod reader;
 mod removal;
 mod replay;
@@ -98,8 +97,7 @@ pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk}
 pub use errors::{CreateError, OpenError, StorageError};
 pub use forks::{Fork, ForkHeader};
 pub use history_files::HistoryError;
-pub use read_ahead::{PIECE_SIZE, ReadAhead};
-pub use reader::{MAX_READ_SIZE, ReadError, WalReader};
+pub use reader::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 pub use removal::Removed;
 pub use segments::{SegmentFile, TimelineFiles};
 pub use slots_file::SlotsFileError;

@@ -4,6 +4,8 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use pgproto::{Lsn, SegmentNumber, SegmentSize};
+use tokio::runtime::{Handle, RuntimeFlavor};
+use tokio::task::spawn_blocking;
 
 use super::blocking;
 use super::chain::{Chain, block_end, block_start};
@@ -17,13 +19,20 @@ use crate::metrics;
 /// Most bytes returned by one [`WalReader::read`]: what fits into one message to a reader.
 pub const MAX_READ_SIZE: usize = pgproto::walproposer::MAX_SEND_SIZE;
 
-/// The disk is asked for WAL this far in front of what is read, in bytes: enough to keep it busy with several requests.
-const HINT_AHEAD: u64 = 4 << 20;
-/// How much it is asked for at a time.
-const HINT: u64 = 1 << 20;
+/// Most bytes returned by one [`WalReader::read_piece`]. Larger ones were not faster: a piece is read, checked and written to
+/// a socket while it is in the second-level cache.
+pub const PIECE_SIZE: usize = 512 << 10;
 
-/// Reads the WAL of one timeline. Keeps the files of the segments read last open, and the memory that it read into, as soon
-/// as nobody holds it any more.
+/// Once WAL had to be waited for, the disk is asked for what is this far behind it, in bytes: enough to keep it busy with
+/// several requests.
+const HINT_AHEAD: u64 = 8 << 20;
+/// How much it is asked for at a time.
+const HINT: u64 = 2 << 20;
+/// How long that goes on, in bytes of WAL, if nothing has to be waited for again.
+const HINTS_LAST: u64 = 256 << 20;
+
+/// Reads the WAL of one timeline. Keeps the file of the segment read last open, and the memory that it read into, for when
+/// nobody holds it any more.
 ///
 /// It knows nothing about how far WAL is written or committed: the caller asks for what it knows to exist. What this process
 /// didn't write or check itself is compared with the ledger, block by block, and never served when it differs.
@@ -34,14 +43,23 @@ pub struct WalReader {
     /// First position that can be read.
     start: Lsn,
     open: Option<OpenSegment>,
-    /// The one behind it, once the disk was asked for it.
-    next: Option<OpenSegment>,
     /// Up to here the disk was asked for WAL.
     hinted: Lsn,
+    /// Up to here it will be.
+    hint_to: Lsn,
     /// Once something had to be checked.
     ledger: Option<Arc<Ledger>>,
     history: TermHistory,
-    buffers: Buffers,
+    buffer: Buffer,
+}
+
+/// Where bytes may come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    /// The page cache alone: nothing is waited for, and what isn't there is left out.
+    Memory,
+    /// The disk.
+    Disk,
 }
 
 #[derive(Debug)]
@@ -99,9 +117,6 @@ pub enum ReadError {
     /// The disk failed.
     #[error(transparent)]
     Disk(#[from] DiskError),
-    /// The process is going down, or has a bug.
-    #[error("reading WAL was broken off: safekeeper is shutting down, or see its log")]
-    BrokenOff,
 }
 
 impl WalReader {
@@ -120,8 +135,8 @@ impl WalReader {
             state.local_start_lsn
         };
         let history = state.term_history.clone();
-        let buffers = Buffers::default();
-        Ok(Self { files, segment_size, start, open: None, next: None, hinted: start, ledger: None, history, buffers })
+        let (open, ledger, buffer) = (None, None, Buffer::default());
+        Ok(Self { files, segment_size, start, open, hinted: start, hint_to: start, ledger, history, buffer })
     }
 
     /// First position that can be read. It moves when WAL is removed.
@@ -132,22 +147,36 @@ impl WalReader {
     /// The bytes from `at` to, at most, `end` (exclusive): fewer when a segment ends before, when what is behind is damaged,
     /// or for [`MAX_READ_SIZE`]. Empty only when `at` equals `end`.
     pub async fn read(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        blocking(|| self.read_now(at, end, MAX_READ_SIZE))
+        blocking(|| self.read_from_disk(at, end, MAX_READ_SIZE))
     }
 
-    /// Same, for `most` bytes, and without a word to the runtime. The disk is asked for what will be read next.
-    pub(super) fn read_on(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
+    /// Same, for who reads on and on: up to [`PIECE_SIZE`] bytes, so that the next piece begins at a multiple of that. What is in
+    /// the page cache is read without a word to the runtime, which would cost more than reading it; and when the disk had
+    /// to be waited for, it is asked in time for what comes next.
+    pub async fn read_piece(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
+        let offset = usize::try_from(at.0 % PIECE_SIZE as u64).unwrap_or_default();
+        let most = PIECE_SIZE - offset;
         self.hint(at, end);
-        self.read_now(at, end, most)
+        if let Some(wal) = self.read_some(at, end, most, Source::Memory)? {
+            return Ok(wal);
+        }
+        self.hint_to = Lsn(at.0.saturating_add(HINTS_LAST));
+        self.hint(at, end);
+        blocking(|| self.read_from_disk(at, end, most))
     }
 
     /// Gives back the memory kept for the next read.
-    pub(super) fn give_back(&mut self) {
-        self.buffers = Buffers::default();
+    pub fn rest(&mut self) {
+        self.buffer = Buffer::default();
     }
 
-    fn read_now(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
-        let result = self.read_some(at, end, most);
+    fn read_from_disk(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
+        // From the disk there is always something.
+        self.read_some(at, end, most, Source::Disk).map(Option::unwrap_or_default)
+    }
+
+    fn read_some(&mut self, at: Lsn, end: Lsn, most: usize, source: Source) -> Result<Option<Bytes>, ReadError> {
+        let result = self.read_range(at, end, most, source);
         if let Err(ReadError::Disk(error)) = &result
             && !error.is_not_found()
         {
@@ -156,7 +185,7 @@ impl WalReader {
         result
     }
 
-    fn read_some(&mut self, at: Lsn, end: Lsn, most: usize) -> Result<Bytes, ReadError> {
+    fn read_range(&mut self, at: Lsn, end: Lsn, most: usize, source: Source) -> Result<Option<Bytes>, ReadError> {
         let wanted = match end.checked_sub(at) {
             Some(wanted) if at.is_valid() => wanted,
             _ => return Err(ReadError::InvalidRange { at, end }),
@@ -169,83 +198,129 @@ impl WalReader {
             || (files.trusted(), files.oldest_lsn()),
             |(trusted, _)| match trusted {
                 _ if at < self.start_lsn() => Err(ReadError::BeforeStart { at, start: self.start_lsn() }),
-                _ if wanted == 0 => Ok(Bytes::new()),
-                Some(trusted) if at >= trusted.end() => self.read_stored(at, wanted),
-                _ => self.read_checked(at, trusted.map_or(to, |trusted| to.min(trusted.end())), trusted),
+                _ if wanted == 0 => Ok(Some(Bytes::new())),
+                Some(trusted) if at >= trusted.end() => self.read_unchecked(at, wanted, source),
+                _ => {
+                    let to = trusted.map_or(to, |trusted| to.min(trusted.end()));
+                    self.read_checked(at, to, trusted, source)
+                }
             },
         )
     }
 
-    fn read_stored(&mut self, at: Lsn, wanted: usize) -> Result<Bytes, ReadError> {
+    fn read_unchecked(&mut self, at: Lsn, wanted: usize, source: Source) -> Result<Option<Bytes>, ReadError> {
+        let mut wal = self.read_stored(at, wanted, source)?;
+        if wal.len() < wanted {
+            let to = Lsn(at.0.saturating_add(wal.len() as u64)).page_start();
+            wal.truncate(usize::try_from(to.saturating_sub(at)).unwrap_or_default());
+        }
+        Ok(Some(wal).filter(|wal| !wal.is_empty()))
+    }
+
+    /// All that is wanted; from memory, what is there at its beginning.
+    fn read_stored(&mut self, at: Lsn, wanted: usize, source: Source) -> Result<Bytes, ReadError> {
         let number = SegmentNumber::containing(at, self.segment_size);
+        if source == Source::Memory && !self.is_open(number) {
+            return Ok(Bytes::new());
+        }
         let file = self.segment(number)?;
-        let mut wal = self.buffers.take(wanted);
+        let mut wal = self.buffer.take(wanted);
         let target = wal.get_mut(..wanted).unwrap_or_default();
-        let read = file.read_at(target, offset(at, self.segment_size));
+        let offset = offset(at, self.segment_size);
+        let read = match source {
+            Source::Memory => file.read_cached_at(target, offset),
+            Source::Disk => file.read_at(target, offset),
+        };
         let count = read.during_at("read", || self.files.present_path(number, self.segment_size))?;
-        if count < wanted {
+        if count < wanted && source == Source::Disk {
             return Err(ReadError::ShortSegment { segment: self.name(number), at });
         }
-        Ok(self.buffers.lend(wal).slice(..wanted))
+        Ok(self.buffer.lend(wal).slice(..count))
+    }
+
+    /// The ledger, opened once. Its few pages are read from the disk wherever WAL is.
+    fn ledger(&mut self, at: Lsn) -> Result<Arc<Ledger>, ReadError> {
+        if let Some(ledger) = &self.ledger {
+            return Ok(Arc::clone(ledger));
+        }
+        let damaged = |reason: String| ReadError::Damaged { at, reason };
+        let ledger = self.files.ledger().map_err(|error| match error {
+            LedgerError::Disk(error) => ReadError::Disk(error),
+            other => damaged(other.to_string()),
+        })?;
+        let ledger = ledger.ok_or_else(|| damaged("the ledger of block checksums is missing".to_owned()))?;
+        Ok(Arc::clone(self.ledger.insert(ledger)))
     }
 
     /// Reads the blocks that hold the range, compares them with the ledger, and gives out the range: what is before the first
     /// damaged block, if there is something. A range that ends behind what must be checked is cut there.
-    fn read_checked(&mut self, at: Lsn, to: Lsn, trusted: Option<Chain>) -> Result<Bytes, ReadError> {
+    fn read_checked(
+        &mut self,
+        at: Lsn,
+        to: Lsn,
+        trusted: Option<Chain>,
+        source: Source,
+    ) -> Result<Option<Bytes>, ReadError> {
+        if source == Source::Memory && self.ledger.is_none() {
+            return Ok(None);
+        }
+        let ledger = self.ledger(at)?;
         let damaged = |at, reason: String| ReadError::Damaged { at, reason };
-        let ledger = match &self.ledger {
-            Some(ledger) => Arc::clone(ledger),
-            None => {
-                let ledger = self.files.ledger().map_err(|error| match error {
-                    LedgerError::Disk(error) => ReadError::Disk(error),
-                    other => damaged(at, other.to_string()),
-                })?;
-                let ledger =
-                    ledger.ok_or_else(|| damaged(at, "the ledger of block checksums is missing".to_owned()))?;
-                Arc::clone(self.ledger.insert(ledger))
-            }
-        };
         let first = block_start(at).max(ledger.first());
         if at < first {
             return Err(damaged(at, format!("its checksums begin at {first}")));
         }
         let past = block_end(Lsn(to.0.saturating_sub(1)));
         let length = usize::try_from(past.saturating_sub(first)).unwrap_or_default();
-        let mut wal = self.read_stored(first, length)?;
-        let mut block = first;
+        let wal = self.read_stored(first, length, source)?;
+        let read_to = Lsn(first.0.saturating_add(wal.len() as u64));
+        let past = if read_to < past { block_start(read_to) } else { past };
+        let checked = self.check_blocks(&ledger, first, past, &wal, trusted, source)?;
+        match checked {
+            Checked { to: good_to, fault: Some(reason) } if good_to <= at => Err(damaged(good_to, reason)),
+            Checked { to: good_to, .. } => {
+                let place = |lsn: Lsn| usize::try_from(lsn.saturating_sub(first)).unwrap_or_default().min(wal.len());
+                let range = place(at)..place(to.min(good_to));
+                Ok(Some(range).filter(|range| !range.is_empty()).map(|range| wal.slice(range)))
+            }
+        }
+    }
+
+    /// Compares whole blocks with the ledger, up to the first that isn't good.
+    fn check_blocks(
+        &mut self,
+        ledger: &Ledger,
+        first: Lsn,
+        past: Lsn,
+        wal: &Bytes,
+        trusted: Option<Chain>,
+        source: Source,
+    ) -> Result<Checked, ReadError> {
         let mut rest = wal.clone();
-        let mut fault = None;
+        let mut block = first;
         while block < past {
             let length = usize::try_from(block_end(block).saturating_sub(block)).unwrap_or_default();
             let bytes = rest.split_to(length.min(rest.len()));
             let mut verdict = ledger.verify_block(block, &bytes);
+            if verdict == Verdict::EntryLost && (block > first || source == Source::Memory) {
+                // It is looked at when it is the first one of a read from the disk.
+                return Ok(Checked { to: block, fault: None });
+            }
             if verdict == Verdict::EntryLost {
-                match self.rebuild(&ledger, block, trusted) {
-                    // What is before it is good.
-                    Err(_) if block > at => break,
-                    rebuilt => rebuilt?,
-                }
+                self.rebuild(ledger, block, trusted)?;
                 verdict = ledger.verify_block(block, &bytes);
             }
-            fault = match verdict {
-                Verdict::Good => None,
-                Verdict::EntryLost => Some("its entry in the ledger is missing".to_owned()),
-                Verdict::Fault(fault) => Some(fault.to_string()),
+            let fault = match verdict {
+                Verdict::Good => {
+                    block = block_end(block);
+                    continue;
+                }
+                Verdict::EntryLost => "its entry in the ledger is missing".to_owned(),
+                Verdict::Fault(fault) => fault.to_string(),
             };
-            if fault.is_some() {
-                break;
-            }
-            block = block_end(block);
+            return Ok(Checked { to: block, fault: Some(fault) });
         }
-        let to = to.min(block);
-        if let Some(reason) = fault.filter(|_| to <= at) {
-            return Err(damaged(block, reason));
-        }
-        let begin = usize::try_from(at.saturating_sub(first)).unwrap_or_default();
-        let length = usize::try_from(to.saturating_sub(at)).unwrap_or_default();
-        let mut wal = wal.split_off(begin.min(wal.len()));
-        wal.truncate(length);
-        Ok(wal)
+        Ok(Checked { to: block, fault: None })
     }
 
     /// Makes the lost ledger entry of a block again, if the blocks behind it prove its bytes right.
@@ -258,7 +333,7 @@ impl WalReader {
             &trusted,
             |lsn| history.last_term_at(lsn),
             |at, buffer| {
-                let wal = self.read_stored(at, buffer.len())?;
+                let wal = self.read_stored(at, buffer.len(), Source::Disk)?;
                 buffer.copy_from_slice(&wal);
                 Ok::<_, ReadError>(())
             },
@@ -270,53 +345,48 @@ impl WalReader {
         }
     }
 
-    /// Asks the disk for what comes behind `at`, so that it is there when it is read. Nobody waits for it; what goes wrong
-    /// here is met again when it is read.
+    /// Lets the disk begin with what comes behind `at`, if it had to be waited for not long ago. Another thread asks for it, and
+    /// what goes wrong there is met again when it is read.
     fn hint(&mut self, at: Lsn, end: Lsn) {
-        let to = end.min(Lsn(at.0.saturating_add(HINT_AHEAD)));
-        if self.hinted < at || self.hinted > Lsn(at.0.saturating_add(2 * HINT_AHEAD)) {
+        let flavor = Handle::try_current().map(|handle| handle.runtime_flavor());
+        if at >= self.hint_to || !matches!(flavor, Ok(RuntimeFlavor::MultiThread)) {
+            return;
+        }
+        if self.hinted < at || self.hinted > self.hint_to {
             self.hinted = at;
         }
-        while self.hinted < to {
-            let number = SegmentNumber::containing(self.hinted, self.segment_size);
-            let from = self.hinted;
-            self.hinted = Lsn(from.0.saturating_add(HINT)).min(number.end(self.segment_size)).min(to);
-            let current = self.open.as_ref().is_none_or(|open| open.number == number);
-            let Ok(file) = (if current { self.segment(number) } else { self.segment_ahead(number) }) else { return };
-            let _ = file.will_need(offset(from, self.segment_size), self.hinted.saturating_sub(from));
+        let to = end.min(Lsn(at.0.saturating_add(HINT_AHEAD)));
+        while self.hinted.0.saturating_add(HINT) <= to.0 {
+            let (size, from) = (self.segment_size, self.hinted);
+            let number = SegmentNumber::containing(from, size);
+            self.hinted = Lsn(from.0.saturating_add(HINT)).min(number.end(size));
+            let (files, length) = (self.files.clone(), self.hinted.saturating_sub(from));
+            spawn_blocking(move || match files.open_to_read(number, size) {
+                Ok(Some(file)) => file.will_need(offset(from, size), length),
+                _ => Ok(()),
+            });
         }
+    }
+
+    fn is_open(&self, number: SegmentNumber) -> bool {
+        let truncations = self.files.truncations();
+        self.open.as_ref().is_some_and(|open| open.number == number && open.truncations == truncations)
     }
 
     fn segment(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, ReadError> {
         let truncations = self.files.truncations();
-        let is_it = |open: &OpenSegment| open.number == number && open.truncations == truncations;
-        if !self.open.as_ref().is_some_and(is_it) {
-            self.open = self.next.take().filter(is_it);
-        }
-        if let Some(open) = &self.open {
+        if let Some(open) = &self.open
+            && open.number == number
+            && open.truncations == truncations
+        {
             return Ok(open.file.clone());
         }
-        let opened = self.open_segment(number)?;
-        Ok(self.open.insert(opened).file.clone())
-    }
-
-    /// Same, for one that is going to be read: the one that is being read stays open.
-    fn segment_ahead(&mut self, number: SegmentNumber) -> Result<Arc<dyn DiskFile>, ReadError> {
-        match &self.next {
-            Some(next) if next.number == number => Ok(next.file.clone()),
-            _ => {
-                let opened = self.open_segment(number)?;
-                Ok(self.next.insert(opened).file.clone())
-            }
-        }
-    }
-
-    fn open_segment(&self, number: SegmentNumber) -> Result<OpenSegment, ReadError> {
-        let truncations = self.files.truncations();
-        match self.files.open_to_read(number, self.segment_size)? {
-            Some(file) => Ok(OpenSegment { number, file, truncations }),
-            None => Err(ReadError::SegmentMissing { segment: self.name(number) }),
-        }
+        self.open = None;
+        let Some(file) = self.files.open_to_read(number, self.segment_size)? else {
+            return Err(ReadError::SegmentMissing { segment: self.name(number) });
+        };
+        self.open = Some(OpenSegment { number, file: file.clone(), truncations });
+        Ok(file)
     }
 
     fn name(&self, number: SegmentNumber) -> String {
@@ -324,27 +394,30 @@ impl WalReader {
     }
 }
 
-/// Memory to read into. What is lent comes back when its last user drops it; two are enough for who uses one while the other
-/// is being filled.
-#[derive(Debug, Default)]
-struct Buffers {
-    last: Bytes,
-    before: Bytes,
+/// How far blocks are good, and what is wrong with the one behind, if that is certain.
+struct Checked {
+    to: Lsn,
+    fault: Option<String>,
 }
 
-impl Buffers {
+/// Memory to read into. What is lent comes back when its last user drops it.
+#[derive(Debug, Default)]
+struct Buffer {
+    lent: Bytes,
+}
+
+impl Buffer {
     /// At least `length` bytes, of any content.
     fn take(&mut self, length: usize) -> BytesMut {
-        std::mem::swap(&mut self.last, &mut self.before);
-        match std::mem::take(&mut self.last).try_into_mut() {
+        match std::mem::take(&mut self.lent).try_into_mut() {
             Ok(buffer) if buffer.len() >= length => buffer,
             _ => BytesMut::zeroed(length),
         }
     }
 
     fn lend(&mut self, buffer: BytesMut) -> Bytes {
-        self.last = buffer.freeze();
-        self.last.clone()
+        self.lent = buffer.freeze();
+        self.lent.clone()
     }
 }
 

@@ -641,6 +641,41 @@ async fn a_reader_gets_what_was_written_and_no_more_than_a_segment() {
     assert_eq!(reader.read(Lsn(0x30_0000), START).await.unwrap().len(), MAX_READ_SIZE);
 }
 
+/// With a thread that asks the disk ahead, and with pieces that are still held when the next one is read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn pieces_are_what_was_written() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(5_000_000, 1).record(100, 2);
+    let end_lsn = fx.append_new().await;
+    for restarted in [false, true] {
+        if restarted {
+            fx.store().settle().await.unwrap();
+            fx.restart().await.unwrap();
+        }
+        let mut reader = fx.reader();
+        let (mut at, mut held, wal) = (START, Vec::new(), fx.wal.since(START));
+        while at < end_lsn {
+            let piece = reader.read_piece(at, end_lsn).await.unwrap();
+            at = Lsn(at.0 + piece.len() as u64);
+            assert!(!piece.is_empty() && piece.len() <= PIECE_SIZE);
+            assert!(at == end_lsn || at.page_offset() == 0, "a piece ends at {at}");
+            // Some are dropped, and their memory is used again.
+            if held.len() % 3 == 0 {
+                held.push((piece.len(), Some(piece)));
+            } else {
+                let offset = held.iter().map(|(length, _)| *length).sum::<usize>();
+                assert_eq!(piece, wal.slice(offset..offset + piece.len()));
+                held.push((piece.len(), None));
+            }
+        }
+        let mut offset = 0;
+        for (length, piece) in held {
+            assert!(piece.is_none_or(|piece| piece == wal.slice(offset..offset + length)), "changed while it was held");
+            offset += length;
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_reader_refuses_what_is_not_here() {
     let mut fx = Fixture::started_at(START).await;

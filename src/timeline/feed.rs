@@ -9,7 +9,7 @@ use pgproto::Lsn;
 use super::tail::TailReader;
 use super::{Progress, Timeline};
 use crate::consensus::health::Fault;
-use crate::storage::{MAX_READ_SIZE, PIECE_SIZE, ReadAhead, ReadError};
+use crate::storage::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 
 /// What is behind a segment switch.
 static ZEROS: [u8; MAX_READ_SIZE] = [0; MAX_READ_SIZE];
@@ -17,26 +17,24 @@ static ZEROS: [u8; MAX_READ_SIZE] = [0; MAX_READ_SIZE];
 /// Reads one timeline from some position on.
 ///
 /// It doesn't know how far WAL is committed: the caller asks for what [`Progress`] allows it to see. What it gives out was the
-/// log's content at some moment during the call, or, where it was read ahead, during one before. Whoever reads what isn't
-/// committed has to look after each read whether its term still goes on.
+/// log's content at some moment during the call. Whoever reads what isn't committed has to look after each read whether its
+/// term still goes on.
 pub struct WalFeed {
     timeline: Arc<Timeline>,
-    start: Lsn,
     tail: TailReader,
-    stored: ReadAhead,
+    stored: WalReader,
 }
 
 impl WalFeed {
     /// Fails when the timeline has no WAL yet.
     pub fn open(timeline: &Arc<Timeline>) -> Result<Self, ReadError> {
-        let reader = timeline.wal_reader()?;
-        let tail = TailReader::new(&timeline.tail);
-        Ok(Self { timeline: Arc::clone(timeline), start: reader.start_lsn(), tail, stored: ReadAhead::new(reader) })
+        let (stored, tail) = (timeline.wal_reader()?, TailReader::new(&timeline.tail));
+        Ok(Self { timeline: Arc::clone(timeline), tail, stored })
     }
 
     /// First position that can be read, unless it was removed since.
     pub fn start_lsn(&self) -> Lsn {
-        self.start
+        self.stored.start_lsn()
     }
 
     /// How many read the timeline at the moment, this one included.
@@ -50,7 +48,7 @@ impl WalFeed {
     /// looked for in the file, where nobody has written them yet. When damage is found, the timeline learns of it before the
     /// caller does.
     pub async fn read(&mut self, at: Lsn, end: Lsn) -> Result<WalPiece, ReadError> {
-        if let Some(piece) = self.tail.read(at, end, PIECE_SIZE) {
+        if let Some(piece) = self.tail.read(at, end, PIECE_SIZE as u64) {
             self.stored.rest();
             return Ok(piece);
         }
@@ -71,7 +69,7 @@ impl WalFeed {
     }
 
     async fn read_stored(&mut self, at: Lsn, end: Lsn) -> Result<Bytes, ReadError> {
-        let read = self.stored.read(at, end).await;
+        let read = self.stored.read_piece(at, end).await;
         let damaged_at = match &read {
             Err(ReadError::Damaged { at, .. } | ReadError::ShortSegment { at, .. }) => Some(*at),
             _ => None,

@@ -248,6 +248,12 @@ impl Timeline {
         self.control.load_full()
     }
 
+    /// Whether the WAL is of a stock PostgreSQL server, as its walproposer said; otherwise it's of a Neon compute, or nobody
+    /// knows.
+    pub fn is_of_stock_server(&self) -> bool {
+        !self.control.load().stock.server_version.is_empty()
+    }
+
     /// The Postgres timelines of the log below `end`, a position that was published. Readers are told of those of committed WAL
     /// only: a timeline of which nothing is committed yet may still come to nothing, with the leader that brought it, and a
     /// standby that had followed it would be lost.

@@ -1,14 +1,14 @@
 //! Compressing segment files, and reading them again.
 //!
 //! Files are what the usual programs make and read: `.gz` (gzip), `.lz4` (LZ4 frame), `.zst` (Zstandard). `pg_receivewal`
-//! knows the first two. What was [flushed](Encoder::flush) can be decompressed even when nothing more follows.
+//! knows the first two.
 
 use std::fmt;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
-use flate2::read::MultiGzDecoder;
+use flate2::bufread::GzDecoder;
 use flate2::write::GzEncoder;
 
 /// Largest gzip level.
@@ -64,7 +64,7 @@ impl Method {
     pub fn reader<R: Read + Send + 'static>(self, source: R) -> io::Result<Box<dyn Read + Send>> {
         Ok(match self {
             Method::None => Box::new(source),
-            Method::Gzip => Box::new(MultiGzDecoder::new(source)),
+            Method::Gzip => Box::new(GzipReader(GzDecoder::new(BufReader::new(source)))),
             Method::Lz4 => Box::new(Lz4Reader(lz4_flex::frame::FrameDecoder::new(Ends::new(source)))),
             Method::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::new(source)?;
@@ -72,6 +72,31 @@ impl Method {
                 Box::new(decoder)
             }
         })
+    }
+}
+
+/// There are bytes behind the end of a compressed file. `pg_receivewal` leaves such when it writes a segment again and the
+/// file gets shorter: it doesn't cut off what is left of the old one.
+#[derive(Debug, thiserror::Error)]
+#[error("there are other bytes behind the end of the compressed data")]
+pub struct TrailingBytes;
+
+impl TrailingBytes {
+    /// Whether this is all that is wrong.
+    pub fn is_all(error: &io::Error) -> bool {
+        error.get_ref().is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+/// One gzip file, and nothing behind it.
+struct GzipReader<R>(GzDecoder<BufReader<R>>);
+
+impl<R: Read> Read for GzipReader<R> {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(buf)? {
+            0 if !buf.is_empty() && !self.0.get_mut().fill_buf()?.is_empty() => Err(io::Error::other(TrailingBytes)),
+            count => Ok(count),
+        }
     }
 }
 
@@ -230,15 +255,6 @@ impl Encoder {
         }
     }
 
-    /// From now on, all that was written can be read back from what was taken out.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
-        match self {
-            Encoder::Gzip(encoder) => encoder.flush(),
-            Encoder::Lz4(encoder) => encoder.flush(),
-            Encoder::Zstd(encoder) => encoder.flush(),
-        }
-    }
-
     /// What is ready to be written to the file.
     pub(super) fn take(&mut self) -> Vec<u8> {
         std::mem::take(match self {
@@ -312,26 +328,39 @@ mod tests {
     }
 
     #[test]
-    fn what_was_flushed_can_be_read_though_the_file_ends_there() {
+    fn what_is_compressed_is_read_again_to_the_last_byte() {
         for text in ["gzip", "lz4", "zstd"] {
-            let mut encoder = encoder(text);
             let method = text.parse::<Compression>().unwrap().method();
-            let first: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
+            let plain: Vec<u8> = (0..100_000u32).flat_map(|i| (i / 7).to_le_bytes()).collect();
+            let mut encoder = encoder(text);
             let mut file = Vec::new();
-            encoder.write(&first).unwrap();
-            encoder.flush().unwrap();
-            file.extend(encoder.take());
-            let (read, end) = read_all(method, &file);
-            assert_eq!(read, first, "{text}");
-            assert_eq!(end.unwrap_err().kind(), io::ErrorKind::UnexpectedEof, "{text}: an end that is none");
-            encoder.write(b"more").unwrap();
+            for piece in plain.chunks(30_000) {
+                encoder.write(piece).unwrap();
+                file.extend(encoder.take());
+            }
             encoder.finish().unwrap();
             file.extend(encoder.take());
             let (read, end) = read_all(method, &file);
-            assert_eq!(read, [&first[..], b"more"].concat(), "{text}");
+            assert_eq!(read, plain, "{text}");
             end.unwrap();
-            file.pop();
-            assert!(read_all(method, &file).1.is_err(), "{text}: the last byte counts");
+            for length in [0, 1, 10, file.len() / 2, file.len() - 9, file.len() - 4, file.len() - 1] {
+                let (read, end) = read_all(method, &file[..length]);
+                assert!(plain.starts_with(&read), "{text}, {length} bytes");
+                let error = end.map_err(|error| error.kind());
+                assert!(length == 0 || error == Err(io::ErrorKind::UnexpectedEof), "{text}, {length} bytes: {error:?}");
+            }
         }
+    }
+
+    #[test]
+    fn bytes_behind_a_gzip_file_are_seen() {
+        let mut encoder = encoder("gzip");
+        encoder.write(b"text").unwrap();
+        encoder.finish().unwrap();
+        let mut file = encoder.take();
+        file.extend_from_slice(b"what was there before");
+        let (read, end) = read_all(Method::Gzip, &file);
+        assert_eq!(read, b"text");
+        assert!(TrailingBytes::is_all(&end.unwrap_err()));
     }
 }

@@ -10,6 +10,7 @@
 //! * What was flushed is found again after a crash. Of compressed files only whole ones count as flushed, and those that
 //!   were closed in order.
 //! * The first error is final: nobody knows what is on the disk then.
+//! * What WAL says is for nobody else: new files are for their owner alone.
 //! * No second receiver: the directory itself is locked. `pg_receivewal` doesn't look at that lock.
 
 use std::collections::BTreeMap;
@@ -42,6 +43,8 @@ pub struct DirectorySink {
     compression: Compression,
     _lock: Option<File>,
     state: State,
+    /// How far it had come when it was closed: written, and on disk.
+    closed_at: (Lsn, Lsn),
 }
 
 enum State {
@@ -77,14 +80,21 @@ impl DirectorySink {
             }
             Err(std::fs::TryLockError::Error(source)) => return Err(source).during("cannot lock directory", dir),
         }
-        let mut sink = Self::on_disk(Arc::new(RealDisk::new(sync)), dir, compression);
+        let mut sink = Self::on_disk(Arc::new(RealDisk::new(sync).private()), dir, compression);
         sink._lock = Some(lock);
         Ok(sink)
     }
 
     /// On any disk, without a lock.
     pub(super) fn on_disk(disk: Arc<dyn Disk>, dir: &Path, compression: Compression) -> Self {
-        Self { disk, dir: dir.to_owned(), compression, _lock: None, state: State::Closed }
+        Self {
+            disk,
+            dir: dir.to_owned(),
+            compression,
+            _lock: None,
+            state: State::Closed,
+            closed_at: Default::default(),
+        }
     }
 
     /// Does something to the open directory; after an error it isn't open any more.
@@ -94,6 +104,7 @@ impl DirectorySink {
         };
         let result = blocking(|| work(opened));
         if result.is_err() {
+            self.closed_at = opened.reached();
             self.state = State::Closed;
         }
         result
@@ -161,21 +172,30 @@ impl Sink for DirectorySink {
 
     fn feedback(&self) -> Feedback {
         let (write, flush) = match &self.state {
-            State::Open(opened) => (opened.at.map_or(Lsn::INVALID, |at| at.lsn), opened.flushed),
-            State::Closed => (Lsn::INVALID, Lsn::INVALID),
+            State::Open(opened) => opened.reached(),
+            State::Closed => self.closed_at,
         };
         Feedback::Standby { write, flush, apply: Lsn::INVALID, hot_standby: None }
     }
 
     async fn close(&mut self) -> Result<Lsn, SinkError> {
         match std::mem::replace(&mut self.state, State::Closed) {
-            State::Open(mut opened) => blocking(|| opened.close()),
-            State::Closed => Ok(Lsn::INVALID),
+            State::Open(mut opened) => {
+                let closed = blocking(|| opened.close());
+                self.closed_at = opened.reached();
+                closed
+            }
+            State::Closed => Ok(self.closed_at.1),
         }
     }
 }
 
 impl Opened {
+    /// Written, and on disk.
+    fn reached(&self) -> (Lsn, Lsn) {
+        (self.at.map_or(Lsn::INVALID, |at| at.lsn), self.flushed)
+    }
+
     fn begin(&mut self, at: Position) -> Result<(), SinkError> {
         let size = self.place.size;
         if segment_offset(at.lsn, size) != 0 {
@@ -364,7 +384,7 @@ impl Opened {
     }
 
     fn flush(&mut self) -> Result<Lsn, SinkError> {
-        if let Some(segment) = &mut self.segment {
+        if let Some(segment) = &self.segment {
             self.flushed = self.flushed.max(segment.flush()?);
         }
         Ok(self.flushed)

@@ -5,7 +5,7 @@
 //! [is WAL for certain](super::archive::prove) counts as being there; what a crash left behind it is written over.
 //!
 //! A plain file is continued where it ends. A compressed one can't be: it is made again from its begin, under a name with
-//! `.new` behind it, and replaces the old one as soon as it holds as much.
+//! `.new` behind it, and replaces the old one when it is whole or closed and holds as much.
 
 use std::io::{self, IoSlice, Read};
 use std::path::{Path, PathBuf};
@@ -249,23 +249,16 @@ impl Segment {
     }
 
     /// Makes durable what was written, and returns the end of that. Of a compressed file nothing counts before it is whole:
-    /// a decompressor may lose bytes before those that a crash tore.
-    pub(super) fn flush(&mut self) -> Result<Lsn, SinkError> {
-        let path = self.output_path();
-        match &mut self.output {
-            Output::Nowhere => return Ok(self.position),
+    /// what a crash leaves of it can't be read to the last byte, and to end blocks early would make it larger.
+    pub(super) fn flush(&self) -> Result<Lsn, SinkError> {
+        match &self.output {
+            Output::Nowhere => Ok(self.position),
             Output::Plain { file, .. } => {
-                file.sync_data().during("cannot sync", &path)?;
-                return Ok(self.position);
+                file.sync_data().during("cannot sync", &self.output_path())?;
+                Ok(self.position)
             }
-            Output::Compressed { file, encoder, length, .. } => {
-                encoder.flush().during("cannot compress", &path)?;
-                append(&**file, length, &encoder.take()).during("cannot write", &path)?;
-                file.sync_data().during("cannot sync", &path)?;
-            }
+            Output::Compressed { .. } => Ok(self.number.start(self.place.size)),
         }
-        self.bring_forward()?;
-        Ok(self.number.start(self.place.size))
     }
 
     /// A file that was made again takes the place of the old one, once it holds as much.
@@ -288,6 +281,7 @@ impl Segment {
             return Ok(());
         }
         self.complete()?;
+        self.bring_forward()?;
         let from = self.output_path();
         let target = self.place.path(&self.target(true).name());
         self.place.disk.rename(&from, &target).during("cannot rename", &from)?;

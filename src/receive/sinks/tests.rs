@@ -6,6 +6,7 @@ mod timelines;
 
 use std::collections::BTreeMap;
 use std::io::{ErrorKind, IoSlice, Read};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -150,6 +151,7 @@ fn files_are_as_pg_receivewal_leaves_them() {
         assert_eq!(run(sink.flush()).unwrap(), durable);
         assert_eq!(sink.feedback(), standby(wal.position(), durable));
         assert_eq!(run(sink.close()).unwrap(), wal.position());
+        assert_eq!(sink.feedback(), standby(wal.position(), wal.position()), "for the last report");
 
         let files = content(&disk);
         let name = |number: u32, partial: &str| format!("0000000100000000{number:08X}{suffix}{partial}");
@@ -275,6 +277,20 @@ fn only_one_may_write_into_a_directory() {
     drop(first);
     DirectorySink::new(dir.path(), Compression::NONE, true).unwrap();
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "no file tells of the lock");
+}
+
+#[test]
+fn files_are_for_their_owner_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut sink = DirectorySink::new(dir.path(), Compression::NONE, true).unwrap();
+    let at = begin(&mut sink).unwrap();
+    let wal = wal();
+    send(&mut sink, &wal, at.lsn, wal.position(), 131_072).unwrap();
+    run(sink.history(TWO, Bytes::from_static(b"1\t0/300000\tno reason\n"))).unwrap();
+    run(sink.close()).unwrap();
+    let mode = |entry: std::fs::DirEntry| entry.metadata().unwrap().permissions().mode() & 0o777;
+    let modes: Vec<u32> = std::fs::read_dir(dir.path()).unwrap().map(|entry| mode(entry.unwrap())).collect();
+    assert_eq!(modes, [0o600; 4]);
 }
 
 #[test]

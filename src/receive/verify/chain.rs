@@ -10,6 +10,7 @@ use pgproto::{Ancestry, Lsn, SegmentNumber};
 
 use super::{Facts, Kind, Progress, Report, Unfinished, VerifyError};
 use crate::receive::sinks::archive::{self, ArchiveFile, PAGE, read_full};
+use crate::receive::sinks::compression::TrailingBytes;
 use crate::storage::Disk;
 
 pub(super) struct Chain<'a> {
@@ -267,12 +268,18 @@ impl<'a> Chain<'a> {
             self.report.found(task.name.clone(), Some(at), Kind::WrongLength, what);
             return false;
         }
+        if task.is_last {
+            self.unfinished(at);
+        }
         let size = self.facts.segment_size.bytes();
         match rest_length(source).map(|rest| self.read.saturating_add(rest)) {
             Ok(length) if length == size => {}
             Ok(length) => {
                 let what = format!("has {length} bytes, not {size}");
                 self.report.found(task.name.clone(), Some(task.start), Kind::WrongLength, what);
+            }
+            Err(error) if TrailingBytes::is_all(&error) => {
+                self.report.note(format!("{}: {error}, which some programs complain about", task.name));
             }
             Err(error) => self.report.found(task.name.clone(), Some(at), Kind::Unreadable, error.to_string()),
         }

@@ -1,8 +1,7 @@
 //! What a reader is sent, and when.
 //!
-//! A piece of WAL at a time is read and goes out in as few writes as the socket takes, cut into messages; meanwhile the next
-//! one is read. So a reader that takes nothing holds two pieces of [`crate::storage::PIECE_SIZE`], or slices of the tail that
-//! were put there together, until it is taken for dead.
+//! A piece of WAL at a time is read and goes out in as few writes as the socket takes, cut into messages. A reader that takes
+//! nothing holds one such piece of [`crate::storage::PIECE_SIZE`] bytes until it is taken for dead.
 //!
 //! Many readers at the end of a timeline rest after each message they got: the CPU that it takes to wake them all and to write
 //! to each of them is bounded, however fast commits come.
@@ -38,10 +37,12 @@ pub(super) enum Ended {
     PgTimeline,
 }
 
-/// What a message costs the machine, sent to a reader that waits for it. It is one write to a socket and two wake-ups; with
-/// this, readers of one timeline never take more than about a fifth of a CPU.
+/// As many readers of a timeline are told of each commit at once.
+const READERS_WITHOUT_REST: u32 = 3;
+/// What it costs to wake a reader and to write to its socket is less than a fifth of this. So all readers of a timeline together
+/// never take more than about a fifth of a CPU, however many they are and however fast commits come.
 const REST_PER_READER: Duration = Duration::from_micros(50);
-/// Shorter rests are none: there is no timer for them.
+/// There is no timer for shorter ones.
 const SHORTEST_REST: Duration = Duration::from_millis(1);
 
 /// One reader's stream.
@@ -134,12 +135,11 @@ impl Stream<'_> {
         Ok(())
     }
 
-    /// Everything was sent.
+    /// Everything was sent: what comes within the next moments goes into one message.
     fn rest(&mut self) {
         let companions = u32::try_from(self.feed.companions()).unwrap_or(u32::MAX);
-        let rest = REST_PER_READER.saturating_mul(companions);
-        if rest >= SHORTEST_REST {
-            self.rest_until = self.last_sent + rest;
+        if companions > READERS_WITHOUT_REST {
+            self.rest_until = self.last_sent + REST_PER_READER.saturating_mul(companions).max(SHORTEST_REST);
         }
     }
 

@@ -7,7 +7,7 @@ use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::startup::StartupMessage;
 use pgproto::{TenantId, TenantTimelineId};
 
-use super::harness::{START, TestServer, greeting, message, options, server_with_wal, ttid};
+use super::harness::{SERVER_VERSION, START, TestServer, greeting, message, options, server_with_wal, ttid};
 use crate::consensus::state::ControlState;
 use crate::server::ServerConfig;
 use crate::storage::test_wal::new_timeline;
@@ -47,7 +47,7 @@ async fn clients_are_told_what_stock_clients_need() {
     let told = first.until_ready().await;
     let settings = settings(&told);
     assert_eq!(settings.len(), 13);
-    assert_eq!(settings["server_version"], "15.18", "the primary's own, although no timeline was named");
+    assert_eq!(settings["server_version"], SERVER_VERSION, "the primary's own, although no timeline was named");
     assert_eq!(settings["integer_datetimes"], "on");
     assert_eq!(settings["application_name"], "pg_receivewal");
     assert_eq!(settings["session_authorization"], "me");
@@ -85,7 +85,7 @@ async fn show_answers_what_stock_clients_ask() {
     for (name, value) in [
         ("wal_segment_size", "1MB"),
         ("data_directory_mode", "0700"),
-        ("server_version", "15.18"),
+        ("server_version", SERVER_VERSION),
         ("server_version_num", "150018"),
         ("TRANSACTION_READ_ONLY", "off"),
         ("datestyle", "ISO, MDY"),

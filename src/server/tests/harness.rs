@@ -10,10 +10,10 @@ use pgproto::frame::{self, Frame};
 use pgproto::replication::message::ServerMessage;
 use pgproto::startup::StartupMessage;
 use pgproto::walproposer::{
-    AcceptorMessage, AppendRequest, AppendResponse, Configuration, ProposerElected, ProposerGreeting, ProposerMessage,
-    ProtocolVersion, StockPrimary, TermLsn, VoteRequest,
+    AcceptorMessage, AppendRequest, AppendResponse, Configuration, HistoryFile, ProposerElected, ProposerGreeting,
+    ProposerMessage, ProtocolVersion, StockPrimary, TermLsn, VoteRequest,
 };
-use pgproto::{Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId, frontend};
+use pgproto::{Generation, Lsn, NodeId, PgTimelineId, TenantId, TenantTimelineId, Term, TimelineId, frontend};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -49,7 +49,7 @@ pub(super) struct TestServer {
     pub(super) registry: Arc<Registry>,
     pub(super) shutdown: CancellationToken,
     pub(super) task: JoinHandle<()>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl TestServer {
@@ -77,11 +77,20 @@ impl TestServer {
         let peers = Peers::new(Arc::clone(&registry), peers, shutdown.clone());
         tokio::spawn(Arc::clone(&peers).run());
         let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
-        Self { address, registry, shutdown, task, _dir: dir }
+        Self { address, registry, shutdown, task, dir }
     }
 
     pub(super) fn timeline(&self) -> Arc<Timeline> {
         self.registry.get(ttid()).unwrap()
+    }
+
+    /// Removes the segments of [`ttid`]; which there were.
+    pub(super) fn remove_segments(&self) -> Vec<String> {
+        let dir = self.dir.path().join(ttid().tenant_id.to_string()).join(ttid().timeline_id.to_string());
+        let names = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let segments: Vec<String> = names.filter(|name| name.starts_with("0000")).collect();
+        segments.iter().for_each(|name| std::fs::remove_file(dir.join(name)).unwrap());
+        segments
     }
 
     /// A socket on which nothing was said.
@@ -385,7 +394,8 @@ impl Pusher {
     }
 
     pub(super) async fn elected(&mut self, term: u64, start: Lsn, history: &[(u64, Lsn)]) {
-        self.elected_with(term, start, history, None).await;
+        let stock = (self.version == ProtocolVersion::V3Stock).then(|| primary(None));
+        self.elected_with(term, start, history, stock).await;
     }
 
     pub(super) async fn elected_with(
@@ -436,7 +446,22 @@ pub(super) fn append(term: u64, begin: Lsn, commit: Lsn, wal: Bytes) -> AppendRe
     }
 }
 
-/// A server whose timeline has `records` committed records, written in term 1; its WAL, and its leader still connected.
+/// The version that the stock primary of these tests tells.
+pub(super) const SERVER_VERSION: &str = "15.18 (Debian 15.18-0+deb12u1)";
+
+/// A stock primary on its first timeline, or on the second one with its history file.
+pub(super) fn primary(history: Option<Bytes>) -> StockPrimary {
+    let timeline = PgTimelineId(if history.is_some() { 2 } else { 1 });
+    StockPrimary {
+        pg_version: PG_VERSION,
+        server_version: SERVER_VERSION.to_owned(),
+        safekeepers: Vec::new(),
+        timeline,
+        history: history.into_iter().map(|content| HistoryFile { timeline, content }).collect(),
+    }
+}
+
+/// A server whose timeline has `records` committed records of a stock primary, written in term 1; its WAL, and its leader still connected.
 pub(super) async fn server_with_wal(config: ServerConfig, records: usize) -> (TestServer, WalWriter, Pusher) {
     let server = TestServer::start_with(config).await;
     let (log, leader) = write_wal(&server, records).await;
@@ -449,7 +474,7 @@ pub(super) async fn write_wal(server: &TestServer, records: usize) -> (WalWriter
     for seed in 0..records {
         log.record(100 + seed % 900, seed.to_le_bytes()[0]);
     }
-    let mut leader = server.leader(1, START, &[(1, START)]).await;
+    let mut leader = server.stock_leader(1, START, &[(1, START)], primary(None)).await;
     leader.commit(1, START, &log.since(START)).await;
     (log, leader)
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::harness::{START, TestServer, message, options, server_with_wal, ttid};
 use crate::consensus::state::ControlState;
 use crate::server::ServerConfig;
-use crate::storage::test_wal::{elected, new_timeline};
+use crate::storage::test_wal::{WalWriter, elected, new_timeline};
 
 /// A server whose timeline belongs to a primary of this version, and begins at [`START`].
 async fn server_of(pg_version: u32, server_version: &str) -> TestServer {
@@ -117,12 +117,19 @@ async fn a_compute_may_push_before_its_timeline_exists_and_hears_nothing_of_exte
 
 #[tokio::test]
 async fn neons_forms_of_start_replication_are_understood() {
-    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 3).await;
+    let server = TestServer::start().await;
+    let mut log = WalWriter::new(START);
+    log.record(300, 1);
+    let mut compute = server.leader(1, START, &[(1, START)]).await;
+    compute.commit(1, START, &log.since(START)).await;
     for operands in [
         format!("PHYSICAL {START} (term='1')"),
         format!("PHYSICAL {START} (term='1') TIMELINE 1"),
         format!("PHYSICAL {START}"),
         format!("{START} TIMELINE 1"),
+        // As Neon's replicas are configured; nobody makes these slots.
+        format!("SLOT \"repl_x_\" {START} TIMELINE 1"),
+        format!("SLOT repl_x_ PHYSICAL {START} (term='1')"),
     ] {
         let mut reader = server.login(&[("user", "x"), ("options", &options(ttid()))]).await;
         reader.start_replication(&operands).await;

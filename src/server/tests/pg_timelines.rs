@@ -5,28 +5,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, SqlState, tag};
 use pgproto::replication::message::{ServerMessage, StandbyStatus};
-use pgproto::walproposer::{HistoryFile, StockPrimary};
 use pgproto::{Lsn, PgTimelineId, SegmentNumber};
 
-use super::harness::{Pusher, START, TestClient, TestServer, options, ttid};
+use super::harness::{Pusher, START, TestClient, TestServer, options, primary, ttid};
 use crate::server::ServerConfig;
-use crate::storage::test_wal::{PG_VERSION, SIZE, WalWriter};
-
-/// The primary on its first timeline, or promoted at `switch`.
-fn primary(switch: Option<Lsn>) -> StockPrimary {
-    let history = switch.map(|switch| HistoryFile { timeline: PgTimelineId(2), content: history_of(switch).into() });
-    StockPrimary {
-        pg_version: PG_VERSION,
-        server_version: "15.18 (Debian 15.18-0+deb12u1)".to_owned(),
-        safekeepers: Vec::new(),
-        timeline: PgTimelineId(if history.is_some() { 2 } else { 1 }),
-        history: history.into_iter().collect(),
-    }
-}
+use crate::storage::test_wal::{SIZE, WalWriter};
 
 /// With a comment that is no UTF-8: such bytes have to come through.
-fn history_of(switch: Lsn) -> Vec<u8> {
-    [format!("1\t{switch}\tno recovery target \"").as_bytes(), b"\xE9\"\n"].concat()
+fn history_of(switch: Lsn) -> Bytes {
+    [format!("1\t{switch}\tno recovery target \"").as_bytes(), b"\xE9\"\n"].concat().into()
 }
 
 /// A log in the middle of its second segment, written on timeline 1.
@@ -43,7 +30,7 @@ async fn before_the_promotion(config: ServerConfig) -> (TestServer, WalWriter, P
 
 /// The next leader, of the promoted server.
 async fn promote(server: &TestServer, switch: Lsn) -> Pusher {
-    server.stock_leader(2, switch, &[(1, START), (2, switch)], primary(Some(switch))).await
+    server.stock_leader(2, switch, &[(1, START), (2, switch)], primary(Some(history_of(switch)))).await
 }
 
 /// A log on timeline 2, and where that began.
@@ -204,7 +191,7 @@ async fn history_files_come_byte_for_byte() {
     // Oid and length of text, the modifier of servers up to 15, text format.
     let text = [0, 0, 0, 25, 0xFF, 0xFF, 0, 0, 0, 0, 0, 0];
     assert!(columns.body.ends_with(&text), "{:?}", columns.body);
-    let row = [Some(Bytes::from_static(b"00000002.history")), Some(history_of(switch).into())];
+    let row = [Some(Bytes::from_static(b"00000002.history")), Some(history_of(switch))];
     let end = complete("TIMELINE_HISTORY");
     assert_eq!(reader.until_ready().await, [BackendMessage::DataRow(row.to_vec()), end]);
 

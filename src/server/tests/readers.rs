@@ -161,6 +161,58 @@ async fn a_silent_reader_is_asked_and_then_dropped() {
 }
 
 #[tokio::test]
+async fn a_reader_that_takes_nothing_is_dropped() {
+    // Much more than the sockets of both sides hold.
+    let (server, _log, _leader) = server_with_wal(impatient(), 40_000).await;
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    let timeline = server.timeline();
+    while timeline.readers().count() > 0 {
+        let sent = timeline.readers().list().first().map(|reader| reader.sent_lsn);
+        assert!(sent.is_none_or(|sent| sent < timeline.progress().commit_lsn), "it took everything");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    server.stop().await;
+}
+
+/// Whoever is at the end needs no files.
+#[tokio::test]
+async fn readers_at_the_end_are_served_from_memory() {
+    let (server, mut log, mut leader) = server_with_wal(ServerConfig::default(), 3).await;
+    let mut readers = Vec::new();
+    for _ in 0..3 {
+        let mut reader = server.reader().await;
+        reader.start_replication(&log.position().to_string()).await;
+        readers.push(reader);
+    }
+    // They are there once they answer.
+    let status = StandbyStatus { reply_requested: true, ..StandbyStatus::default() };
+    for reader in &mut readers {
+        reader.copy_data(|body| status.encode(body)).await;
+        assert!(matches!(reader.stream().await, ServerMessage::Keepalive { .. }));
+    }
+    let behind = log.position();
+    for _ in 0..5 {
+        let at = log.position();
+        log.record(500, 1).record(20_000, 2);
+        leader.commit(1, at, &log.since(at)).await;
+    }
+    let names = server.remove_segments();
+    assert!(!names.is_empty());
+    for reader in &mut readers {
+        assert_eq!(reader.wal(behind, log.since(behind).len()).await, log.since(behind));
+    }
+    let mut late = server.reader().await;
+    late.start_replication(&behind.to_string()).await;
+    assert_eq!(late.wal(behind, log.since(behind).len()).await, log.since(behind));
+    late.copy_done().await;
+    late.until_ready().await;
+    late.start_replication(&START.to_string()).await;
+    late.error(SqlState::UNDEFINED_FILE).await;
+    server.stop().await;
+}
+
+#[tokio::test]
 async fn a_reader_that_answers_is_kept() {
     let (server, log, _leader) = server_with_wal(impatient(), 1).await;
     let mut reader = server.reader().await;

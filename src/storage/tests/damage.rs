@@ -71,6 +71,31 @@ async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
     assert!(fx.wal.since(Lsn(0x36_0000)).starts_with(&good));
 }
 
+/// On both ways of reading: what is in the page cache, without waiting, and what isn't.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn pieces_end_before_the_first_damaged_block() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(700_000, 1).record(700_000, 2);
+    let end_lsn = fx.append_new().await;
+    fx.store().settle().await.unwrap();
+    fx.restart().await.unwrap();
+    let path = fx.path("000000010000000000000003");
+    let mut content = std::fs::read(&path).unwrap();
+    content[0x5_0000] ^= 1;
+    std::fs::write(&path, content).unwrap();
+    assert_eq!(fx.restart().await.unwrap().fault, None);
+    let mut reader = fx.reader();
+    for _ in 0..2 {
+        let good = reader.read_piece(START, end_lsn).await.unwrap();
+        assert_eq!(Lsn(START.0 + good.len() as u64), Lsn(0x35_0000));
+        assert!(fx.wal.since(START).starts_with(&good));
+        let refused = reader.read_piece(Lsn(0x35_0000), end_lsn).await;
+        assert!(matches!(refused, Err(ReadError::Damaged { at: Lsn(0x35_0000), .. })), "{refused:?}");
+    }
+    let good = reader.read_piece(Lsn(0x36_0000), end_lsn).await.unwrap();
+    assert!(fx.wal.since(Lsn(0x36_0000)).starts_with(&good));
+}
+
 #[tokio::test]
 async fn a_lost_ledger_entry_is_made_again_from_the_wal() {
     let mut fx = Fixture::started_at(START).await;
@@ -87,6 +112,19 @@ async fn a_lost_ledger_entry_is_made_again_from_the_wal() {
     let at = Lsn(0x35_0000);
     let good = fx.reader().read(at, end_lsn).await.unwrap();
     assert!(fx.wal.since(at).starts_with(&good));
+    assert!(std::fs::read(&path).unwrap() == whole, "the entry is there again");
+
+    // In the middle of a piece.
+    let mut content = whole.clone();
+    content[4096 + 5 * 32 + 9] ^= 0x10;
+    std::fs::write(&path, content).unwrap();
+    assert_eq!(fx.restart().await.unwrap().fault, None);
+    let (mut reader, mut at) = (fx.reader(), START);
+    while at < end_lsn {
+        let good = reader.read_piece(at, end_lsn).await.unwrap();
+        assert!(!good.is_empty() && fx.wal.since(at).starts_with(&good));
+        at = Lsn(at.0 + good.len() as u64);
+    }
     assert!(std::fs::read(&path).unwrap() == whole, "the entry is there again");
 }
 

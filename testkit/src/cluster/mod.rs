@@ -33,7 +33,7 @@ pub struct ClusterOptions<'a> {
     pub synchronous: bool,
     /// Further arguments of every safekeeper.
     pub safekeeper_args: &'a [&'a str],
-    /// Tell the safekeepers of each other (`--peers`).
+    /// Tell the safekeepers of each other (`--peers`). The walproposer does that, too.
     pub peers: bool,
     /// Size of the primary's WAL segments, in megabytes.
     pub segment_megabytes: u32,
@@ -49,7 +49,7 @@ impl Default for ClusterOptions<'_> {
             primary_settings: &[("wal_keep_size", "'8GB'")],
             synchronous: true,
             safekeeper_args: &[],
-            peers: true,
+            peers: false,
             segment_megabytes: DEFAULT_SEGMENT_MEGABYTES,
             programs: None,
         }
