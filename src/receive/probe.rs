@@ -17,7 +17,7 @@ use crate::retry::Backoff;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Every how many questions a node is asked for the members, which change seldom.
-const MEMBERS_EVERY: u32 = 10;
+const MEMBERS_EVERY: u32 = 5;
 
 /// A node answered.
 #[derive(Debug)]
