@@ -43,6 +43,19 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// One that calls itself `application_name`.
+    #[cfg(test)]
+    pub(super) fn named(application_name: &str) -> Self {
+        Self {
+            id: 1,
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            application_name: Some(application_name.to_owned()),
+            named: None,
+            ttid: None,
+            parameters: Vec::new(),
+        }
+    }
+
     /// A proposer or a peer on its way to recovery, who is told about WAL that isn't committed yet
     /// (spec: wire protocol 1.4). The name is a claim; without authentication there is nothing better.
     pub(super) fn is_recovering(&self) -> bool {
