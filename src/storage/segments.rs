@@ -49,9 +49,19 @@ struct Shared {
     /// The ledger, as long as somebody uses it.
     ledger: Mutex<Weak<Ledger>>,
     /// Which Postgres timeline names which segment. Segments are renamed under the lock.
-    ancestry: RwLock<Arc<Ancestry>>,
+    names: RwLock<Names>,
     /// Where WAL on disk begins; 0 while there is none, or while it isn't known.
     oldest: AtomicU64,
+}
+
+/// What names segments.
+#[derive(Debug, Default)]
+pub(super) struct Names {
+    /// The Postgres timelines that the log went through.
+    pub ancestry: Arc<Ancestry>,
+    /// What named segments before, when renaming them failed half way: nothing is written any more, and some may still have
+    /// these names.
+    pub left_over: Option<Arc<Ancestry>>,
 }
 
 /// A segment file found in the timeline's directory.
@@ -70,7 +80,7 @@ impl TimelineFiles {
             truncations: AtomicU64::new(0),
             trusted: Mutex::new(None),
             ledger: Mutex::new(Weak::new()),
-            ancestry: RwLock::default(),
+            names: RwLock::default(),
             oldest: AtomicU64::new(0),
         };
         Self { disk, root, ttid, shared: Arc::new(shared) }
@@ -113,17 +123,17 @@ impl TimelineFiles {
 
     /// The Postgres timelines that the log went through.
     pub fn ancestry(&self) -> Arc<Ancestry> {
-        Arc::clone(&self.names())
+        Arc::clone(&self.names().ancestry)
     }
 
     /// What names segments; it, and the names, stay as they are for as long as this is held: for moments.
-    fn names(&self) -> RwLockReadGuard<'_, Arc<Ancestry>> {
-        self.shared.ancestry.read()
+    fn names(&self) -> RwLockReadGuard<'_, Names> {
+        self.shared.names.read()
     }
 
     /// For whoever gives segments other names.
-    pub(super) fn names_to_change(&self) -> RwLockWriteGuard<'_, Arc<Ancestry>> {
-        self.shared.ancestry.write()
+    pub(super) fn names_to_change(&self) -> RwLockWriteGuard<'_, Names> {
+        self.shared.names.write()
     }
 
     /// Where the WAL on disk begins, with the start of a segment: what is before was removed, or never here. 0 while there is
@@ -187,12 +197,12 @@ impl TimelineFiles {
 
     /// Name of a segment when it is full.
     pub(super) fn segment_name(&self, number: SegmentNumber, size: SegmentSize) -> String {
-        number.file_name(self.names().of_segment(number, size), size)
+        number.file_name(self.names().ancestry.of_segment(number, size), size)
     }
 
     /// Path of a segment under its partial or its complete name.
     pub(super) fn segment_path(&self, file: SegmentFile, size: SegmentSize) -> PathBuf {
-        let timeline = self.names().of_segment(file.number, size);
+        let timeline = self.names().ancestry.of_segment(file.number, size);
         self.named_path(timeline, file, size)
     }
 
@@ -243,8 +253,11 @@ impl TimelineFiles {
         size: SegmentSize,
     ) -> Result<Option<Arc<dyn DiskFile>>, DiskError> {
         let names = self.names();
-        let timeline = names.of_segment(number, size);
-        for partial in [true, false, true, false] {
+        let ancestries = std::iter::once(&names.ancestry).chain(&names.left_over);
+        let timelines = ancestries.map(|ancestry| ancestry.of_segment(number, size));
+        for (timeline, partial) in
+            timelines.flat_map(|timeline| [true, false, true, false].map(|partial| (timeline, partial)))
+        {
             let path = self.named_path(timeline, SegmentFile { number, partial }, size);
             match self.disk.open_read(&path).during("open", &path) {
                 Ok(file) => return Ok(Some(file)),

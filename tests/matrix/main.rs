@@ -11,10 +11,14 @@ mod receivers;
 mod slots;
 mod standbys;
 
+use std::path::Path;
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
+use pgproto::Lsn;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Programs, ReceiveWal, Safekeeper, Scratch, compare_wal, leave_out,
-    scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Launch, Postgres, Programs, ReceiveWal, Safekeeper, Scratch, compare_wal,
+    leave_out, run, scenario, secs, wait_for,
 };
 
 /// Runs `body` with a cluster whose primary has the version `major`.
@@ -103,6 +107,27 @@ fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<()> {
     receiver
         .daemon()
         .wait_until(secs(60), "the received files to be the primary's", || compare_wal(&reference, &dir, end).map(drop))
+}
+
+/// A running `walreceiver` that knows all safekeepers.
+fn walreceiver(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<ReceiveWal> {
+    let nodes: Vec<String> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
+    // Under the account of PostgreSQL's programs, which may not reach the directory of a build.
+    let program = scratch.path().join("walreceiver-program");
+    if !program.exists() {
+        std::fs::copy(env!("CARGO_BIN_EXE_walreceiver"), &program)?;
+    }
+    let launch = Launch::new(program).args(["--safekeepers", &nodes.join(","), "--application-name", name]);
+    ReceiveWal::start_program(scratch, name, launch)
+}
+
+/// `walreceiver --verify` finds one unbroken chain of WAL in the directory, up to `end` at least.
+fn verify(dir: &Path, end: Lsn) -> Result<()> {
+    let output = run(Command::new(env!("CARGO_BIN_EXE_walreceiver")).args(["--json", "--verify"]).arg(dir))?;
+    let report: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let proven: Lsn = report.get("end").and_then(serde_json::Value::as_str).context("end")?.parse()?;
+    ensure!(report.get("ok") == Some(&true.into()) && proven >= end, "not proven up to {end}: {report}");
+    Ok(())
 }
 
 /// The index of the safekeeper that `standby` streams from.

@@ -1,17 +1,18 @@
-//! `pg_receivewal` of several versions against safekeepers with the WAL of each version. It refuses servers newer than itself.
+//! `pg_receivewal` of several versions, and `walreceiver`, against safekeepers with the WAL of each version. `pg_receivewal` refuses
+//! servers newer than itself.
 
 use anyhow::{Context, Result, ensure};
 use testkit::{Clients, Cluster, ReceiveWal, Scratch, Signal, compare_wal, leave_out, secs, wait_for};
 
 use crate::slots::{create_slot, drop_slot, slot_command, slot_position, wait_gone, wait_slot};
-use crate::{commit_step, for_each_version, wait_identical};
+use crate::{commit_step, for_each_version, verify, wait_identical, walreceiver};
 
 /// The versions of `pg_receivewal` under test.
 const RECEIVERS: [u32; 3] = [15, 16, 18];
 
-for_each_version!(pg_receivewal_gets_the_primarys_files);
+for_each_version!(receivers_get_the_primarys_files);
 
-fn pg_receivewal_gets_the_primarys_files(scratch: &Scratch, cluster: &mut Cluster) -> Result<()> {
+fn receivers_get_the_primarys_files(scratch: &Scratch, cluster: &mut Cluster) -> Result<()> {
     let mut receivers = Vec::new();
     for major in RECEIVERS {
         let Some(clients) = Clients::of(major) else {
@@ -30,6 +31,10 @@ fn pg_receivewal_gets_the_primarys_files(scratch: &Scratch, cluster: &mut Cluste
             receivers.push(receiver);
         }
     }
+    // Ours is for every version.
+    let mut ours = walreceiver(scratch, cluster, "walreceiver")?;
+    wait_first_file(&mut ours)?;
+    receivers.push(ours);
     // More than a segment, in small and large records.
     cluster.primary.pgbench_init(scratch, 1)?;
     cluster.primary.pgbench(scratch, secs(120), &["-c", "2", "-t", "50"])?;
@@ -45,6 +50,7 @@ fn pg_receivewal_gets_the_primarys_files(scratch: &Scratch, cluster: &mut Cluste
     for receiver in &mut receivers {
         receiver.daemon().start()?;
         wait_identical(cluster, receiver)?;
+        verify(receiver.dir(), cluster.primary.flush_lsn()?)?;
     }
     Ok(())
 }

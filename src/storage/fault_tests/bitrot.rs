@@ -4,11 +4,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use pgproto::pg_timeline::parse_history;
+
 use super::life::Life;
 use super::node::{Node, ROOT, Slot};
 use super::promises::{Broken, Promise, check_and_go_on, ensure, find_fork};
 use super::rounds;
-use super::script::{Line, Script, TIMELINES};
+use super::script::{Leader, Line, Script, TIMELINES};
 use crate::storage::simdisk::{Dice, OperationKind, SimDisk, Survivors};
 
 /// Flips in one file of one image per round, spread over the file; more than that where it is dense.
@@ -19,6 +21,8 @@ const FLIPS_PER_FILE: u64 = 24;
 enum Outcome {
     /// Everything is there and right.
     Harmless,
+    /// A comment in a history file is another one, which nobody reads but people.
+    CommentChanged,
     /// WAL that was cut off and set aside is damaged, and isn't listed or can't be read.
     ForkDamaged,
     /// The node did not start, and said why.
@@ -170,6 +174,7 @@ fn kind_of(path: &Path) -> &'static str {
         _ if name.starts_with("safekeeper.control.fork") => "fork",
         _ if name.starts_with("safekeeper.control.ledger") => "ledger",
         _ if name.starts_with("safekeeper.control") => "control",
+        _ if name.ends_with(".history") => "history",
         _ if name.starts_with("0000") => "segment",
         _ => "other",
     }
@@ -221,7 +226,8 @@ async fn look_at(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<Outc
     let Some(last) = state.term_history.visible_at(end).last() else { return Ok(outcome) };
     let Some(leader) = line.leaders.get(&last.term) else { return Err(format!("unknown leader {:?}", last.term)) };
     // Piece by piece: what is behind a damaged block can be read again.
-    let mut at = line.start;
+    let mut at = slot.first_lsn(line);
+    ensure!(at == line.start || at <= promise.not_needed, "WAL before {at} is gone");
     while at < end {
         let to = pgproto::Lsn((at.0 + 128 * 1024).min(end.0));
         match slot.read(at, to).await {
@@ -232,6 +238,19 @@ async fn look_at(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<Outc
         at = to;
     }
     let log_term = state.term_history.last_term();
+    let newest = line.leaders.get(&log_term);
+    for history in newest.and_then(|leader| leader.stock.as_ref()).iter().flat_map(|stock| &stock.history) {
+        match slot.store.files().history_file(history.timeline) {
+            Ok(Some(found)) if found == history.content => {}
+            Ok(Some(found)) => {
+                outcome = outcome.max(Outcome::CommentChanged);
+                let told = parse_history(history.timeline, &found).map_err(|error| error.to_string())?;
+                ensure!(Some(told) == newest.map(Leader::ancestry), "other timelines");
+            }
+            Ok(None) => ensure!(!state.stock.ancestry.contains(history.timeline), "no history file"),
+            Err(_) => outcome = outcome.max(Outcome::ReadFailed),
+        }
+    }
     for cut in promise.cuts.iter().filter(|cut| log_term >= cut.new_term || end < cut.to) {
         if !find_fork(line, slot, cut)? {
             outcome = outcome.max(Outcome::ForkDamaged);

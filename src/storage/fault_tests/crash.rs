@@ -16,6 +16,7 @@ async fn recorded<'a>(script: &'a Script, disk: &SimDisk) -> Life<'a> {
     life.live().await;
     assert!(life.start_failure.is_none(), "{:?}", life.start_failure);
     assert!(life.failures.iter().all(Option::is_none), "{:?}", life.failures);
+    assert_eq!(life.removed, [2, 1]);
     life
 }
 

@@ -107,8 +107,9 @@ async fn reads_go_on(line: &Line, slot: &Slot) -> Result<(), Broken> {
     if !committed.is_valid() {
         return Ok(());
     }
-    let read = slot.read(line.start, committed).await.map_err(|error| format!("reading: {error}"))?;
-    ensure!(read == line.wal(last.term, line.start, committed), "other bytes");
+    let first = slot.first_lsn(line);
+    let read = slot.read(first, committed).await.map_err(|error| format!("reading: {error}"))?;
+    ensure!(read == line.wal(last.term, first, committed), "other bytes");
     Ok(())
 }
 
@@ -123,6 +124,7 @@ async fn stays_stopped(disk: &SimDisk, slot: &mut Slot, line: &Line) -> Result<(
         store.persist(&new_timeline(line.ttid)).await,
         store.init_first_segment(line.start).await,
         store.settle().await,
+        store.store_history(&[]).await,
     ];
     for result in &results {
         ensure!(matches!(result, Err(StorageError::Poisoned(_))), "it went on: {results:?}");

@@ -23,6 +23,8 @@ pub struct Life<'a> {
     pub failures: [Option<Failure>; TIMELINES],
     /// How often something was refused and tried again.
     pub refused: u64,
+    /// How many segments were removed each time. None where a checkpoint had to be put off.
+    pub removed: Vec<u64>,
     /// Before which step the disk gets how full: this many more bytes fit, until something is refused.
     pub full_before: Option<(usize, u64)>,
     is_full: bool,
@@ -40,6 +42,7 @@ impl<'a> Life<'a> {
             log: Vec::new(),
             failures: Default::default(),
             refused: 0,
+            removed: Vec::new(),
             full_before: None,
             is_full: false,
             start_failure: None,
@@ -122,7 +125,7 @@ impl<'a> Life<'a> {
     async fn try_until_done(&mut self, step: Step) {
         let number = match step {
             Step::Create(n) | Step::Greet(n) | Step::Vote(n, _) | Step::Configure(n, _) | Step::BumpTerm(n) => n,
-            Step::Elect(n, _) | Step::Append(n, _) | Step::SaveLazily(n) | Step::Park(n) => n,
+            Step::Elect(n, _) | Step::Append(n, _) | Step::SaveLazily(n) | Step::Remove(n) | Step::Park(n) => n,
             Step::Restart | Step::Checkpoint | Step::AppendTogether(..) => unreachable!(),
         };
         while self.failures[number].is_none() {
@@ -162,6 +165,10 @@ impl<'a> Life<'a> {
         if let Step::Vote(_, term) | Step::Elect(_, term) = step {
             let asked = &mut self.promises[number].asked;
             *asked = (*asked).max(Term(term));
+        }
+        if let Step::Remove(_) = step {
+            let promise = &mut self.promises[number];
+            promise.not_needed = promise.commit;
         }
         if let Step::BumpTerm(_) = step {
             let promise = &mut self.promises[number];
@@ -208,6 +215,11 @@ impl<'a> Life<'a> {
             }
             Step::Append(_, term) => append(line, slot, promise, Term(term)).await?,
             Step::SaveLazily(_) => slot.save_lazily().await?,
+            Step::Remove(_) => {
+                let removed = slot.store.remove_before(promise.not_needed).await?;
+                assert!(!removed.more, "{removed:?}");
+                self.removed.push(removed.segments);
+            }
             Step::Park(_) => slot.store.park().await?,
             Step::Create(_) | Step::Restart | Step::Checkpoint | Step::AppendTogether(..) => unreachable!(),
         }

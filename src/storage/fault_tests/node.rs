@@ -179,7 +179,8 @@ impl Slot {
             term: history.last_term(),
             start_streaming_at: self.start_of(line, history),
             term_history: history.entries().to_vec(),
-            stock: None,
+            // One of whom nothing is known goes on as the leader before.
+            stock: history.entries().iter().rev().find_map(|entry| line.leaders.get(&entry.term)?.stock.clone()),
         };
         self.handle(ProposerMessage::Elected(elected)).await?;
         Ok(())
@@ -263,6 +264,11 @@ impl Slot {
             self.batch.clear();
         }
         Ok(())
+    }
+
+    /// Where WAL begins, some having been removed perhaps.
+    pub fn first_lsn(&self, line: &Line) -> Lsn {
+        line.start.max(self.store.files().oldest_lsn())
     }
 
     /// All WAL from `from` to `to`, or the first error.

@@ -6,9 +6,9 @@ use pgproto::{Generation, Lsn, Term};
 use super::node::{Failure, Node, Slot};
 use super::script::{Line, Script, TIMELINES};
 use crate::consensus::history::TermHistory;
-use crate::storage::forks;
 use crate::storage::simdisk::{SimDisk, Survivors};
-use crate::storage::test_wal::WalWriter;
+use crate::storage::test_wal::{SIZE, WalWriter};
+use crate::storage::{SegmentFile, forks};
 
 /// What a timeline told anybody so far, and what it was asked.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +29,8 @@ pub struct Promise {
     pub log_term: Term,
     /// Commit LSN that it said is saved.
     pub commit: Lsn,
+    /// WAL before may be removed.
+    pub not_needed: Lsn,
     /// WAL that it acknowledged and a later leader cut off.
     pub cuts: Vec<Cut>,
 }
@@ -138,9 +140,33 @@ pub async fn check_answers(line: &Line, slot: &mut Slot, promise: &Promise) -> R
     };
     let Some(leader) = line.leaders.get(&last.term) else { return Err(format!("unknown leader {:?}", last.term)) };
     ensure!(answer.flush_lsn <= leader.wal.position(), "more WAL than there is");
-    let found = slot.read(line.start, answer.flush_lsn).await.map_err(|error| format!("reading: {error}"))?;
-    ensure!(found == line.wal(last.term, line.start, answer.flush_lsn), "other bytes");
+    let first = slot.first_lsn(line);
+    ensure!(first == line.start || first <= promise.not_needed, "WAL before {first} is gone");
+    let found = slot.read(first, answer.flush_lsn).await.map_err(|error| format!("reading: {error}"))?;
+    ensure!(found == line.wal(last.term, first, answer.flush_lsn), "other bytes");
+    check_names(slot)?;
+    if let Some(leader) = line.leaders.get(&log_term) {
+        let ancestry = &slot.acceptor.durable_state().stock.ancestry;
+        ensure!(*ancestry == leader.ancestry(), "{ancestry:?} in the term of {log_term:?}");
+        for history in leader.stock.iter().flat_map(|stock| &stock.history) {
+            let kept = slot.store.files().history_file(history.timeline).map_err(|error| error.to_string())?;
+            ensure!(kept.as_ref() == Some(&history.content), "history of {} is {kept:?}", history.timeline);
+        }
+    }
     Ok(answer)
+}
+
+/// There is one file per segment, and it has the name that its timeline gives it.
+fn check_names(slot: &Slot) -> Result<(), Broken> {
+    let files = slot.store.files();
+    let all = files.list_all(SIZE).map_err(|error| error.to_string())?;
+    let ours = files.list(SIZE).map_err(|error| error.to_string())?;
+    ensure!(all.iter().map(|(_, file)| file).eq(&ours), "other names among {all:?}");
+    let follow = |(one, next): (&SegmentFile, &SegmentFile)| next.number == one.number.next();
+    ensure!(ours.iter().zip(ours.iter().skip(1)).all(follow), "not one file per segment: {ours:?}");
+    let oldest = ours.first().map_or(files.oldest_lsn(), |file| file.number.start(SIZE));
+    ensure!(oldest == files.oldest_lsn(), "WAL begins at {} with {ours:?}", files.oldest_lsn());
+    Ok(())
 }
 
 /// Whether WAL that was cut off is set aside. An error when what is set aside is something else.
@@ -163,7 +189,8 @@ pub fn find_fork(line: &Line, slot: &Slot, cut: &Cut) -> Result<bool, Broken> {
 /// Another leader comes and continues; nothing left over may join its records. Returns its log and term.
 async fn go_on(line: &Line, slot: &mut Slot, promise: &Promise) -> Result<(WalWriter, Term), Broken> {
     let say = |failure: Failure| format!("{failure}");
-    let term = promise.asked.max(slot.acceptor.term()).next();
+    // None of the script's.
+    let term = promise.asked.max(slot.acceptor.term()).max(Term(99)).next();
     let vote = slot.vote(term).await.map_err(say)?;
     ensure!(vote.vote_given, "no vote for a new term");
     let end = if vote.flush_lsn.is_valid() { vote.flush_lsn } else { line.start };
@@ -186,7 +213,8 @@ async fn check_end(line: &Line, slot: &mut Slot, wal: &WalWriter, term: Term) ->
     let answer = slot.vote(term).await.map_err(|failure| format!("vote: {failure}"))?;
     ensure!(!answer.vote_given, "a second vote in one term");
     ensure!(answer.flush_lsn == wal.position(), "WAL ends at {}, promised {}", answer.flush_lsn, wal.position());
-    let found = slot.read(line.start, wal.position()).await.map_err(|error| format!("reading: {error}"))?;
-    ensure!(found == wal.since(line.start), "other bytes");
+    let first = slot.first_lsn(line);
+    let found = slot.read(first, wal.position()).await.map_err(|error| format!("reading: {error}"))?;
+    ensure!(found == wal.since(first), "other bytes");
     Ok(())
 }

@@ -1,17 +1,19 @@
 //! The life that all faults interrupt: three timelines on one node, and the WAL their leaders have.
 //!
 //! The first timeline gets large batches, a switch of segments, a commit LSN, and a second leader that cuts off a part
-//! of what the first one wrote. The second one gets many small batches, some of them together with the first one's, and
-//! loses the newest of them to a second leader while they are only journaled. The third one votes, changes its
-//! configuration and its term, and has a leader only after the restart in the middle.
+//! of what the first one wrote and goes on under the next Postgres timeline; its oldest segments are removed, twice. The
+//! second one gets many small batches, some of them together with the first one's; a second leader goes on under the next
+//! Postgres timeline and into the next segment, and all of that, with some of what was before, is lost to a third
+//! one while it is only journaled. The third one is a Neon compute's: it votes, changes its configuration and its term, and
+//! has a leader only after the restart in the middle.
 
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use pgproto::walproposer::TermLsn;
-use pgproto::{Lsn, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::walproposer::{HistoryFile, StockPrimary, TermLsn};
+use pgproto::{Ancestry, Lsn, PgTimelineId, TenantId, TenantTimelineId, Term, TimelineId};
 
-use crate::storage::test_wal::WalWriter;
+use crate::storage::test_wal::{PG_VERSION, WalWriter};
 
 /// Number of timelines.
 pub const TIMELINES: usize = 3;
@@ -44,6 +46,8 @@ pub enum Step {
     AppendTogether((usize, u64), (usize, u64)),
     /// What is saved lazily is saved.
     SaveLazily(usize),
+    /// Nobody needs what is committed any more.
+    Remove(usize),
     /// Nobody uses the timeline for a while.
     Park(usize),
     /// All timelines are brought up to date with the journal.
@@ -65,6 +69,15 @@ pub struct Leader {
     pub batches: Vec<Lsn>,
     /// It never knows of more than this as committed.
     pub commits_up_to: Lsn,
+    /// What it tells of its server, if that is a stock one.
+    pub stock: Option<StockPrimary>,
+}
+
+impl Leader {
+    /// The Postgres timelines of its log.
+    pub fn ancestry(&self) -> Ancestry {
+        self.stock.as_ref().map_or_else(Ancestry::default, |stock| stock.ancestry().unwrap())
+    }
 }
 
 /// One timeline of the script.
@@ -107,8 +120,23 @@ impl Line {
         }
         let fork = batches.get(fork_after).copied().unwrap_or(wal.position());
         let bytes = wal.since(self.start);
-        self.leaders.insert(Term(term), Leader { history, wal, bytes, batches, commits_up_to: fork });
+        self.leaders.insert(Term(term), Leader { history, wal, bytes, batches, commits_up_to: fork, stock: None });
         fork
+    }
+
+    /// The leader's server is a stock one: it writes `timeline`, whose ancestors ended at these positions.
+    fn on_timeline(&mut self, term: u64, timeline: u32, ancestors: &[(u32, Lsn)]) {
+        let line = |(parent, end): &(u32, Lsn)| format!("{parent}\t{end}\tno recovery target specified\n");
+        let content = ancestors.iter().map(line).collect::<Vec<_>>().join("\n").into();
+        let timeline = PgTimelineId(timeline);
+        let history = if ancestors.is_empty() { Vec::new() } else { vec![HistoryFile { timeline, content }] };
+        self.leaders.get_mut(&Term(term)).unwrap().stock = Some(StockPrimary {
+            pg_version: PG_VERSION,
+            server_version: "15.18 (Debian 15.18-1)".to_owned(),
+            safekeepers: Vec::new(),
+            timeline,
+            history,
+        });
     }
 
     /// The bytes between two positions of a leader's log.
@@ -132,9 +160,22 @@ impl Script {
         let mut small = Line::new(2, Lsn(0x20_0028));
         let mut voter = Line::new(3, Lsn(0x50_2000));
         let fork = bulk.lead(2, None, &[210_000, 100, 210_000, 24, 210_000, 210_000, 0, 50, 20_000, 1_060_000], 7);
-        bulk.lead(3, Some((2, fork)), &[90_000, 1_060_000, 300, 70_000, 200_000, 230_000, 40, 200_000], usize::MAX);
+        bulk.lead(
+            3,
+            Some((2, fork)),
+            &[90_000, 1_060_000, 300, 70_000, 200_000, 230_000, 40, 200_000, 1_060_000, 500, 24],
+            usize::MAX,
+        );
+        bulk.on_timeline(2, 1, &[]);
+        bulk.on_timeline(3, 2, &[(1, fork)]);
         let fork = small.lead(4, None, &[40, 4_000, 24, 9_000, 512, 100, 64_000, 300, 33], 6);
+        let switch = small.leaders[&Term(4)].wal.position();
+        small.lead(5, Some((4, switch)), &[500, 1_060_000, 300], usize::MAX);
+        small.leaders.get_mut(&Term(5)).unwrap().commits_up_to = fork;
+        small.on_timeline(4, 1, &[]);
+        small.on_timeline(5, 2, &[(1, switch)]);
         small.lead(6, Some((4, fork)), &[77, 12_000, 30_000, 8_192, 25, 50_000, 50_000, 24], usize::MAX);
+        small.on_timeline(6, 3, &[(1, fork)]);
         voter.lead(9, None, &[200, 100_000], usize::MAX);
         Self { lines: [bulk, small, voter], steps: steps() }
     }
@@ -180,11 +221,19 @@ fn steps() -> Vec<Step> {
         Append(BULK, 3),
         AppendTogether((BULK, 3), (SMALL, 4)),
         Append(SMALL, 4),
+        Vote(SMALL, 5),
+        Elect(SMALL, 5),
+        Append(SMALL, 5),
+        Append(SMALL, 5),
+        Append(SMALL, 5),
         Vote(SMALL, 6),
         Elect(SMALL, 6),
         Append(SMALL, 6),
         SaveLazily(SMALL),
+        SaveLazily(BULK),
+        Checkpoint,
         Append(SMALL, 6),
+        Remove(BULK),
         Restart,
         Greet(VOTER),
         Vote(VOTER, 9),
@@ -200,6 +249,12 @@ fn steps() -> Vec<Step> {
         Checkpoint,
         AppendTogether((BULK, 3), (SMALL, 6)),
         SaveLazily(BULK),
+        Append(BULK, 3),
+        Append(BULK, 3),
+        Append(BULK, 3),
+        SaveLazily(BULK),
+        Checkpoint,
+        Remove(BULK),
         Append(BULK, 3),
         Park(SMALL),
     ]

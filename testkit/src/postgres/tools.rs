@@ -95,7 +95,7 @@ fn read_latencies(dir: &Path) -> Result<Vec<u64>> {
     Ok(latencies)
 }
 
-/// pg_receivewal into a directory of its own.
+/// pg_receivewal, or a program like it, into a directory of its own.
 #[derive(Debug)]
 pub struct ReceiveWal {
     dir: PathBuf,
@@ -122,12 +122,17 @@ impl ReceiveWal {
         conninfo: &str,
         args: &[&str],
     ) -> Result<ReceiveWal> {
+        let launch = Launch::new(clients.path("pg_receivewal")).args(["--verbose", "-d", conninfo]).args(args);
+        Self::start_program(scratch, name, launch)
+    }
+
+    /// The same with another program that takes the option `-D`.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_program(scratch: &Scratch, name: &str, launch: Launch) -> Result<ReceiveWal> {
         let dir = scratch.postgres_dir(name)?;
-        let launch = Launch::new(clients.path("pg_receivewal"))
-            .args(["--verbose", "-d", conninfo, "-D"])
-            .arg(&dir)
-            .args(args)
-            .account(scratch.account());
+        let launch = launch.arg("-D").arg(&dir).account(scratch.account());
         Ok(ReceiveWal { dir, daemon: Daemon::spawn(scratch, name, launch)? })
     }
 
