@@ -33,6 +33,8 @@ pub(super) enum Fault {
     OtherSystem,
     /// It logs in nobody.
     Refuses,
+    /// It never asks for a report.
+    AsksNothing,
     /// It ends the stream as a Neon safekeeper does that has no more to say.
     SendsHome(Lsn),
 }
@@ -167,7 +169,7 @@ impl Session {
             self.socket.write_all_buf(out).await.ok()?;
             at = next;
         }
-        put_keepalive(out, end, 0, true);
+        put_keepalive(out, end, 0, served.fault != Fault::AsksNothing);
         self.socket.write_all_buf(out).await.ok()?;
         loop {
             match self.message().await? {

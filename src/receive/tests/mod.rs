@@ -224,3 +224,18 @@ async fn what_a_standby_needs_is_told_and_taken_back() {
     });
     assert_eq!(told, Some(wal().position()));
 }
+
+/// The last report once came from a closed directory, which knows nothing.
+#[tokio::test]
+async fn the_last_word_is_what_is_durable() {
+    let wal = wal();
+    let mut node = FakeNode::start(&wal, Fault::AsksNothing).await;
+    let settings = settings(&[&node], Some(wal.position()));
+    let mut sink = Memory::default();
+    run(settings, &mut sink, &Status::default(), CancellationToken::new()).await.unwrap();
+    let mut last = None;
+    while let Ok(ReaderMessage::Status(status)) = node.heard.try_recv() {
+        last = Some(status.flush);
+    }
+    assert_eq!(last, Some(wal.position()));
+}
