@@ -1,6 +1,6 @@
 //! A standby that has its WAL from the safekeepers alone is promoted, and the safekeepers go on with it: commits, readers,
 //! and what becomes of the former primary. Also primaries that come with a past, and what hot standbys need kept.
-#![allow(clippy::expect_used)]
+#![allow(clippy::expect_used, clippy::indexing_slicing)]
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

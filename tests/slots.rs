@@ -1,4 +1,5 @@
 //! Replication slots of a whole system: known on every safekeeper, used by stock programs, and what WAL they keep.
+#![allow(clippy::indexing_slicing)]
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
@@ -18,11 +19,16 @@ fn start(scratch: &Scratch, safekeeper_args: &[&str]) -> Result<Cluster> {
     Ok(cluster)
 }
 
+/// A part of a JSON value; null when it isn't there.
+fn field<'a>(value: &'a Value, path: &str) -> &'a Value {
+    value.pointer(path).unwrap_or(&Value::Null)
+}
+
 fn know_each_other(cluster: &Cluster) -> Result<()> {
     for safekeeper in &cluster.safekeepers {
         let status = cluster.status(safekeeper)?;
-        let members = status["members"].as_array().context("members")?;
-        let heard = members.iter().filter(|member| member["age_ms"].is_u64()).count();
+        let members = field(&status, "/members").as_array().context("members")?;
+        let heard = members.iter().filter(|member| field(member, "/age_ms").is_u64()).count();
         ensure!(heard == 3, "safekeeper {} knows {members:?}", safekeeper.id());
     }
     Ok(())
@@ -35,25 +41,25 @@ fn command(safekeeper: &Safekeeper, text: &str) -> Result<Vec<Vec<Option<String>
 /// The slot in the status of a safekeeper, if it is there.
 fn slot(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Result<Option<Value>> {
     let status = cluster.status(safekeeper)?;
-    let slots = status["retention"]["slots"].as_array().context("slots")?.clone();
-    Ok(slots.into_iter().find(|slot| slot["name"] == name))
+    let slots = field(&status, "/retention/slots").as_array().context("slots")?;
+    Ok(slots.iter().find(|slot| field(slot, "/name") == name).cloned())
 }
 
 fn position(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Result<Lsn> {
     let slot = slot(cluster, safekeeper, name)?.context("no such slot")?;
-    Ok(slot["restart_lsn"].as_str().context("it has no position")?.parse()?)
+    Ok(field(&slot, "/restart_lsn").as_str().context("it has no position")?.parse()?)
 }
 
 fn wal_start(cluster: &Cluster, safekeeper: &Safekeeper) -> Result<Lsn> {
     let status = cluster.status(safekeeper)?;
-    Ok(status["retention"]["wal_start_lsn"].as_str().context("wal_start_lsn")?.parse()?)
+    Ok(field(&status, "/retention/wal_start_lsn").as_str().context("wal_start_lsn")?.parse()?)
 }
 
 /// Waits until `holds` on every safekeeper that is running.
 fn everywhere(cluster: &Cluster, what: &str, holds: impl Fn(&Safekeeper) -> Result<bool>) -> Result<()> {
     for safekeeper in &cluster.safekeepers {
         wait_for(secs(60), &format!("{what} on safekeeper {}", safekeeper.id()), || {
-            ensure!(holds(safekeeper)?, "not yet: {}", cluster.status(safekeeper)?["retention"]);
+            ensure!(holds(safekeeper)?, "not yet: {}", field(&cluster.status(safekeeper)?, "/retention"));
             Ok(())
         })?;
     }

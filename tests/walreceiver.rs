@@ -347,3 +347,145 @@ fn without_a_loop_it_ends_when_every_node_failed_and_says_which() {
         Ok(())
     });
 }
+
+fn standby_of(scratch: &Scratch, primary: &Postgres, conninfo: &str) -> Result<Postgres> {
+    let standby = Postgres::standby_of(scratch, "standby", primary, conninfo)?;
+    standby.configure(&[("wal_keep_size", "'8GB'")])?;
+    Ok(standby)
+}
+
+#[test]
+fn a_promoted_standby_is_followed_under_its_new_timeline() {
+    scenario("wr-promotion", |scratch| {
+        let mut primary = Postgres::init(scratch, "primary", &[("wal_keep_size", "'8GB'")])?;
+        primary.start()?;
+        let mut standby = standby_of(scratch, &primary, &primary.conninfo())?;
+        standby.start()?;
+        let nodes = format!("127.0.0.1:{},127.0.0.1:{}", primary.port(), standby.port());
+        let mut receiver = Receiver::start(scratch, "received", &nodes, &[])?;
+        // Another that is away while it happens.
+        let mut late = Receiver::start(scratch, "late", &nodes, &[])?;
+        receiver.wait_received(primary.flush_lsn()?)?;
+        late.wait_received(primary.flush_lsn()?)?;
+        primary.pgbench_init(scratch, 1)?;
+        late.wait_equal(&primary)?;
+        late.daemon.kill()?;
+        receiver.wait_equal(&primary)?;
+        // A server that is stopped sends all it has.
+        primary.stop(testkit::StopMode::Fast)?;
+        standby.promote()?;
+        standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
+        receiver.wait_equal(&standby)?;
+        late.daemon.start()?;
+        late.wait_equal(&standby)?;
+        // The former primary is of no use any more, and does no harm.
+        primary.start()?;
+        standby.sql()?.run("SELECT pg_switch_wal()")?;
+        standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
+        for receiver in [&mut receiver, &mut late] {
+            receiver.wait_equal(&standby)?;
+            receiver.daemon.kill()?;
+            receiver.daemon.start()?;
+            receiver.wait_equal(&standby).context("resumed on the new timeline")?;
+            receiver.stop()?;
+            let report = receiver.verify(standby.flush_lsn()?)?;
+            ensure!(report.get("timelines").and_then(|list| list.as_array()).map(Vec::len) == Some(2), "{report}");
+            let history = std::fs::read(receiver.dir.join("00000002.history"))?;
+            ensure!(history == std::fs::read(standby.wal_dir().join("00000002.history"))?, "another history");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_server_promoted_without_what_was_received_is_not_followed() {
+    scenario("wr-lost", |scratch| {
+        let mut primary = Postgres::init(scratch, "primary", &[("wal_keep_size", "'8GB'")])?;
+        primary.start()?;
+        let mut standby = standby_of(scratch, &primary, &primary.conninfo())?;
+        standby.start()?;
+        let nodes = format!("127.0.0.1:{},127.0.0.1:{}", primary.port(), standby.port());
+        let mut receiver = Receiver::start(scratch, "received", &nodes, &[])?;
+        receiver.wait_received(primary.flush_lsn()?)?;
+        standby.stop(testkit::StopMode::Fast)?;
+        primary.sql()?.run("CREATE TABLE lost AS SELECT generate_series(1, 1000)")?;
+        let end = primary.flush_lsn()?;
+        receiver.wait_received(end)?;
+        primary.kill9()?;
+        standby.start()?;
+        standby.promote()?;
+        // Enough to be beyond what was received.
+        standby.pgbench_init(scratch, 1)?;
+        ensure!(standby.flush_lsn()? > end, "the new primary has less WAL");
+        let address = receiver.http.address();
+        receiver.daemon.wait_until(RECOVERY, "walreceiver to say what is wrong", || {
+            let status = http_get(&address, "/v1/status")?.json()?;
+            let error = status.get("error").and_then(|error| error.as_str()).unwrap_or_default();
+            ensure!(error.contains("whole records") && error.contains("timeline 1 ended at"), "{status}");
+            Ok(())
+        })?;
+        receiver.stop()?;
+        ensure!(
+            !receiver.dir.join("00000002.history").exists(),
+            "it took the history of a timeline that isn't its own"
+        );
+        compare_wal(&primary.wal_dir(), &receiver.dir, end)?;
+        receiver.verify(end).map(drop)
+    });
+}
+
+#[test]
+fn members_are_found_through_one_of_them_and_the_nearest_is_preferred() {
+    scenario("wr-members", |scratch| {
+        let mut cluster = start_cluster(scratch)?;
+        for (index, zone) in ["a", "b", "c"].into_iter().enumerate() {
+            let safekeeper = cluster.safekeeper(index)?;
+            safekeeper.stop()?;
+            let launch = safekeeper.daemon().launch_mut();
+            *launch = launch.clone().args(["--availability-zone", zone]);
+            safekeeper.start()?;
+        }
+        cluster.wait_streaming()?;
+        let one = cluster.safekeeper(0)?.pg_address();
+        let mut receiver = Receiver::start(scratch, "received", &one, &["--availability-zone", "c"])?;
+        receiver.daemon.wait_until(RECOVERY, "walreceiver to follow the node of its zone", || {
+            cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'more')")?;
+            let followed = http_get(&receiver.http.address(), "/v1/status")?.json()?;
+            let third = cluster.safekeepers.get(2).map(testkit::Safekeeper::pg_address);
+            ensure!(followed.get("node").and_then(|node| node.as_str()) == third.as_deref(), "{followed}");
+            Ok(())
+        })?;
+        // The one that was configured is not needed any more.
+        cluster.safekeeper(0)?.kill()?;
+        cluster.safekeeper(0)?.start()?;
+        cluster.safekeeper(2)?.kill()?;
+        cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
+        receiver.wait_equal(&cluster.primary)
+    });
+}
+
+#[test]
+fn a_slot_goes_with_the_receiver_from_node_to_node() {
+    scenario("wr-slot", |scratch| {
+        let mut cluster = start_cluster(scratch)?;
+        let nodes = safekeepers(&cluster);
+        let slot = ["--safekeepers", &nodes, "--slot", "archive"];
+        succeed(&[&slot[..], &["--create-slot"]].concat())?;
+        let mut receiver = Receiver::start(scratch, "received", &nodes, &["--slot", "archive", "--synchronous"])?;
+        cluster.primary.pgbench_init(scratch, 1)?;
+        for _ in 0..3 {
+            write_some(&cluster.primary, scratch)?;
+            receiver.wait_equal(&cluster.primary)?;
+            let index = receiver.followed(&cluster).context("a node is followed")?;
+            cluster.safekeeper(index)?.kill()?;
+            write_some(&cluster.primary, scratch)?;
+            receiver.wait_equal(&cluster.primary)?;
+            cluster.safekeeper(index)?.start()?;
+        }
+        receiver.stop()?;
+        succeed(&[&slot[..], &["--drop-slot"]].concat())?;
+        let gone = run(&[&slot[..], &["--drop-slot"]].concat())?;
+        ensure!(gone.status.code() == Some(1), "dropped twice");
+        Ok(())
+    });
+}

@@ -8,9 +8,7 @@ use std::process::{Command, Output};
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use safekeeper::receive::sinks::{Compression, DirectorySink};
-use testkit::{
-    Daemon, Launch, Postgres, Programs, ReceiveWal, Scratch, Signal, StopMode, compare_wal, pg_waldump, scenario, secs,
-};
+use testkit::{Postgres, Programs, ReceiveWal, Scratch, Signal, StopMode, compare_wal, pg_waldump, scenario, secs};
 
 fn run(args: &[&str]) -> Result<Output> {
     Ok(Command::new(env!("CARGO_BIN_EXE_walreceiver")).args(args).output()?)

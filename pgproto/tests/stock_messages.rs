@@ -1,4 +1,5 @@
 //! The blocks of protocol 3's extension for stock PostgreSQL: their bytes, their limits, and that nothing else changes.
+#![allow(clippy::unwrap_used)]
 
 use bytes::{BufMut, Bytes, BytesMut};
 use pgproto::pg_timeline::Branch;

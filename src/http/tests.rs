@@ -164,6 +164,12 @@ async fn create_list_status() {
         "pg_timelines": [{"timeline": 1, "begin_lsn": "0/0"}],
         "health": {"state": "sound"},
         "forks": [],
+        "members": [],
+        "retention": {
+            "wal_start_lsn": "0/14EE150",
+            "slots": [],
+            "holds": [{"owner": "peers", "lsn": "0/14EE150", "held_bytes": 0, "counts": true}],
+        },
     });
     assert_eq!(server.get(&timeline_path()).await.json(), expected);
 

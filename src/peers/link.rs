@@ -41,7 +41,16 @@ const MAX_ZONE: usize = 64;
 /// Somebody waits for what the peer knows of a timeline after it was told what is known here.
 struct Question {
     timeline: Arc<Timeline>,
-    answer: oneshot::Sender<Result<Option<TimelineReport>, String>>,
+    answer: oneshot::Sender<Result<Answer, String>>,
+}
+
+/// What is at the other end.
+#[derive(Clone, Debug)]
+pub(super) struct Answer {
+    /// Who answers. Several addresses may be of one node, or of this one.
+    pub(super) node: NodeId,
+    /// What it knows of the timeline; `None` if it doesn't have it.
+    pub(super) report: Option<TimelineReport>,
 }
 
 /// The way to one address.
@@ -101,8 +110,8 @@ impl Link {
         self.hurry.notify_one();
     }
 
-    /// Tells the peer of a timeline now, and returns what it knows then; `None` if it doesn't have the timeline.
-    pub(super) async fn ask(&self, timeline: &Arc<Timeline>) -> Result<Option<TimelineReport>, String> {
+    /// Tells the peer of a timeline now, and returns what it knows then.
+    pub(super) async fn ask(&self, timeline: &Arc<Timeline>) -> Result<Answer, String> {
         let (answer, reply) = oneshot::channel();
         let question = Question { timeline: Arc::clone(timeline), answer };
         let gone = || "this safekeeper is stopping".to_owned();
@@ -158,7 +167,7 @@ impl Task {
         let told = self.tell(shared, asked).await;
         metrics::peer_exchange(told.is_ok());
         match told {
-            Ok(answers) => {
+            Ok((node, answers)) => {
                 if self.contact.failure.take().is_some() || self.contact.heard.is_none() {
                     tracing::info!(peer = %self.address, "talking to another safekeeper");
                 }
@@ -166,8 +175,8 @@ impl Task {
                 self.backoff.progress();
                 for question in questions {
                     let ttid = question.timeline.ttid();
-                    let answer = answers.iter().find(|report| report.ttid == ttid).cloned();
-                    let _ = question.answer.send(Ok(answer));
+                    let report = answers.iter().find(|report| report.ttid == ttid).cloned();
+                    let _ = question.answer.send(Ok(Answer { node, report }));
                 }
             }
             Err(error) => {
@@ -189,7 +198,7 @@ impl Task {
         &mut self,
         shared: Vec<Arc<Timeline>>,
         asked: Vec<Arc<Timeline>>,
-    ) -> Result<Vec<TimelineReport>, ConnectError> {
+    ) -> Result<(NodeId, Vec<TimelineReport>), ConnectError> {
         let mut answers = Vec::new();
         let changed = self.changed(&shared);
         let wanted: BTreeMap<TenantTimelineId, Arc<Timeline>> =
@@ -224,7 +233,7 @@ impl Task {
                 timeline.members().unchanged(answer.from.node_id);
             }
             if wanted.peek().is_none() {
-                return Ok(answers);
+                return Ok((answer.from.node_id, answers));
             }
         }
     }

@@ -47,7 +47,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::exchange::{Exchange, Sender, TimelineMember, TimelineMembers, TimelineReport};
-use self::link::Link;
+use self::link::{Answer, Link};
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
@@ -206,6 +206,7 @@ impl Peers {
         let links = self.links_of(timeline);
         let mut members = links.len() + 1;
         let mut agreed = 1;
+        let mut counted = BTreeSet::from([self.registry.node_id()]);
         let mut silent = Vec::new();
         let mut answers = JoinSet::new();
         for link in links {
@@ -221,10 +222,11 @@ impl Peers {
             };
             let here = timeline.slots().table();
             match answer {
-                _ if link.node() == Some(self.registry.node_id()) => members -= 1,
-                Ok(Some(there)) if report::agrees(&there, here.get(name)) => agreed += 1,
-                Ok(Some(_)) => silent.push(format!("{} knows it otherwise", link.address())),
-                Ok(None) => silent.push(format!("{} doesn't have the timeline", link.address())),
+                // Another address of a node that counts already.
+                Ok(Answer { node, .. }) if !counted.insert(node) => members -= 1,
+                Ok(Answer { report: Some(there), .. }) if report::agrees(&there, here.get(name)) => agreed += 1,
+                Ok(Answer { report: Some(_), .. }) => silent.push(format!("{} knows it otherwise", link.address())),
+                Ok(Answer { report: None, .. }) => silent.push(format!("{} doesn't have the timeline", link.address())),
                 Err(error) => silent.push(format!("{}: {error}", link.address())),
             }
         }
@@ -310,7 +312,7 @@ impl Peers {
                 port,
                 availability_zone: sender.and_then(|sender| sender.availability_zone.clone()),
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
-                age_ms: report.map(|report| milliseconds(report.heard.elapsed())),
+                age_ms: report.map(|report| milliseconds(report.heard.elapsed()).max(1)),
                 failure: contact.failure.clone(),
             });
         }

@@ -54,8 +54,10 @@ const EVENT_BATCH: usize = 64;
 pub(super) enum Ended {
     /// Another proposer, or the campaign was lost. A new campaign may follow.
     SteppedDown(StepDown),
-    /// The primary has moved on to another Postgres timeline or version: a term of its own begins there.
-    NewTimeline,
+    /// The Postgres timeline of this term has ended, and all of it is committed: the next term is of the next one.
+    TimelineOver,
+    /// The primary is on another Postgres timeline or of another version than when the term began.
+    PrimaryChanged,
     /// A majority of the safekeepers has WAL of a newer Postgres timeline than the primary is on.
     Outdated,
     /// No majority reached the term start in time.
@@ -209,7 +211,7 @@ impl Driver {
             }
             self.publish();
             if self.timeline_end.is_some_and(|end| self.proposer.commit_lsn() >= end) {
-                return Ended::NewTimeline;
+                return Ended::TimelineOver;
             }
             if self.primary.is_none()
                 && let Some(lsn) = self.synced()
@@ -556,7 +558,7 @@ impl Driver {
             return Err(Ended::Fatal(error));
         }
         self.lost_upstream(&error);
-        if error.needs_new_term() { Err(Ended::NewTimeline) } else { Ok(()) }
+        if error.needs_new_term() { Err(Ended::PrimaryChanged) } else { Ok(()) }
     }
 
     fn lost_upstream(&mut self, error: &UpstreamError) {
@@ -671,111 +673,4 @@ async fn next_upstream(upstream: &mut Option<Upstream>, read: bool) -> Result<Up
 }
 
 #[cfg(test)]
-mod tests {
-    use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
-    use pgproto::{Generation, NodeId, Term};
-
-    use super::*;
-    use crate::config::HostPort;
-
-    const START: Lsn = Lsn(0x100_0000);
-    const CAPACITY: u64 = 1 << 20;
-
-    fn driver() -> Driver {
-        let nobody = |_| HostPort { host: "127.0.0.1".to_owned(), port: 1 };
-        let safekeepers: Vec<_> = (0..3).map(nobody).collect();
-        let settings = Settings {
-            primary: tokio_postgres::Config::new(),
-            safekeepers: safekeepers.clone(),
-            slot: "safekeeper".to_owned(),
-            application_name: "safekeeper".to_owned(),
-            ttid: None,
-            buffer_size: CAPACITY,
-        };
-        Driver::new(Some(Arc::new(settings)), PrimaryFacts::of_a_new_server(START), Arc::new(Status::new(safekeepers)))
-            .0
-    }
-
-    /// Lets safekeeper `index` connect and greet; the result is what it is sent.
-    fn follow(driver: &mut Driver, index: usize) -> mpsc::Receiver<ProposerMessage> {
-        let (link, sent) = Link::detached(1000);
-        let peer = PeerIndex(index);
-        let node_id = NodeId(index as u64 + 1);
-        let greeting = AcceptorGreeting { node_id, configuration: Configuration::default(), term: Term(0) };
-        driver.on_peer_event(Event::Connected(peer, link)).unwrap();
-        driver.on_peer_event(Event::Message(peer, AcceptorMessage::Greeting(greeting))).unwrap();
-        sent
-    }
-
-    fn vote(driver: &mut Driver, index: usize) {
-        let vote = VoteResponse {
-            generation: Generation(0),
-            term: Term(1),
-            vote_given: true,
-            flush_lsn: Lsn::INVALID,
-            truncate_lsn: Lsn::INVALID,
-            term_history: Vec::new(),
-            ancestry: None,
-        };
-        driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
-    }
-
-    async fn receive(driver: &mut Driver, bytes: u64) {
-        let end = Lsn(driver.buffer.end().0 + bytes);
-        while driver.buffer.end() < end {
-            let wal = Bytes::from(vec![0; 64 * 1024]);
-            let event = UpstreamEvent::Wal { start: driver.buffer.end(), wal };
-            driver.on_upstream(Ok(event)).await.unwrap();
-        }
-    }
-
-    #[tokio::test]
-    async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
-        let mut driver = driver();
-        let lacks = |driver: &mut Driver, index| {
-            let down = PeerDown {
-                reason: "no timeline".to_owned(),
-                lacks_timeline: true,
-                newer_timeline: false,
-                next_retry_at: None,
-            };
-            driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
-            driver.may_create.load(Ordering::Acquire)
-        };
-        let _first = follow(&mut driver, 0);
-        assert!(!lacks(&mut driver, 2), "one of three: it may have forgotten what it acknowledged");
-        let _second = follow(&mut driver, 1);
-        vote(&mut driver, 0);
-        vote(&mut driver, 1);
-        assert!(lacks(&mut driver, 2), "the leader has what the others have, and fills it");
-    }
-
-    #[tokio::test]
-    async fn a_timeline_begins_where_a_majority_has_none() {
-        let mut driver = driver();
-        for (index, may_create) in [(0, false), (2, true)] {
-            let down = PeerDown {
-                reason: "no timeline".to_owned(),
-                lacks_timeline: true,
-                newer_timeline: false,
-                next_retry_at: None,
-            };
-            driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
-            assert_eq!(driver.may_create.load(Ordering::Acquire), may_create);
-        }
-    }
-
-    #[tokio::test]
-    async fn a_full_buffer_stops_the_reading_until_a_majority_was_sent_all_of_it() {
-        let mut driver = driver();
-        let _first = follow(&mut driver, 0);
-        let _second = follow(&mut driver, 1);
-        vote(&mut driver, 0);
-        vote(&mut driver, 1);
-        assert_eq!(driver.proposer.term_start(), Some(START));
-        receive(&mut driver, CAPACITY).await;
-        assert!(driver.reads_on(), "a record larger than the buffer commits only when all of it was read");
-        driver.disconnected(PeerIndex(1), None);
-        assert!(!driver.reads_on(), "without a majority nothing can commit, and memory is bounded");
-    }
-}
+mod tests;

@@ -110,7 +110,9 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
-            Ended::NewTimeline => continue,
+            Ended::TimelineOver => continue,
+            Ended::PrimaryChanged if began.elapsed() > STEP_DOWN_PAUSE.0 => continue,
+            Ended::PrimaryChanged => tracing::warn!("the primary changes again and again"),
             Ended::Outdated => {
                 tracing::warn!("{OUTDATED}: looking for it");
                 status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));

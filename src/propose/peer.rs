@@ -285,8 +285,9 @@ mod tests {
 
     use super::*;
 
-    /// A safekeeper that lets a proposer in and then reads nothing any more.
-    async fn stuck_safekeeper(listener: TcpListener) {
+    /// A safekeeper that lets a proposer in, with the extension for stock servers or without, and then reads nothing any
+    /// more.
+    async fn stuck_safekeeper(listener: TcpListener, stock: bool) {
         let (mut socket, _) = listener.accept().await.unwrap();
         let mut received = [0; 4096];
         assert!(socket.read(&mut received).await.unwrap() > 0, "a startup packet");
@@ -299,7 +300,9 @@ mod tests {
         encode::ready_for_query(&mut out);
         socket.write_all_buf(&mut out).await.unwrap();
         assert!(socket.read(&mut received).await.unwrap() > 0, "START_WAL_PUSH");
-        encode::parameter_status(&mut out, STOCK_PARAMETER, STOCK_VERSION);
+        if stock {
+            encode::parameter_status(&mut out, STOCK_PARAMETER, STOCK_VERSION);
+        }
         encode::copy_both_response(&mut out);
         socket.write_all_buf(&mut out).await.unwrap();
         std::future::pending().await
@@ -317,12 +320,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_safekeeper_that_knows_nothing_of_stock_servers_is_refused() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = HostPort { host: "127.0.0.1".to_owned(), port: listener.local_addr().unwrap().port() };
+        let old = tokio::spawn(stuck_safekeeper(listener, false));
+        let refused = connect(&address, &PrimaryFacts::of_a_new_server(Lsn(0x100_0000)), true).await;
+        assert!(matches!(refused.map(drop), Err(ConnectError::NoStock)));
+        old.abort();
+    }
+
+    #[tokio::test]
     async fn a_dropped_link_ends_the_connection_even_to_a_safekeeper_that_takes_nothing() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = HostPort { host: "127.0.0.1".to_owned(), port: listener.local_addr().unwrap().port() };
         let (events, mut inbox) = mpsc::channel(16);
         let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(stuck_safekeeper(listener));
+        tasks.spawn(stuck_safekeeper(listener, true));
         let facts = PrimaryFacts::of_a_new_server(Lsn(0x100_0000));
         tasks.spawn(run(PeerIndex(0), address, facts, Arc::new(AtomicBool::new(true)), events));
         let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };

@@ -110,7 +110,9 @@ async fn sync(
             Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
             Ended::SteppedDown(reason) => lose(&reason)?,
             // One that wasn't reached before has WAL of a newer Postgres timeline.
-            Ended::Outdated | Ended::NewTimeline => lose(&"a safekeeper knows of a newer Postgres timeline")?,
+            Ended::Outdated | Ended::TimelineOver | Ended::PrimaryChanged => {
+                lose(&"a safekeeper knows of a newer Postgres timeline")?
+            }
             Ended::Fatal(error) => lose(&error)?,
         }
         pause.failed(Instant::now());

@@ -364,24 +364,15 @@ impl Upstream {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::AsyncReadExt;
+    use bytes::BytesMut;
+    use pgproto::backend::{Column, encode};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::*;
 
     #[tokio::test]
     async fn an_idle_primary_is_asked_for_a_sign_of_life_before_it_is_given_up() {
-        let (mut primary, ours) = tokio::io::duplex(1024);
-        let (commit_lsn, throttle, heard) = (Lsn(8), AckThrottle::default(), Instant::now());
-        let connection = Connection::over(ours);
-        let mut upstream = Upstream {
-            connection,
-            position: Lsn(8),
-            primary_flush_lsn: Lsn(8),
-            commit_lsn,
-            throttle,
-            heard,
-            stage: Stage::Streaming,
-        };
+        let (mut primary, mut upstream) = streaming(Lsn(8));
         for (silence, asked) in [(Duration::ZERO, 0), (ASK_AFTER, 1), (PRIMARY_SILENCE_LIMIT, 1)] {
             upstream.heard = Instant::now().checked_sub(silence).unwrap();
             upstream.send_status().await.unwrap();
@@ -390,6 +381,59 @@ mod tests {
             primary.read_exact(&mut message).await.unwrap();
             assert_eq!((message[0], message[5], message[38]), (b'd', b'r', asked), "after {silence:?}");
         }
+    }
+
+    /// A stream of timeline 1 that stands at `position`, and the primary's end of it.
+    fn streaming(position: Lsn) -> (tokio::io::DuplexStream, Upstream) {
+        let (primary, ours) = tokio::io::duplex(1024);
+        let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
+        let (connection, stage) = (Connection::over(ours), Stage::Streaming);
+        (primary, Upstream { connection, position, primary_flush_lsn: position, commit_lsn, throttle, heard, stage })
+    }
+
+    /// What a primary says when the timeline ends (spec: postgres clients 4.6).
+    fn end_of_timeline() -> BytesMut {
+        let mut out = BytesMut::new();
+        encode::copy_done(&mut out);
+        let columns = [Column::text("next_tli"), Column::text("next_tli_startpos")];
+        encode::row_description(&mut out, &columns);
+        encode::data_row(&mut out, &[Some("2"), Some("0/3000028")]);
+        encode::command_complete(&mut out, "SELECT");
+        encode::command_complete(&mut out, "START_STREAMING");
+        encode::ready_for_query(&mut out);
+        out
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_timeline_tells_the_next_one_and_is_answered() {
+        let (mut primary, mut upstream) = streaming(Lsn(0x300_0028));
+        primary.write_all(&end_of_timeline()).await.unwrap();
+        let next = loop {
+            match upstream.next().await.unwrap() {
+                UpstreamEvent::Idle => {
+                    // Nothing is reported any more, whatever becomes committed.
+                    upstream.acknowledge(Lsn(0x300_0028)).await.unwrap();
+                    upstream.send_feedback(HotStandbyFeedback::default()).await.unwrap();
+                }
+                UpstreamEvent::End(next) => break next,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(next, Branch { timeline: PgTimelineId(2), begin: Lsn(0x300_0028) });
+        drop(upstream);
+        let mut said = Vec::new();
+        primary.read_to_end(&mut said).await.unwrap();
+        assert_eq!(said, b"c\0\0\0\x04", "CopyDone and nothing else");
+    }
+
+    #[tokio::test]
+    async fn a_server_that_ends_copy_and_closes_was_shut_down() {
+        let (mut primary, mut upstream) = streaming(Lsn(8));
+        let mut out = BytesMut::new();
+        encode::command_complete(&mut out, "COPY 0");
+        primary.write_all(&out).await.unwrap();
+        let error = upstream.next().await.unwrap_err();
+        assert!(!error.is_fatal() && !error.needs_new_term(), "{error}");
     }
 
     #[test]

@@ -119,6 +119,8 @@ pub struct Candidate {
     configured: bool,
     node_id: Option<NodeId>,
     zone: Option<String>,
+    /// It is a safekeeper that names the others.
+    names_members: bool,
     /// When another node last named it.
     named_at: Instant,
     /// When it last told something; at first, when it became a candidate.
@@ -141,6 +143,11 @@ impl Candidate {
     /// Its availability zone, if that is known.
     pub fn zone(&self) -> Option<&str> {
         self.zone.as_deref()
+    }
+
+    /// Whether it is one to ask for members.
+    pub fn names_members(&self) -> bool {
+        self.names_members
     }
 
     /// When it may be used again; `None` means at once.
@@ -222,7 +229,18 @@ impl Candidates {
         if self.known.len() < MAX_CANDIDATES && self.known.iter().all(|known| known.address != address) {
             let (named_at, heard_at) = (now, now);
             let backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
-            self.known.push(Candidate { address, configured, node_id, zone, named_at, heard_at, told: None, backoff });
+            let (names_members, told) = (false, None);
+            self.known.push(Candidate {
+                address,
+                configured,
+                node_id,
+                zone,
+                names_members,
+                named_at,
+                heard_at,
+                told,
+                backoff,
+            });
         }
     }
 
@@ -245,10 +263,11 @@ impl Candidates {
         self.timeline = timeline;
     }
 
-    /// The node at `address` said who it is. Others with its id are its other addresses.
+    /// The node at `address` named the members, and said who it is, as far as it knows that. Others with its id are its other
+    /// addresses.
     pub fn introduced(&mut self, address: &HostPort, node_id: Option<NodeId>, zone: Option<String>) {
         let Some(candidate) = self.find(address) else { return };
-        (candidate.node_id, candidate.zone) = (node_id, zone);
+        (candidate.node_id, candidate.zone, candidate.names_members) = (node_id, zone, true);
         let current = self.current().cloned();
         let alias = |known: &Candidate| {
             node_id.is_some() && known.node_id == node_id && known.address != *address && !known.configured

@@ -1,11 +1,12 @@
-//! Asks nodes that are not followed how far they are, each on a small connection of its own.
+//! Asks nodes how far they are, and who the others are, each on a small connection of its own. The node that is followed tells
+//! the first in its stream; it is asked too if it is one that names members.
 
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
-use super::candidates::{Candidates, MAX_CANDIDATES, Told};
+use super::candidates::{Candidate, Candidates, MAX_CANDIDATES, Told};
 use super::node::{Access, Introduction, members};
 use crate::client::connection::ConnectError;
 use crate::client::replication::identify_system;
@@ -16,7 +17,7 @@ use crate::retry::Backoff;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Every how many questions a node is asked for the members, which change seldom.
-const MEMBERS_EVERY: u32 = 10;
+const MEMBERS_EVERY: u32 = 5;
 
 /// A node answered.
 #[derive(Debug)]
@@ -46,21 +47,23 @@ impl Probes {
         Self { access, tasks: Vec::new(), outbox, inbox }
     }
 
-    /// Asks all candidates but the present one from now on.
+    /// From now on asks all candidates that have something to tell.
     pub(super) fn follow(&mut self, candidates: &Candidates) {
-        let wanted = |address: &HostPort| {
-            candidates.current() != Some(address) && candidates.all().iter().any(|known| known.address() == address)
-        };
+        let wanted: Vec<_> = candidates
+            .all()
+            .iter()
+            .filter(|known| known.names_members() || candidates.current() != Some(known.address()))
+            .map(Candidate::address)
+            .collect();
         self.tasks.retain(|(address, task)| {
-            let keep = wanted(address);
+            let keep = wanted.contains(&address);
             if !keep {
                 task.abort();
             }
             keep
         });
-        for known in candidates.all() {
-            let address = known.address();
-            if wanted(address) && self.tasks.iter().all(|(asked, _)| asked != address) {
+        for address in wanted {
+            if self.tasks.iter().all(|(asked, _)| asked != address) {
                 let task = tokio::spawn(run(address.clone(), self.access.clone(), self.outbox.clone()));
                 self.tasks.push((address.clone(), task.abort_handle()));
             }

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, PgTimelineId, SegmentNumber};
 use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::candidates::{Candidates, Choice};
@@ -191,12 +192,15 @@ impl From<SinkError> for Trouble {
 
 impl<S: Sink> Receiver<'_, S> {
     async fn receive(&mut self, shutdown: &CancellationToken) -> Result<(), ReceiveError> {
+        // Not a sleep that begins anew with each event: there may always be one.
+        let mut tick = tokio::time::interval(LOOK_AGAIN);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             // What waits is news: nothing may be concluded from silence before that was heard.
             if self.link.as_ref().is_none_or(|(_, link)| link.events.is_empty()) {
                 self.choose();
             }
-            let pause = self.pause();
+            let retry = self.retry_in();
             tokio::select! {
                 () = shutdown.cancelled() => return Ok(()),
                 event = next_event(&mut self.link) => {
@@ -205,7 +209,8 @@ impl<S: Sink> Receiver<'_, S> {
                     }
                 }
                 answer = self.probes.next() => self.answered(answer),
-                () = tokio::time::sleep(pause) => self.tick().await?,
+                _ = tick.tick() => self.tick().await?,
+                () = tokio::time::sleep(retry), if self.link.is_none() => {}
             }
         }
     }
@@ -231,10 +236,10 @@ impl<S: Sink> Receiver<'_, S> {
         self.show();
     }
 
-    fn pause(&self) -> Duration {
+    /// When the next candidate may be tried.
+    fn retry_in(&self) -> Duration {
         let now = Instant::now();
-        let retry = self.candidates.next_retry_at(now).filter(|_| self.link.is_none());
-        retry.map_or(LOOK_AGAIN, |at| at.saturating_duration_since(now).min(LOOK_AGAIN))
+        self.candidates.next_retry_at(now).map_or(LOOK_AGAIN, |at| at.saturating_duration_since(now))
     }
 
     async fn tick(&mut self) -> Result<(), ReceiveError> {
@@ -255,9 +260,8 @@ impl<S: Sink> Receiver<'_, S> {
     }
 
     fn introduced(&mut self, address: &HostPort, introduction: Introduction, now: Instant) {
-        if let Some((node_id, zone)) = introduction.itself {
-            self.candidates.introduced(address, node_id, zone);
-        }
+        let (node_id, zone) = introduction.itself.unwrap_or_default();
+        self.candidates.introduced(address, node_id, zone);
         self.candidates.named(introduction.others, now);
     }
 

@@ -154,6 +154,10 @@ async fn drop_everywhere(session: &Session, timeline: &Arc<Timeline>, name: &str
     find(session, timeline, name).await;
     let deadline = Instant::now() + session.house.config.idle_limit;
     loop {
+        if timeline.members().user_of(name).is_some() {
+            // Perhaps not any more.
+            session.house.peers.ask(timeline).await;
+        }
         match drop_unused(timeline, name) {
             Ok(_) => break,
             Err(SlotError::InUse { .. }) if wait && Instant::now() < deadline => {

@@ -268,6 +268,9 @@ impl<'a> Chain<'a> {
             self.report.found(task.name.clone(), Some(at), Kind::WrongLength, what);
             return false;
         }
+        if task.is_last {
+            self.unfinished(at);
+        }
         let size = self.facts.segment_size.bytes();
         match rest_length(source).map(|rest| self.read.saturating_add(rest)) {
             Ok(length) if length == size => {}

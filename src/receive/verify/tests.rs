@@ -3,6 +3,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use pgproto::lsn::{PAGE_SIZE, segment_offset};
 use pgproto::wal::page::header_size;
@@ -30,6 +31,14 @@ fn path(name: &str) -> PathBuf {
 }
 
 fn archive(method: &str) -> (SimDisk, WalWriter) {
+    static PLAIN: LazyLock<(SimDisk, WalWriter)> = LazyLock::new(|| received("none"));
+    match method {
+        "none" => (PLAIN.0.fork(), PLAIN.1.clone()),
+        method => received(method),
+    }
+}
+
+fn received(method: &str) -> (SimDisk, WalWriter) {
     let (disk, wal) = (disk(), wal());
     receive(&disk, method, &wal, wal.position()).unwrap();
     (disk, wal)
@@ -324,7 +333,19 @@ fn a_link_to_another_record_is_found_across_segments() {
     put(&disk, "000000010000000000000005", &other.since(third));
     disk.remove_file(&path("000000010000000000000005.partial")).unwrap();
     assert_eq!(found(&disk), [(Kind::Damaged, "000000010000000000000005".into())]);
-    assert!(check(&disk).end < Lsn(wal.position().0));
+    assert!(check(&disk).end < wal.position());
+}
+
+#[test]
+fn a_record_may_begin_in_the_last_segment_and_end_in_none() {
+    let wal = wal();
+    let disk = disk();
+    let end = Lsn(START.0 + 2 * SIZE.bytes());
+    receive(&disk, "none", &wal, end).unwrap();
+    let report = check(&disk);
+    let begin = wal.last_record_before(end).unwrap();
+    assert!(report.ok, "{report}");
+    assert_eq!((report.end, report.unfinished), (begin, Some(Unfinished { begin, end })));
 }
 
 #[test]

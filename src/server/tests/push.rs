@@ -2,12 +2,14 @@
 
 use bytes::Bytes;
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage, ProtocolVersion, VoteRequest};
-use pgproto::{Generation, Lsn, TenantId, TenantTimelineId, Term};
+use pgproto::walproposer::{
+    AcceptorMessage, HistoryFile, ProposerGreeting, ProposerMessage, ProtocolVersion, StockPrimary, VoteRequest,
+};
+use pgproto::{Generation, Lsn, PgTimelineId, TenantId, TenantTimelineId, Term};
 
 use super::harness::{Pusher, START, TestServer, append, greeting, message, options, server_with_wal, ttid};
 use crate::server::ServerConfig;
-use crate::storage::test_wal::WalWriter;
+use crate::storage::test_wal::{PG_VERSION, WalWriter};
 
 #[tokio::test]
 async fn both_protocol_versions_push_and_are_acknowledged() {
@@ -33,6 +35,30 @@ async fn both_protocol_versions_push_and_are_acknowledged() {
         assert_eq!(pusher.client.try_next().await, None);
         server.stop().await;
     }
+}
+
+#[tokio::test]
+async fn a_stock_primary_tells_its_timelines_and_a_vote_tells_them_again() {
+    let server = TestServer::start().await;
+    let mut log = WalWriter::new(START);
+    log.record(20_000, 7);
+    let content = Bytes::from_static(b"1\t0/100000\tno recovery target specified\n");
+    let stock = StockPrimary {
+        pg_version: PG_VERSION,
+        server_version: "15.18".to_owned(),
+        safekeepers: vec![],
+        timeline: PgTimelineId(2),
+        history: vec![HistoryFile { timeline: PgTimelineId(2), content }],
+    };
+    let mut pusher = server.stock_leader(1, START, &[(1, START)], stock).await;
+    pusher.commit(1, START, &log.since(START)).await;
+    let mut next = server.pusher(ProtocolVersion::V3Stock).await;
+    next.greet().await;
+    next.send(ProposerMessage::VoteRequest(VoteRequest { generation: Generation(0), term: Term(2) })).await;
+    let AcceptorMessage::VoteResponse(vote) = next.reply().await else { panic!("a vote") };
+    let ancestry = vote.ancestry.unwrap();
+    assert_eq!((ancestry.current(), ancestry.begin_of(PgTimelineId(2))), (PgTimelineId(2), Some(Lsn(0x10_0000))));
+    server.stop().await;
 }
 
 #[tokio::test]

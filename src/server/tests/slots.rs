@@ -269,6 +269,27 @@ async fn a_slot_that_only_a_minority_would_know_is_not_made() {
     assert!(cluster.slot(0, "s").is_none());
 }
 
+/// A node with several addresses once was a majority by itself.
+#[tokio::test]
+async fn a_node_counts_once_however_many_addresses_it_has() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    // Bound and not listened to: nobody answers there, and nobody else gets it.
+    let silent = tokio::net::TcpSocket::new_v4().unwrap();
+    silent.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let at = |host: &str, port| HostPort { host: host.to_owned(), port };
+    let away = at("127.0.0.1", silent.local_addr().unwrap().port());
+    let options =
+        PeerOptions { peers: vec![at("127.0.0.1", port), at("localhost", port), away], ..PeerOptions::default() };
+    let node = TestServer::start_node(NodeId(1), listener, options, ServerConfig::default()).await;
+    let _leader = write_wal(&node, 1).await;
+    let mut client = node.reader().await;
+    let code = SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE;
+    let refused = client.refused("CREATE_REPLICATION_SLOT s PHYSICAL", code).await;
+    assert!(refused.message.contains("only 1 of "), "{refused}");
+    assert!(node.timeline().slots().get("s").is_none());
+}
+
 #[tokio::test]
 async fn members_are_told_to_whoever_asks() {
     let cluster = Cluster::start().await;

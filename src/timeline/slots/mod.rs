@@ -289,11 +289,16 @@ impl Slots {
         Ok(dropped)
     }
 
-    /// Takes in what another node knows, as far as WAL is committed here. Durable on return if it changes which slots there
+    /// Takes in what another node knows, as far as WAL is committed here and its clock isn't ahead. Durable on return if it changes which slots there
     /// are.
     pub fn absorb(&self, theirs: impl IntoIterator<Item = Slot>, commit_lsn: Lsn) -> Result<(), SlotError> {
+        let now = clock::unix_seconds();
         let theirs = theirs.into_iter().map(|mut slot| {
             slot.restart_lsn = slot.restart_lsn.min(commit_lsn);
+            slot.used_at = slot.used_at.min(now);
+            if let SlotState::Dropped { at } = &mut slot.state {
+                *at = now.min(*at);
+            }
             slot
         });
         let structural: Vec<Slot> = {

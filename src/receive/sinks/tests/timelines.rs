@@ -95,7 +95,7 @@ fn a_crash_on_the_way_to_the_new_timeline_changes_nothing() {
             }
             files
         };
-        for at in (0..disk.operations()).filter(|at| at % 11 == 0 || disk.describe(*at).contains("ename")) {
+        for at in (0..disk.operations()).filter(|at| at % 17 == 0 || disk.describe(*at).contains("ename")) {
             for survivors in [Survivors::Nothing, Survivors::Everything, Survivors::Some(at)] {
                 let crashed = disk.stopped_in(at);
                 crashed.crash(survivors);

@@ -1,0 +1,144 @@
+//! A driver without connections: what it makes of what it hears.
+
+use pgproto::pg_timeline::Branch;
+use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
+use pgproto::{Generation, NodeId, Term};
+
+use super::*;
+use crate::config::HostPort;
+
+const START: Lsn = Lsn(0x100_0000);
+const CAPACITY: u64 = 1 << 20;
+
+fn driver() -> Driver {
+    let nobody = |_| HostPort { host: "127.0.0.1".to_owned(), port: 1 };
+    let safekeepers: Vec<_> = (0..3).map(nobody).collect();
+    let settings = Settings {
+        primary: tokio_postgres::Config::new(),
+        safekeepers: safekeepers.clone(),
+        slot: "safekeeper".to_owned(),
+        application_name: "safekeeper".to_owned(),
+        ttid: None,
+        buffer_size: CAPACITY,
+    };
+    Driver::new(Some(Arc::new(settings)), PrimaryFacts::of_a_new_server(START), Arc::new(Status::new(safekeepers))).0
+}
+
+/// Lets safekeeper `index` connect and greet; the result is what it is sent.
+fn follow(driver: &mut Driver, index: usize) -> mpsc::Receiver<ProposerMessage> {
+    let (link, sent) = Link::detached(1000);
+    let peer = PeerIndex(index);
+    let node_id = NodeId(index as u64 + 1);
+    let greeting = AcceptorGreeting { node_id, configuration: Configuration::default(), term: Term(0) };
+    driver.on_peer_event(Event::Connected(peer, link)).unwrap();
+    driver.on_peer_event(Event::Message(peer, AcceptorMessage::Greeting(greeting))).unwrap();
+    sent
+}
+
+fn vote(driver: &mut Driver, index: usize) {
+    let vote = VoteResponse {
+        generation: Generation(0),
+        term: Term(1),
+        vote_given: true,
+        flush_lsn: Lsn::INVALID,
+        truncate_lsn: Lsn::INVALID,
+        term_history: Vec::new(),
+        ancestry: None,
+    };
+    driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
+}
+
+async fn receive(driver: &mut Driver, bytes: u64) {
+    let end = Lsn(driver.buffer.end().0 + bytes);
+    while driver.buffer.end() < end {
+        let wal = Bytes::from(vec![0; 64 * 1024]);
+        let event = UpstreamEvent::Wal { start: driver.buffer.end(), wal };
+        driver.on_upstream(Ok(event)).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
+    let mut driver = driver();
+    let lacks = |driver: &mut Driver, index| {
+        let down = PeerDown {
+            reason: "no timeline".to_owned(),
+            lacks_timeline: true,
+            newer_timeline: false,
+            next_retry_at: None,
+        };
+        driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
+        driver.may_create.load(Ordering::Acquire)
+    };
+    let _first = follow(&mut driver, 0);
+    assert!(!lacks(&mut driver, 2), "one of three: it may have forgotten what it acknowledged");
+    let _second = follow(&mut driver, 1);
+    vote(&mut driver, 0);
+    vote(&mut driver, 1);
+    assert!(lacks(&mut driver, 2), "the leader has what the others have, and fills it");
+}
+
+#[tokio::test]
+async fn a_timeline_begins_where_a_majority_has_none() {
+    let mut driver = driver();
+    for (index, may_create) in [(0, false), (2, true)] {
+        let down = PeerDown {
+            reason: "no timeline".to_owned(),
+            lacks_timeline: true,
+            newer_timeline: false,
+            next_retry_at: None,
+        };
+        driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
+        assert_eq!(driver.may_create.load(Ordering::Acquire), may_create);
+    }
+}
+
+#[tokio::test]
+async fn a_former_primary_ends_when_a_majority_knows_of_a_newer_one() {
+    let mut driver = driver();
+    let mut refuses = |index| {
+        let reason = "of Postgres timeline 2".to_owned();
+        let down = PeerDown { reason, lacks_timeline: false, newer_timeline: true, next_retry_at: None };
+        driver.on_peer_event(Event::Disconnected(PeerIndex(index), down))
+    };
+    assert!(refuses(0).is_ok(), "one may have heard of a proposer that then failed");
+    assert!(refuses(0).is_ok());
+    assert!(matches!(refuses(2), Err(Ended::Outdated)));
+}
+
+/// A leader has WAL, and hears that its timeline ends so many bytes before the end of that: whether it believes it.
+async fn ends(before: i64) -> bool {
+    let mut driver = driver();
+    let _first = follow(&mut driver, 0);
+    let _second = follow(&mut driver, 1);
+    vote(&mut driver, 0);
+    vote(&mut driver, 1);
+    receive(&mut driver, 0x1000).await;
+    let begin = Lsn(driver.buffer.end().0.checked_add_signed(-before).unwrap());
+    let next = Branch { timeline: PgTimelineId(2), begin };
+    driver.on_upstream(Ok(UpstreamEvent::End(next))).await.unwrap();
+    driver.connecting = false;
+    assert_eq!(driver.lacks_primary(), driver.timeline_end.is_none(), "of this timeline nothing more comes");
+    driver.timeline_end == Some(begin)
+}
+
+#[tokio::test]
+async fn a_timeline_that_has_ended_is_not_asked_for_again() {
+    assert!(ends(0).await);
+    assert!(ends(8).await, "the server had part of a record, and gave it up when it was promoted");
+    assert!(!ends(-8).await, "WAL is missing: that connection was no good");
+}
+
+#[tokio::test]
+async fn a_full_buffer_stops_the_reading_until_a_majority_was_sent_all_of_it() {
+    let mut driver = driver();
+    let _first = follow(&mut driver, 0);
+    let _second = follow(&mut driver, 1);
+    vote(&mut driver, 0);
+    vote(&mut driver, 1);
+    assert_eq!(driver.proposer.term_start(), Some(START));
+    receive(&mut driver, CAPACITY).await;
+    assert!(driver.reads_on(), "a record larger than the buffer commits only when all of it was read");
+    driver.disconnected(PeerIndex(1), None);
+    assert!(!driver.reads_on(), "without a majority nothing can commit, and memory is bounded");
+}
