@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, NodeId, Term};
+use pgproto::{Lsn, NodeId};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -37,8 +37,6 @@ pub struct MemberReport {
     pub flush_lsn: Lsn,
     /// Known to be committed there.
     pub commit_lsn: Lsn,
-    /// Term of its last record.
-    pub last_log_term: Term,
     /// Temporary slots of its clients.
     pub temporary: Vec<RemoteTemporary>,
     /// Slots that its clients use.
