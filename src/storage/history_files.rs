@@ -12,9 +12,9 @@ use std::io::IoSlice;
 use std::path::PathBuf;
 
 use bytes::Bytes;
-use pgproto::PgTimelineId;
 use pgproto::pg_timeline::parse_history;
 use pgproto::walproposer::{HistoryFile, MAX_HISTORY_FILE};
+use pgproto::{Ancestry, Lsn, PgTimelineId};
 
 use super::blocking;
 use super::disk::{DiskError, During, read_file};
@@ -40,14 +40,23 @@ pub enum HistoryError {
     },
 }
 
+/// Whether a history file `told` of a timeline that begins at `begin` isn't of the log with this `ancestry`.
+fn contradicts(told: &Ancestry, ancestry: &Ancestry, begin: Lsn) -> bool {
+    told.begin_of(told.current()) != Some(begin) || !told.agrees_below(ancestry, begin)
+}
+
 impl TimelineFiles {
-    /// The history file of an ancestor of the log, or of its newest timeline; `None` when there is none.
+    /// The history file of an ancestor of the log, or of its newest timeline; `None` when there is none. Also that of a timeline
+    /// in between that is no ancestor, if the primary had it: a standby wants the files of all numbers and doesn't start when one
+    /// is missing (spec: postgres clients 6.1).
     ///
-    /// One that names other switch points than the log has is none of this log's: it is left over from a timeline that was cut
+    /// One of the log's own timelines that names other switch points than the log has is none of this log's: it is left over from a timeline that was cut
     /// off, or its bytes have changed.
     pub fn history_file(&self, timeline: PgTimelineId) -> Result<Option<Bytes>, HistoryError> {
         let ancestry = self.ancestry();
-        let Some(begin) = ancestry.begin_of(timeline) else { return Ok(None) };
+        if timeline > ancestry.current() {
+            return Ok(None);
+        }
         let path = self.history_path(timeline);
         let content = match blocking(|| read_file(self.disk(), &path, MAX_HISTORY_FILE + 1)) {
             Ok(content) => content,
@@ -60,7 +69,7 @@ impl TimelineFiles {
         }
         match parse_history(timeline, &content) {
             Err(error) => damaged(error.to_string()),
-            Ok(told) if told.begin_of(timeline) != Some(begin) || !told.agrees_below(&ancestry, begin) => {
+            Ok(told) if ancestry.begin_of(timeline).is_some_and(|begin| contradicts(&told, &ancestry, begin)) => {
                 damaged("it contradicts what the log knows of its timelines".to_owned())
             }
             Ok(_) => Ok(Some(content.into())),

@@ -180,6 +180,19 @@ async fn history_files_are_kept_byte_for_byte() {
 }
 
 #[tokio::test]
+async fn history_files_of_timelines_between_the_logs_own_are_served_too() {
+    let mut fx = Fixture::started_at(START).await;
+    fx.wal.record(100, 1);
+    let switch = fx.append_new().await;
+    let (of_another_branch, third) = (history(&[switch.0 - 8]), history(&[switch.0]));
+    fx.store().store_history(&[file(2, &of_another_branch), file(3, &third)]).await.unwrap();
+    fx.go_over(pgproto::pg_timeline::parse_history(PgTimelineId(3), &third).unwrap()).await;
+    let files = fx.store().files().clone();
+    assert_eq!(files.history_file(PgTimelineId(2)).unwrap().unwrap(), of_another_branch);
+    assert_eq!(files.history_file(PgTimelineId(3)).unwrap().unwrap(), third);
+}
+
+#[tokio::test]
 async fn a_damaged_history_file_is_not_served_and_mended_by_the_next_leader() {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(100, 1);
