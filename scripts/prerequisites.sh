@@ -77,7 +77,7 @@ need_pip() { python3 -m pip --version >/dev/null 2>&1 || install_packages "pip" 
 # that the account reaches which the servers run under.
 postgres_versions_dir() {
     if [ -n "${POSTGRES_VERSIONS_DIR:-}" ]; then
-        echo "$POSTGRES_VERSIONS_DIR"
+        realpath -m "$POSTGRES_VERSIONS_DIR"
     elif [ "$(id -u)" -eq 0 ]; then
         echo /var/cache/safekeeper/postgres
     else

@@ -81,6 +81,12 @@ impl Members {
         self.heard_within(STALE)
     }
 
+    /// The node that is alive and knows of most committed WAL, and how much that is.
+    pub fn furthest(&self) -> Option<(NodeId, Lsn)> {
+        let alive = self.heard_within(ALIVE).into_iter().map(|(node, report)| (node, report.commit_lsn));
+        alive.max_by_key(|(_, commit_lsn)| *commit_lsn)
+    }
+
     /// Who uses a slot on a node that is alive.
     pub fn user_of(&self, slot: &str) -> Option<(NodeId, u32)> {
         self.heard_within(ALIVE).into_iter().find_map(|(node, report)| {
