@@ -38,7 +38,7 @@ pub(crate) async fn segment_size(connection: &mut Connection) -> Result<SegmentS
 }
 
 /// The value of `wal_segment_size` as `SHOW` tells it.
-fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
+pub(crate) fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
     let (number, unit) = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
         (Some(number), _) => (number, 1 << 20),
         (_, Some(number)) => (number, 1 << 30),

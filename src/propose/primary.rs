@@ -11,13 +11,14 @@ use std::time::Duration;
 use pgproto::backend::SqlState;
 use pgproto::pg_timeline::{MAX_BRANCHES, parse_history};
 use pgproto::walproposer::{HistoryFile, MAX_HISTORY_FILE, MAX_HISTORY_FILES};
-use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId, TenantTimelineId};
+use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SystemId, TenantTimelineId};
 use tokio::task::JoinSet;
 use tokio_postgres::config::{Host, SslMode};
 
 use super::Settings;
 use super::upstream::UpstreamError;
 use crate::client::connection::{ConnectError, Connection, Login, Row};
+use crate::client::replication::{Identity, identify_system, quoted, segment_size};
 use crate::consensus::state::ServerInfo;
 use crate::consensus::timelines::StockServer;
 
@@ -54,7 +55,7 @@ pub struct PrimaryFacts {
 impl PrimaryFacts {
     /// A server on timeline 1, whose log begins at `initial_start`.
     pub(super) fn of_a_new_server(initial_start: Lsn) -> Arc<Self> {
-        let (id, size) = ([1; 16], SegmentSize::DEFAULT);
+        let (id, size) = ([1; 16], pgproto::SegmentSize::DEFAULT);
         let (pg_version, server_version, safekeepers) = (150_018, "15.18".to_owned(), Vec::new());
         Arc::new(Self {
             ttid: TenantTimelineId::new(pgproto::TenantId(id), pgproto::TimelineId(id)),
@@ -157,12 +158,7 @@ pub(super) async fn find(settings: &Settings) -> Result<Server, UpstreamError> {
 
 async fn ask(settings: &Settings, address: Address) -> Result<Server, UpstreamError> {
     let mut connection = connect(settings, &address).await?;
-    let rows = connection.query("IDENTIFY_SYSTEM").await?;
-    let unexpected = || UpstreamError::Unexpected(format!("IDENTIFY_SYSTEM returned {rows:?}"));
-    let field = |index| rows.first().and_then(|row| text(row, index));
-    let system_id = field(0).and_then(|t| t.parse().ok()).map(SystemId).ok_or_else(unexpected)?;
-    let timeline = field(1).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
-    let flush_lsn = field(2).and_then(|t| t.parse().ok()).ok_or_else(unexpected)?;
+    let Identity { system_id, timeline, end: flush_lsn } = identify_system(&mut connection).await?;
     // Every server from 14 on reports this at login.
     let in_recovery = connection.parameter("in_hot_standby") == Some("on");
     Ok(Server { connection, address, system_id, timeline, flush_lsn, in_recovery })
@@ -282,23 +278,6 @@ async fn history_file(
     }
 }
 
-async fn segment_size(connection: &mut Connection) -> Result<SegmentSize, UpstreamError> {
-    let rows = connection.query("SHOW wal_segment_size").await?;
-    let shown = rows.first().and_then(|row| text(row, 0)).unwrap_or_default();
-    let size = parse_segment_size(shown);
-    size.ok_or_else(|| UpstreamError::Unexpected(format!("wal_segment_size is \"{shown}\"")))
-}
-
-/// The value of `wal_segment_size` as `SHOW` tells it.
-pub(super) fn parse_segment_size(shown: &str) -> Option<SegmentSize> {
-    let (number, unit) = match (shown.strip_suffix("MB"), shown.strip_suffix("GB")) {
-        (Some(number), _) => (number, 1 << 20),
-        (_, Some(number)) => (number, 1 << 30),
-        _ => return None,
-    };
-    SegmentSize::new(number.parse::<u32>().ok()?.checked_mul(unit)?).ok()
-}
-
 /// `PG_VERSION_NUM` of a text such as `15.18 (Debian 15.18-0+deb12u1)`.
 fn version_number(text: &str) -> Option<u32> {
     let number = text.split_whitespace().next()?;
@@ -329,10 +308,6 @@ async fn slot_start(
     }
     let rows = connection.query(&format!("READ_REPLICATION_SLOT {}", quoted(slot))).await?;
     Ok(rows.first().and_then(|row| text(row, 1)).and_then(|t| t.parse().ok()))
-}
-
-pub(super) fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
 }
 
 /// A value of a row, if it is there and text.

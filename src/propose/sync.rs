@@ -19,11 +19,12 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::driver::{Driver, Ended};
-use super::primary::{PrimaryFacts, parse_segment_size, text, timelines};
+use super::primary::{PrimaryFacts, text, timelines};
 use super::status::{SafekeeperView, Status};
 use super::upstream::UpstreamError;
 use super::{STEP_DOWN_PAUSE, derived_ttid};
 use crate::client::connection::{ConnectError, Connection};
+use crate::client::replication::parse_segment_size;
 use crate::client::safekeeper;
 use crate::config::HostPort;
 use crate::consensus::membership::majority;

@@ -14,9 +14,10 @@ use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_sta
 use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
 use super::Settings;
-use super::primary::{self, PrimaryFacts, Server, create_slot, quoted, text};
+use super::primary::{self, PrimaryFacts, Server, create_slot, text};
 use super::throttle::AckThrottle;
 use crate::client::connection::{ConnectError, Connection, Row};
+use crate::client::replication::quoted;
 use crate::consensus::timelines::Divergence;
 
 /// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears

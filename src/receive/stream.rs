@@ -164,11 +164,13 @@ impl Talk {
         let mut connection = self.plan.access.connect(&self.address).await?;
         let (mut at, histories, mut ancestry, newest) = self.identify(&mut connection).await?;
         for timeline in histories {
-            let content = match &newest {
-                Some((known, content)) if *known == timeline => content.clone(),
-                _ => timeline_history(&mut connection, timeline).await?,
+            let file = match &newest {
+                Some(newest) if newest.0 == timeline => Some(newest.clone()),
+                _ => history_if_there(&mut connection, timeline).await?,
             };
-            self.tell(Event::History(timeline, content)).await?;
+            if let Some((timeline, content)) = file {
+                self.tell(Event::History(timeline, content)).await?;
+            }
         }
         loop {
             while let Some(next) = ancestry.successor(at.timeline).filter(|next| next.begin <= at.lsn) {
@@ -197,11 +199,11 @@ impl Talk {
         };
         let newest = match identity.timeline {
             PgTimelineId::FIRST => None,
-            timeline => Some((timeline, timeline_history(connection, timeline).await?)),
+            timeline => history_if_there(connection, timeline).await?,
         };
         let ancestry = match &newest {
             Some((timeline, content)) => ancestry_of(*timeline, content)?,
-            None => Ancestry::default(),
+            None => Ancestry::single(identity.timeline),
         };
         let slot = match &self.plan.slot {
             Some(slot) => read_slot(connection, slot).await?,
@@ -378,6 +380,18 @@ fn heard(message: BackendMessage, at: Lsn) -> Result<Heard, NodeError> {
         ServerMessage::Keepalive { end, reply_requested, .. } => {
             Ok(Heard::Event(Event::Keepalive(end, reply_requested)))
         }
+    }
+}
+
+/// A history file. A server may have lost old ones; one without that of its own timeline has no ancestors that it knows of.
+async fn history_if_there(
+    connection: &mut Connection,
+    timeline: PgTimelineId,
+) -> Result<Option<(PgTimelineId, Bytes)>, NodeError> {
+    match timeline_history(connection, timeline).await {
+        Ok(content) => Ok(Some((timeline, content))),
+        Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_FILE => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -36,7 +36,7 @@ pub struct Removed {
 }
 
 impl TimelineStore {
-    /// Removes segments that end at or before `lsn`, at most [`MOST_AT_ONCE`] of them; those that are needed stay. Costs nothing
+    /// Removes segments that end at or before `lsn`, at most `MOST_AT_ONCE` of them; those that are needed stay. Costs nothing
     /// when there is nothing to remove.
     ///
     /// # Errors
