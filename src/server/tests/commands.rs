@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::{Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::startup::StartupMessage;
-use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, Term};
+use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId};
 use tokio::time::Instant;
 
 use super::harness::{SERVER_VERSION, START, TestServer, greeting, message, options, server_with_wal, ttid};
@@ -171,7 +171,6 @@ async fn a_node_that_is_far_behind_sends_readers_to_the_next_host() {
     let member = |commit_lsn| MemberReport {
         flush_lsn: commit_lsn,
         commit_lsn,
-        last_log_term: Term(1),
         temporary: Vec::new(),
         in_use: Vec::new(),
         heard: Instant::now(),
