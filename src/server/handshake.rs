@@ -274,13 +274,11 @@ fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, name: &str) -> Resu
     Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, reason))
 }
 
-/// Whether another node can serve readers much better. There is always one that can't be told so: the furthest.
+/// Whether others can serve readers much better. There is always one that can't be told so: the furthest.
 fn far_behind(timeline: &Timeline) -> Option<String> {
-    let (node, theirs) = timeline.members().furthest()?;
-    let lacking = theirs.saturating_sub(timeline.progress().commit_lsn);
-    (lacking > FAR_BEHIND).then(|| {
-        format!("this safekeeper is {} MiB behind safekeeper {node} in timeline {}", lacking >> 20, timeline.ttid())
-    })
+    let lacking = timeline.members().committed_elsewhere().saturating_sub(timeline.progress().commit_lsn);
+    (lacking > FAR_BEHIND)
+        .then(|| format!("this safekeeper is {} MiB behind the others in timeline {}", lacking >> 20, timeline.ttid()))
 }
 
 /// Ends a connection: a last word if there is one, and none otherwise.

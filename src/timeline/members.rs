@@ -81,10 +81,13 @@ impl Members {
         self.heard_within(STALE)
     }
 
-    /// The node that is alive and knows of most committed WAL, and how much that is.
-    pub fn furthest(&self) -> Option<(NodeId, Lsn)> {
-        let alive = self.heard_within(ALIVE).into_iter().map(|(node, report)| (node, report.commit_lsn));
-        alive.max_by_key(|(_, commit_lsn)| *commit_lsn)
+    /// End of the WAL that two nodes that are alive know to be committed. Whoever lacks committed WAL is not in the majority that
+    /// has it, so that at least two others are; one alone may lie. 0 when there are no two.
+    pub fn committed_elsewhere(&self) -> Lsn {
+        let mut known: Vec<Lsn> = self.heard_within(ALIVE).into_iter().map(|(_, report)| report.commit_lsn).collect();
+        known.sort_unstable();
+        known.pop();
+        known.pop().unwrap_or_default()
     }
 
     /// Who uses a slot on a node that is alive.
