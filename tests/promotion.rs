@@ -2,11 +2,13 @@
 //! and what becomes of the former primary. Also primaries that come with a past, and what hot standbys need kept.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
+use std::process::Command;
+
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Safekeeper, Scratch, StopMode, Walproposer, compare_wal, http_get,
-    scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Daemon, Postgres, Safekeeper, Scratch, StopMode, Walproposer, compare_wal,
+    http_get, scenario, secs, wait_for,
 };
 
 const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
@@ -142,8 +144,9 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
         new.configure(&[SYNCHRONOUS])?;
         new.start()?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
-        // The standby goes on alone, on the old timeline and then on its own.
+        // The standby goes on alone, on the old timeline and then on its own. One safekeeper misses all of it.
         cluster.walproposer.stop()?;
+        cluster.safekeeper(2)?.kill()?;
         let mut sql = cluster.primary.sql()?;
         sql.run("SET synchronous_commit = local")?;
         sql.run("INSERT INTO t SELECT generate_series(1001, 20000)")?;
@@ -152,8 +155,65 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
         cluster.wait_replayed(&new, end)?;
         cluster.primary.kill9()?;
         new.promote()?;
-        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(20001, 21000)")?;
+        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        cluster.safekeeper(2)?.start()?;
+        compare_with(scratch, &cluster, &new)?;
+
+        // Everything on that side is lost, and the safekeepers are brought to one LSN without it.
+        cluster.safekeeper(0)?.kill()?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(21001, 22000)")?;
+        walproposer.stop()?;
+        cluster.safekeeper(0)?.start()?;
+        let members: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let sync = Command::new(env!("CARGO_BIN_EXE_walproposer"))
+            .args(["--sync-safekeepers", "--safekeepers", &members.join(",")])
+            .stderr(std::fs::File::create(scratch.log("sync"))?)
+            .output()?;
+        ensure!(sync.status.success(), "the sync ended with {}", sync.status);
+        compare_with(scratch, &cluster, &new)?;
+        // And the server that they were synced from can go on.
+        walproposer.start()?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(22001, 23000)")?;
+        compare_with(scratch, &cluster, &new)
+    });
+}
+
+#[test]
+fn a_primary_lost_under_load_is_replaced_without_an_operator() {
+    scenario("promotion-load", |scratch| {
+        let mut cluster = start(scratch)?;
+        let new = standby(scratch, &cluster, "standby")?;
+        cluster.walproposer.stop()?;
+        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-both", &[&cluster.primary, &new])?;
+        wait_status(&walproposer, "WAL to flow", streams_on(1))?;
+        cluster.primary.pgbench_init(scratch, 1)?;
+        let begin = cluster.primary.flush_lsn()?;
+        let mut load =
+            Daemon::new(scratch, "pgbench", cluster.primary.pgbench_launch(scratch, &["-c", "8", "-T", "600"]));
+        load.start()?;
+        wait_for(secs(60), "some load", || {
+            let at = cluster.primary.flush_lsn()?;
+            ensure!(at.0 - begin.0 > 256 << 10, "{begin} to {at}");
+            Ok(())
+        })?;
+        cluster.primary.kill9()?;
+        let _ = load.wait_exit(secs(60))?;
+        // All that was received is committed soon, and the standby sees it; then it can be promoted.
+        let whole = |status: &Value| status.pointer("/primary/streaming") == Some(&Value::Bool(false));
+        wait_status(&walproposer, "the loss to be noticed", whole)?;
+        let mut last = None;
+        let committed = wait_for(secs(60), "all commits to be known everywhere", || {
+            let of = |safekeeper| cluster.status_lsn(safekeeper, "commit_lsn");
+            let now = cluster.safekeepers.iter().map(of).collect::<Result<Vec<_>>>()?;
+            let before = last.replace(now.clone());
+            ensure!(before.as_ref() == Some(&now) && now.iter().all(|lsn| Some(lsn) == now.first()), "{now:?}");
+            now.first().copied().context("a safekeeper")
+        })?;
+        cluster.wait_replayed(&new, committed)?;
+        new.promote()?;
+        new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
         wait_status(&walproposer, "the new timeline", streams_on(2))?;
         compare_with(scratch, &cluster, &new)
     });

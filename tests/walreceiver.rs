@@ -489,3 +489,49 @@ fn a_slot_goes_with_the_receiver_from_node_to_node() {
         Ok(())
     });
 }
+
+#[test]
+fn a_promotion_behind_the_safekeepers_is_followed_through_them() {
+    scenario("wr-quorum-promotion", |scratch| {
+        let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
+        let mut cluster = start_cluster(scratch)?;
+        let nodes = safekeepers(&cluster);
+        let mut standby = standby_of(scratch, &cluster.primary, &cluster.readers_conninfo("standby"))?;
+        standby.configure(&[("synchronous_standby_names", "'ANY 1 (safekeeper)'")])?;
+        standby.start()?;
+        cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
+        let mut receiver = Receiver::start(scratch, "received", &nodes, &[])?;
+        let mut late = Receiver::start(scratch, "late", &nodes, &[])?;
+        cluster.primary.pgbench_init(scratch, 1)?;
+        receiver.wait_equal(&cluster.primary)?;
+        late.wait_equal(&cluster.primary)?;
+        late.daemon.kill()?;
+        let end = cluster.primary.flush_lsn()?;
+        cluster.primary.kill9()?;
+        cluster.wait_replayed(&standby, end)?;
+        cluster.walproposer.stop()?;
+        standby.promote()?;
+        let primary = format!("host=127.0.0.1 port={} user=postgres", standby.port());
+        let args = ["--primary", primary.as_str()];
+        let mut walproposer =
+            testkit::Walproposer::named(scratch, &binaries, "of-new", &cluster.primary, &cluster.safekeepers, &args)?;
+        walproposer.start()?;
+        standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
+        late.daemon.start()?;
+        for receiver in [&mut receiver, &mut late] {
+            receiver.wait_equal(&standby)?;
+        }
+        let index = receiver.followed(&cluster).context("a node is followed")?;
+        cluster.safekeeper(index)?.kill()?;
+        standby.sql()?.run("SELECT pg_switch_wal()")?;
+        standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
+        cluster.safekeeper(index)?.start()?;
+        for receiver in [&mut receiver, &mut late] {
+            receiver.wait_equal(&standby)?;
+            receiver.stop()?;
+            let report = receiver.verify(standby.flush_lsn()?)?;
+            ensure!(report.get("timelines").and_then(|list| list.as_array()).map(Vec::len) == Some(2), "{report}");
+        }
+        Ok(())
+    });
+}

@@ -27,8 +27,9 @@ pub struct WalproposerSettings {
     #[arg(long, value_name = "FILE", env = "WALPROPOSER_CONFIG")]
     pub config: Option<PathBuf>,
 
-    /// The primary, as a libpq connection string or URL. The user needs the REPLICATION attribute. Keep a password
-    /// out of the command line: use the file or the environment.
+    /// The primary, as a libpq connection string or URL. With several hosts it's the one that isn't a standby, so that a
+    /// promoted one is found by itself: host=a,b. The user needs the REPLICATION attribute. Keep a password out of the
+    /// command line: use the file or the environment.
     #[arg(long, value_name = "CONNINFO", env = "WALPROPOSER_PRIMARY", hide_env_values = true)]
     pub primary: Option<tokio_postgres::Config>,
 

@@ -7,7 +7,7 @@
 //!
 //! Unknown fields are ignored and missing lists are empty, so that versions can talk to each other.
 
-use pgproto::{HostPort, Lsn, NodeId, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, NodeId, TenantTimelineId};
 use serde::{Deserialize, Serialize};
 
 use crate::timeline::members::RemoteTemporary;
@@ -33,9 +33,12 @@ pub struct TimelineMember {
     /// Where it stands, as its operator named that.
     #[serde(default)]
     pub availability_zone: Option<String>,
+    /// Durable there; `0/0` when nothing is known.
+    #[serde(default)]
+    pub flush_lsn: Lsn,
     /// Committed there, as far as it knows; `0/0` when nothing is known.
     pub commit_lsn: Lsn,
-    /// How long ago that was true, in milliseconds; 0 for the node that answers, absent if it was never heard of.
+    /// How long ago these were true, in milliseconds; 0 for the node that answers, absent if it was never heard of.
     #[serde(default)]
     pub age_ms: Option<u64>,
     /// Why it doesn't answer the node that tells this; absent while it does.
@@ -78,8 +81,6 @@ pub struct TimelineReport {
     pub flush_lsn: Lsn,
     /// Known to be committed there.
     pub commit_lsn: Lsn,
-    /// Term of its last record.
-    pub last_log_term: Term,
     /// All its slots, and the tombstones of dropped ones.
     #[serde(default)]
     pub slots: Vec<Slot>,

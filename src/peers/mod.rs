@@ -171,10 +171,18 @@ impl Peers {
         addresses.into_iter().collect()
     }
 
-    /// The links to the other members of a timeline, as far as they are known to be others.
-    fn links_of(self: &Arc<Self>, timeline: &Timeline) -> Vec<Arc<Link>> {
-        let links = self.addresses(timeline).into_iter().filter_map(|address| self.link(&address));
-        links.filter(|link| link.node() != Some(self.registry.node_id())).collect()
+    /// The links to the other members of a timeline, as far as they are known to be others, and the addresses of those that
+    /// there is no link to.
+    fn links_of(self: &Arc<Self>, timeline: &Timeline) -> (Vec<Arc<Link>>, Vec<HostPort>) {
+        let (mut links, mut unlinked) = (Vec::new(), Vec::new());
+        for address in self.addresses(timeline) {
+            match self.link(&address) {
+                Some(link) if link.node() == Some(self.registry.node_id()) => {}
+                Some(link) => links.push(link),
+                None => unlinked.push(address),
+            }
+        }
+        (links, unlinked)
     }
 
     /// When all peers of a timeline were heard, it has no slots that this node doesn't know.
@@ -203,11 +211,13 @@ impl Peers {
 
     /// Waits until a majority of the members has the slot or the tombstone of this name as it is here.
     pub async fn settle(self: &Arc<Self>, timeline: &Arc<Timeline>, name: &str) -> Result<(), Unsettled> {
-        let links = self.links_of(timeline);
-        let mut members = links.len() + 1;
+        let (links, unlinked) = self.links_of(timeline);
+        let mut members = links.len() + unlinked.len() + 1;
         let mut agreed = 1;
         let mut counted = BTreeSet::from([self.registry.node_id()]);
-        let mut silent = Vec::new();
+        let unlinked =
+            unlinked.iter().map(|address| format!("{address}: this safekeeper has too many others to talk to"));
+        let mut silent: Vec<String> = unlinked.collect();
         let mut answers = JoinSet::new();
         for link in links {
             let timeline = Arc::clone(timeline);
@@ -236,7 +246,7 @@ impl Peers {
     /// Asks all members what they know of the timeline's slots. Those that don't answer soon are not waited for.
     pub async fn ask(self: &Arc<Self>, timeline: &Arc<Timeline>) {
         let mut answers = JoinSet::new();
-        for link in self.links_of(timeline) {
+        for link in self.links_of(timeline).0 {
             let timeline = Arc::clone(timeline);
             answers.spawn(async move { link.ask(&timeline).await });
         }
@@ -247,7 +257,7 @@ impl Peers {
 
     /// Lets the members of a timeline know soon what changed.
     pub fn hurry(self: &Arc<Self>, timeline: &Timeline) {
-        self.links_of(timeline).iter().for_each(|link| link.hurry());
+        self.links_of(timeline).0.iter().for_each(|link| link.hurry());
     }
 
     /// Answers what another node says.
@@ -311,18 +321,21 @@ impl Peers {
                 host,
                 port,
                 availability_zone: sender.and_then(|sender| sender.availability_zone.clone()),
+                flush_lsn: report.as_ref().map(|report| report.flush_lsn).unwrap_or_default(),
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
                 age_ms: report.map(|report| milliseconds(report.heard.elapsed()).max(1)),
                 failure: contact.failure.clone(),
             });
         }
         if let Some(HostPort { host, port }) = myself.or_else(|| self.options.listen.clone()) {
+            let progress = timeline.progress();
             members.push(TimelineMember {
                 node_id: Some(own),
                 host,
                 port,
                 availability_zone: self.options.availability_zone.clone(),
-                commit_lsn: timeline.progress().commit_lsn,
+                flush_lsn: progress.flush_lsn,
+                commit_lsn: progress.commit_lsn,
                 age_ms: Some(0),
                 failure: None,
             });

@@ -1,7 +1,7 @@
 //! What is told of a timeline, and what is made of that.
 
 use pgproto::replication::check_slot_name;
-use pgproto::{Lsn, NodeId, Term};
+use pgproto::{Lsn, NodeId};
 use tokio::time::Instant;
 
 use super::exchange::TimelineReport;
@@ -17,19 +17,13 @@ const MAX_ENTRIES: usize = 256;
 pub(super) struct Fingerprint {
     flush_lsn: Lsn,
     commit_lsn: Lsn,
-    last_log_term: Term,
     slots: u64,
 }
 
 impl Fingerprint {
     pub(super) fn of(timeline: &Timeline) -> Self {
         let progress = timeline.progress();
-        Self {
-            flush_lsn: progress.flush_lsn,
-            commit_lsn: progress.commit_lsn,
-            last_log_term: progress.last_log_term,
-            slots: timeline.slots().version(),
-        }
+        Self { flush_lsn: progress.flush_lsn, commit_lsn: progress.commit_lsn, slots: timeline.slots().version() }
     }
 }
 
@@ -42,7 +36,6 @@ pub(super) fn of(timeline: &Timeline) -> TimelineReport {
         ttid: timeline.ttid(),
         flush_lsn: progress.flush_lsn,
         commit_lsn: progress.commit_lsn,
-        last_log_term: progress.last_log_term,
         slots: slots.table().iter().cloned().collect(),
         temporary: temporary.map(|(name, slot)| RemoteTemporary { name, restart_lsn: slot.restart_lsn }).collect(),
         in_use: slots.in_use(),
@@ -64,7 +57,6 @@ pub(super) fn take_in(timeline: &Timeline, node: NodeId, report: TimelineReport)
     let report = MemberReport {
         flush_lsn: report.flush_lsn,
         commit_lsn: report.commit_lsn,
-        last_log_term: report.last_log_term,
         temporary,
         in_use,
         heard: Instant::now(),

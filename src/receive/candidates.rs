@@ -20,11 +20,13 @@
 //! [`ATTEMPT_GRACE`] if its node has told nothing and another one has. WAL is waited for since the last piece came, if the node
 //! claims to have more; else since more became known elsewhere. A connection without a better candidate is kept.
 //!
+//! A node whose WAL turned out not to fit to ours is only tried when there is no connection, and after all others.
+//!
 //! A connection that ends pushes its node's `next_retry_at` out: from the time when it *began*, by a delay that grows with each
 //! time in a row. So a node that served us long may be used again at once. A record received whole makes the node as good as new,
 //! and so does a sign of life after a long silence.
 //!
-//! (spec: semantics 16. New here: nothing known at first, [`ATTEMPT_GRACE`], and that a node which keeps claiming WAL that it doesn't
+//! (spec: semantics 16. New here: nothing known at first, [`ATTEMPT_GRACE`], nodes that don't fit, and that a node which keeps claiming WAL that it doesn't
 //! send is left for one that has no more than it claims.)
 
 use std::time::{Duration, Instant};
@@ -121,6 +123,8 @@ pub struct Candidate {
     zone: Option<String>,
     /// It is a safekeeper that names the others.
     names_members: bool,
+    /// What it has doesn't fit to what we have, as was found when it was last tried.
+    unfit: bool,
     /// When another node last named it.
     named_at: Instant,
     /// When it last told something; at first, when it became a candidate.
@@ -229,13 +233,14 @@ impl Candidates {
         if self.known.len() < MAX_CANDIDATES && self.known.iter().all(|known| known.address != address) {
             let (named_at, heard_at) = (now, now);
             let backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
-            let (names_members, told) = (false, None);
+            let (names_members, unfit, told) = (false, false, None);
             self.known.push(Candidate {
                 address,
                 configured,
                 node_id,
                 zone,
                 names_members,
+                unfit,
                 named_at,
                 heard_at,
                 told,
@@ -400,6 +405,17 @@ impl Candidates {
             && let Some(known) = self.known.iter_mut().find(|known| known.address == link.address)
         {
             known.backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
+            known.unfit = false;
+        }
+    }
+
+    /// The connection shows that the node's WAL doesn't fit to ours. However much it has: a connection isn't left for it, and
+    /// others are tried first.
+    pub fn unfit(&mut self) {
+        if let Some(link) = &self.link
+            && let Some(known) = self.known.iter_mut().find(|known| known.address == link.address)
+        {
+            known.unfit = true;
         }
     }
 
@@ -435,9 +451,10 @@ impl Candidates {
         if nobody_told {
             return others().find(|known| known.configured && known.rested(now));
         }
-        let rank =
-            |known: &Candidate| (known.commit_lsn(), self.zone.is_some() && known.zone() == self.zone.as_deref());
-        let usable = others().filter(|known| has_wal(known) && known.rested(now));
+        let near = |known: &Candidate| self.zone.is_some() && known.zone() == self.zone.as_deref();
+        let rank = |known: &Candidate| (!known.unfit, known.commit_lsn(), near(known));
+        let fits = |known: &Candidate| self.link.is_none() || !known.unfit;
+        let usable = others().filter(|known| has_wal(known) && fits(known) && known.rested(now));
         // The first of those that rank the same.
         usable.reduce(|best, next| if rank(next) > rank(best) { next } else { best })
     }

@@ -44,3 +44,6 @@ pub mod verify;
 
 pub use receiver::{ReceiveError, Settings, Start, run};
 pub use sink::{Feedback, Origin, Position, Sink, SinkError};
+
+#[cfg(test)]
+mod tests;

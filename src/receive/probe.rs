@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use pgproto::SystemId;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -23,6 +24,7 @@ const MEMBERS_EVERY: u32 = 5;
 #[derive(Debug)]
 pub(super) struct Answer {
     pub(super) address: HostPort,
+    pub(super) system_id: SystemId,
     pub(super) told: Told,
     pub(super) introduction: Option<Introduction>,
 }
@@ -107,7 +109,8 @@ async fn ask(
         };
         knows_members &= turn > 0 || introduction.is_some();
         let told = Told { commit_lsn: identity.end, timeline: identity.timeline };
-        if outbox.send(Answer { address: address.clone(), told, introduction }).await.is_err() {
+        let answer = Answer { address: address.clone(), system_id: identity.system_id, told, introduction };
+        if outbox.send(answer).await.is_err() {
             return Ok(());
         }
         backoff.progress();

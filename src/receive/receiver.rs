@@ -253,6 +253,10 @@ impl<S: Sink> Receiver<'_, S> {
 
     fn answered(&mut self, answer: Answer) {
         let now = Instant::now();
+        if self.opened.as_ref().is_some_and(|(origin, _)| origin.system_id != answer.system_id) {
+            // Of no use, however much WAL it has. What is wrong is said when it's tried.
+            return;
+        }
         self.candidates.told(&answer.address, answer.told, now);
         if let Some(introduction) = answer.introduction {
             self.introduced(&answer.address, introduction, now);
@@ -464,6 +468,9 @@ impl<S: Sink> Receiver<'_, S> {
             error => tracing::warn!("{place}: {error}"),
         }
         metrics::connection_ended(error.outcome());
+        if error.outcome() == Outcome::Unfit {
+            self.candidates.unfit();
+        }
         self.link = None;
         self.candidates.disconnected();
         self.probes.follow(&self.candidates);
@@ -499,14 +506,17 @@ impl<S: Sink> Receiver<'_, S> {
 
     /// Makes all durable, and tells the node so.
     async fn finish(mut self, result: Result<(), ReceiveError>) -> Result<Lsn, ReceiveError> {
-        let closed = self.sink.close().await;
-        self.publish();
+        let flushed = match result {
+            Ok(()) => self.flush().await.map_err(|error| self.sink_failed(error)),
+            Err(error) => Err(error),
+        };
         if let Some((_, link)) = self.link.take() {
             link.say_goodbye().await;
             metrics::connection_ended(Outcome::Left);
         }
+        let closed = self.sink.close().await;
         self.show();
-        result?;
+        flushed?;
         let durable = closed.map_err(|error| self.sink_failed(error))?;
         self.status.update(|report| (report.streaming, report.durable_lsn) = (false, durable));
         Ok(durable)

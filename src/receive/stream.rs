@@ -137,8 +137,9 @@ impl Link {
     /// Reports once more and ends the stream in order, if the server listens.
     pub(super) async fn say_goodbye(mut self) {
         self.goodbye.cancel();
-        self.events.close();
-        let _ = tokio::time::timeout(GOODBYE, &mut self.task).await;
+        // What still comes is of no use, but must not stand in the way.
+        let end = async { while self.events.recv().await.is_some() {} };
+        let _ = tokio::time::timeout(GOODBYE, end).await;
     }
 }
 

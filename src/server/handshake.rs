@@ -17,6 +17,10 @@ use crate::metrics::{self, Application};
 use crate::timeline::Timeline;
 use crate::timeline::registry::{LookupError, Registry};
 
+/// Readers are sent on by a node that lacks more committed WAL than this, in bytes. It is catching up after an outage, and what
+/// it says now it may say for a while; less than that is a matter of seconds.
+const FAR_BEHIND: u64 = 256 << 20;
+
 const SELECTOR_HINT: &str =
     "Name the timeline: options='-c tenant_id=... -c timeline_id=...', or user=NAME.TENANT_ID.TIMELINE_ID.";
 
@@ -43,6 +47,19 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// One that calls itself `application_name`.
+    #[cfg(test)]
+    pub(super) fn named(application_name: &str) -> Self {
+        Self {
+            id: 1,
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            application_name: Some(application_name.to_owned()),
+            named: None,
+            ttid: None,
+            parameters: Vec::new(),
+        }
+    }
+
     /// A proposer or a peer on its way to recovery, who is told about WAL that isn't committed yet
     /// (spec: wire protocol 1.4). The name is a claim; without authentication there is nothing better.
     pub(super) fn is_recovering(&self) -> bool {
@@ -51,13 +68,17 @@ impl Client {
 
     /// A Neon page server.
     pub(super) fn is_pageserver(&self) -> bool {
-        self.application_name.as_deref().is_some_and(|name| name.starts_with("pageserver"))
+        self.application_name.as_deref().is_some_and(is_pageserver_name)
     }
 
     /// The kind of program, for metrics.
     pub(super) fn application(&self) -> Application {
         Application::classify(self.application_name.as_deref().unwrap_or_default())
     }
+}
+
+fn is_pageserver_name(name: &str) -> bool {
+    name.starts_with("pageserver")
 }
 
 fn is_recovery_name(name: &str) -> bool {
@@ -187,7 +208,7 @@ fn admit(house: &House, id: u32, address: SocketAddr, message: &StartupMessage) 
     let application_name = message.get("application_name").map(str::to_owned);
     let found = find_timeline(&house.registry, named);
     if mode != ReplicationMode::Off {
-        check_servable(&found, application_name.as_deref().is_some_and(is_recovery_name))?;
+        check_servable(&found, application_name.as_deref().unwrap_or_default())?;
     }
     let timeline = found.ok();
     let ttid = named.or(timeline.as_ref().map(|timeline| timeline.ttid()));
@@ -231,7 +252,7 @@ fn selected(options: &Options, by_user: Option<TenantTimelineId>) -> Result<Opti
 }
 
 /// Whoever comes for WAL is sent on to the next host unless there is some: libpq goes on only after a 57P03 here.
-fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, recovering: bool) -> Result<(), Interrupt> {
+fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, name: &str) -> Result<(), Interrupt> {
     let reason = match found {
         // Every node would say the same.
         Err(error @ NoTimeline::Ambiguous(_)) => {
@@ -239,10 +260,27 @@ fn check_servable(found: &Result<Arc<Timeline>, NoTimeline>, recovering: bool) -
             return Err(Interrupt::Fatal(error.fields(fields)));
         }
         Err(error) => error.to_string(),
-        Ok(timeline) if recovering || timeline.progress().commit_lsn.is_valid() => return Ok(()),
-        Ok(timeline) => format!("timeline {} has no committed WAL on this safekeeper yet", timeline.ttid()),
+        Ok(_) if is_recovery_name(name) => return Ok(()),
+        Ok(timeline) if !timeline.progress().commit_lsn.is_valid() => {
+            format!("timeline {} has no committed WAL on this safekeeper yet", timeline.ttid())
+        }
+        // Page servers know how far each node is, and choose themselves.
+        Ok(_) if is_pageserver_name(name) => return Ok(()),
+        Ok(timeline) => match far_behind(timeline) {
+            Some(reason) => reason,
+            None => return Ok(()),
+        },
     };
     Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, reason))
+}
+
+/// Whether another node can serve readers much better. There is always one that can't be told so: the furthest.
+fn far_behind(timeline: &Timeline) -> Option<String> {
+    let (node, theirs) = timeline.members().furthest()?;
+    let lacking = theirs.saturating_sub(timeline.progress().commit_lsn);
+    (lacking > FAR_BEHIND).then(|| {
+        format!("this safekeeper is {} MiB behind safekeeper {node} in timeline {}", lacking >> 20, timeline.ttid())
+    })
 }
 
 /// Ends a connection: a last word if there is one, and none otherwise.

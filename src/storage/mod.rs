@@ -16,8 +16,9 @@
 //!     safekeeper.control.ledger       a checksum for every 64 KiB of WAL                          ledger, chain
 //!     safekeeper.control.slots                        replication slots                           slots_file
 //!     safekeeper.control.fork.N       WAL that a leader cut off                                   forks
-//!     000000010000000000000003        full segment                                                segments
+//!     000000010000000000000003        full segment                                                segments, naming
 //!     000000010000000000000004.partial    segment being written, full length, zeros behind the WAL
+//!     00000002.history                history file of a Postgres timeline                         history_files
 //! ```
 //!
 //! # PROMISES
@@ -27,6 +28,7 @@
 //! * What was acknowledged is found again after a crash, or the timeline is in fault. It is never silently less.
 //! * WAL is given out as it was received or not at all.
 //! * WAL below the persisted commit LSN is never truncated, and what is truncated is set aside first.
+//! * WAL is removed when that is asked for and nothing here needs it; what is missing otherwise is damage.
 //! * The first failed write, sync or rename poisons what it touched, a store ([`StorageError::Poisoned`]) or the journal and
 //!   with it all: nobody knows what is on disk then, and a later sync that succeeds proves nothing. Only a restart, which
 //!   reads what is really there, ends that.
@@ -39,7 +41,8 @@
 //! owns the lock, finds the timelines and replays the journal into their files (`replay`). `opening` judges a timeline's
 //! files and finds the end of its WAL; `import` takes over older layouts. [`TimelineStore`] is the single writer's handle:
 //! it commits to the [`journal`], writes the segments (`segment_writer`) and notes what it wrote (`behind`), which a
-//! checkpoint makes durable. [`WalReader`] reads beside the writer and checks what this process didn't write itself.
+//! checkpoint makes durable. `naming` gives segments the names of other Postgres timelines, `removal` takes the oldest
+//! away. [`WalReader`] reads beside the writer and checks what this process didn't write itself.
 //!
 //! Formats, orders and verdicts are in `docs/file-formats.md`.
 //!

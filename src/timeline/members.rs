@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, NodeId, Term};
+use pgproto::{Lsn, NodeId};
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 
@@ -37,8 +37,6 @@ pub struct MemberReport {
     pub flush_lsn: Lsn,
     /// Known to be committed there.
     pub commit_lsn: Lsn,
-    /// Term of its last record.
-    pub last_log_term: Term,
     /// Temporary slots of its clients.
     pub temporary: Vec<RemoteTemporary>,
     /// Slots that its clients use.
@@ -81,6 +79,12 @@ impl Members {
     /// What all nodes said that are not [`STALE`].
     pub fn fresh(&self) -> Vec<(NodeId, MemberReport)> {
         self.heard_within(STALE)
+    }
+
+    /// The node that is alive and knows of most committed WAL, and how much that is.
+    pub fn furthest(&self) -> Option<(NodeId, Lsn)> {
+        let alive = self.heard_within(ALIVE).into_iter().map(|(node, report)| (node, report.commit_lsn));
+        alive.max_by_key(|(_, commit_lsn)| *commit_lsn)
     }
 
     /// Who uses a slot on a node that is alive.

@@ -1,7 +1,8 @@
 //! The newest WAL of a timeline in memory, shared by all who read at its end.
 //!
-//! The writer puts in what it receives, as it is: slices of the buffers that it came in, not copies. Readers take slices of
-//! these slices. Who asks for more than is here, or for something older, is told so and reads segments.
+//! The writer puts in what it receives. Small pieces are copied, once for all readers, because each would keep the whole buffer
+//! that it came in; large ones are kept as they are. Readers take slices. Who asks for more than is here, or for something older,
+//! is told so and reads segments.
 //!
 //! What it promises:
 //!
@@ -17,7 +18,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use parking_lot::Mutex;
 use pgproto::Lsn;
 
@@ -28,8 +29,12 @@ use super::feed::WalPiece;
 pub const TIMELINE_BYTES: usize = 8 << 20;
 /// Most bytes of all timelines.
 pub const NODE_BYTES: usize = 64 << 20;
-/// What a slice costs beside its bytes: its place here, and the header of the message it came in, which shares its memory.
-const SLICE_COST: usize = 128;
+/// What a slice costs beside its bytes.
+const SLICE_COST: usize = 64;
+/// Shorter pieces are copied. Those that are not keep a few times their length, the buffer of a connection.
+const COPIED_BELOW: usize = 32 << 10;
+/// They are copied to buffers of this size.
+const BUFFER: usize = 64 << 10;
 
 /// What all tails of a node share.
 #[derive(Debug, Default)]
@@ -54,6 +59,22 @@ struct Inner {
     slices: VecDeque<Slice>,
     end: Lsn,
     held: usize,
+    /// For small pieces.
+    buffer: BytesMut,
+}
+
+impl Inner {
+    /// The same bytes, to be held.
+    fn keep(&mut self, wal: &Bytes) -> Bytes {
+        if wal.len() >= COPIED_BELOW {
+            return wal.clone();
+        }
+        if self.buffer.capacity() < wal.len() {
+            self.buffer = BytesMut::with_capacity(BUFFER);
+        }
+        self.buffer.extend_from_slice(wal);
+        self.buffer.split().freeze()
+    }
 }
 
 #[derive(Debug)]
@@ -88,7 +109,7 @@ impl Tail {
         if inner.end != at {
             self.clear_inner(&mut inner);
         }
-        let slice = Slice { start: at, wal: wal.clone() };
+        let slice = Slice { start: at, wal: inner.keep(wal) };
         let cost = slice.cost();
         inner.end = slice.end();
         inner.held += cost;
@@ -134,7 +155,7 @@ impl Tail {
 
     fn clear_inner(&self, inner: &mut Inner) {
         self.node.held.fetch_sub(inner.held, Ordering::Relaxed);
-        (inner.held, inner.slices) = (0, VecDeque::new());
+        (inner.held, inner.slices, inner.buffer) = (0, VecDeque::new(), BytesMut::new());
     }
 
     fn forget(&self, inner: &mut Inner, slice: &Slice) {

@@ -246,6 +246,25 @@ fn a_sign_of_life_after_a_long_silence_makes_a_node_as_good_as_new() {
 }
 
 #[test]
+fn a_node_whose_wal_does_not_fit_is_tried_last_and_no_connection_is_left_for_it() {
+    let mut story = Story::new(None);
+    story.told("a", told(10 * MAX_LAG)).told("b", told(1000));
+    story.connect("a");
+    story.candidates.unfit();
+    story.candidates.disconnected();
+    story.after(SECOND).chooses("b", Reason::NoExistingConnection);
+    story.connect("b");
+    story.hears(1000).told("a", told(10 * MAX_LAG)).stays();
+    story.candidates.disconnected();
+    story.chooses("a", Reason::NoExistingConnection);
+    story.connect("a");
+    story.candidates.progress();
+    story.candidates.disconnected();
+    story.after(SECOND).connect("b");
+    story.hears(1000).told("a", told(10 * MAX_LAG)).chooses("a", Reason::LaggingWal);
+}
+
+#[test]
 fn members_come_and_go_and_are_no_more_than_the_limit() {
     let mut story = Story::new(None);
     let names =

@@ -56,3 +56,29 @@ impl Habits {
         Self { keepalive: NEON_KEEPALIVE, always_ask: true, limit, silent: false, may_be_sent_home: true }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use pgproto::{Lsn, Term};
+
+    use super::*;
+
+    #[test]
+    fn stock_readers_are_treated_as_by_postgres_and_neons_as_by_neon() {
+        let config = ServerConfig::default();
+        let habits = |name: &str, term: Option<u64>| {
+            let request = StartReplication { slot: None, start: Lsn(1), timeline: None, term: term.map(Term) };
+            Habits::of(&Client::named(name), &request, &config)
+        };
+        let stock = habits("walreceiver", None);
+        assert_eq!((stock.keepalive, stock.always_ask, stock.limit), (STOCK_KEEPALIVE, false, config.reader_limit));
+        assert!(stock.is_stock() && !stock.may_be_sent_home);
+        let pageserver = habits("pageserver-1", None);
+        assert_eq!((pageserver.keepalive, pageserver.always_ask), (NEON_KEEPALIVE, true));
+        assert!(!pageserver.is_stock() && pageserver.may_be_sent_home);
+        // It may never say a word.
+        let leader = habits("", Some(3));
+        assert_eq!((leader.keepalive, leader.always_ask, leader.limit), (NEON_KEEPALIVE, true, config.idle_limit));
+        assert!(!leader.is_stock() && leader.silent && !leader.may_be_sent_home);
+    }
+}

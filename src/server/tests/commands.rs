@@ -5,12 +5,14 @@ use std::collections::BTreeMap;
 use bytes::{Bytes, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::startup::StartupMessage;
-use pgproto::{TenantId, TenantTimelineId};
+use pgproto::{Lsn, NodeId, TenantId, TenantTimelineId, Term};
+use tokio::time::Instant;
 
 use super::harness::{SERVER_VERSION, START, TestServer, greeting, message, options, server_with_wal, ttid};
 use crate::consensus::state::ControlState;
 use crate::server::ServerConfig;
 use crate::storage::test_wal::new_timeline;
+use crate::timeline::members::MemberReport;
 
 /// What the server told before the first ReadyForQuery.
 fn settings(messages: &[BackendMessage]) -> BTreeMap<String, String> {
@@ -64,7 +66,7 @@ async fn identify_system_tells_the_commit_lsn_and_to_recovery_the_flush_lsn() {
     leader.append(1, committed, committed, log.since(committed)).await;
     while leader.ack().await.flush_lsn < log.position() {}
 
-    let row = |position: pgproto::Lsn| {
+    let row = |position: Lsn| {
         vec![Some("1311768467463790320".to_owned()), Some("1".to_owned()), Some(position.to_string()), None]
     };
     assert_eq!(server.reader().await.row("IDENTIFY_SYSTEM").await, row(committed));
@@ -160,6 +162,31 @@ async fn a_node_without_the_timeline_sends_readers_to_the_next_host() {
     let mut leader = server.leader(1, START, &[(1, START)]).await;
     leader.append(1, START, pgproto::Lsn(0), Bytes::new()).await;
     leader.ack().await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_far_behind_sends_readers_to_the_next_host() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let member = |commit_lsn| MemberReport {
+        flush_lsn: commit_lsn,
+        commit_lsn,
+        last_log_term: Term(1),
+        temporary: Vec::new(),
+        in_use: Vec::new(),
+        heard: Instant::now(),
+    };
+    let limit = Lsn(log.position().0 + (256 << 20));
+    let timeline = server.timeline();
+    timeline.members().heard(NodeId(2), member(limit));
+    server.reader().await.row("IDENTIFY_SYSTEM").await;
+    timeline.members().heard(NodeId(3), member(Lsn(limit.0 + 1)));
+    let replication = [("replication", "true"), ("options", &options(ttid()))];
+    let error = server.hello(&replication).await.fatal(SqlState::CANNOT_CONNECT_NOW).await;
+    assert!(error.message.contains("256 MiB behind safekeeper 3"), "{error}");
+    for name in ["pageserver-1", "safekeeper_2"] {
+        server.login(&[replication[0], replication[1], ("application_name", name)]).await;
+    }
     server.stop().await;
 }
 

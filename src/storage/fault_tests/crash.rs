@@ -24,15 +24,14 @@ fn new_disk() -> SimDisk {
     SimDisk::with_dir(Path::new(ROOT))
 }
 
-#[tokio::test]
-async fn a_crash_at_any_operation_breaks_no_promise() {
+/// Crashes in every operation; `survivors` are tried one after the other.
+async fn crash_at_any_operation(survivors: impl Fn(u64) -> Vec<Survivors>) {
     let (script, disk) = (Script::new(), new_disk());
     let life = recorded(&script, &disk).await;
     let mut crashes = 0;
     for at in 0..disk.operations() {
         let promises = life.promised_at(at);
-        let chosen = (0..rounds()).map(|round| Survivors::Some(at.wrapping_mul(0x9E37_79B9) ^ round));
-        for survivors in [Survivors::Nothing, Survivors::Everything].into_iter().chain(chosen) {
+        for survivors in survivors(at) {
             let stopped = disk.stopped_in(at);
             stopped.crash(survivors);
             let checked = check_and_go_on(&script, &stopped, &promises).await;
@@ -41,6 +40,24 @@ async fn a_crash_at_any_operation_breaks_no_promise() {
         }
     }
     println!("{} operations, {crashes} crashes", disk.operations());
+}
+
+#[tokio::test]
+async fn a_crash_at_any_operation_breaks_no_promise_when_nothing_else_survives() {
+    crash_at_any_operation(|_| vec![Survivors::Nothing]).await;
+}
+
+#[tokio::test]
+async fn a_crash_at_any_operation_breaks_no_promise_when_everything_survives() {
+    crash_at_any_operation(|_| vec![Survivors::Everything]).await;
+}
+
+#[tokio::test]
+async fn a_crash_at_any_operation_breaks_no_promise_whatever_survives() {
+    crash_at_any_operation(|at| {
+        (0..rounds()).map(|round| Survivors::Some(at.wrapping_mul(0x9E37_79B9) ^ round)).collect()
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -30,17 +30,15 @@ async fn operations(script: &Script) -> u64 {
     disk.operations()
 }
 
-#[tokio::test]
-async fn any_failing_operation_stops_what_it_touched_and_loses_nothing() {
+/// Lets every third operation fail, in each round others.
+async fn fail_every_third(first: u64, effect: impl Fn(u64) -> Effect) {
     let script = Script::new();
-    let (operations, mut stopped) = (operations(&script).await, 0);
-    for (at, round) in (0..operations).flat_map(|at| (0..rounds()).map(move |round| (at, round))) {
+    let (operations, mut failures, mut stopped) = (operations(&script).await, 0, 0);
+    let all = (0..operations).flat_map(|at| (0..rounds()).map(move |round| (at, round)));
+    for (at, round) in all.filter(|(at, round)| (at + round) % 3 == first) {
         let seed = at ^ round << 32;
-        let effect = match (at + round) % 3 {
-            0 => Effect::Nothing,
-            1 => Effect::Part(seed),
-            _ => Effect::Whole,
-        };
+        let effect = effect(seed);
+        failures += 1;
         let (disk, mut life) = live_and_fail(&script, at, ErrorKind::Other, effect).await;
         let explain = |broken| format!("{} fails with {effect:?}: {broken}", disk.describe(at));
         stopped +=
@@ -53,7 +51,22 @@ async fn any_failing_operation_stops_what_it_touched_and_loses_nothing() {
             checked.unwrap_or_else(|broken| panic!("{survivors:?} survives: {}", explain(broken)));
         }
     }
-    println!("{operations} operations, {} failures, {stopped} of them stopped something", operations * rounds());
+    println!("{operations} operations, {failures} failures, {stopped} of them stopped something");
+}
+
+#[tokio::test]
+async fn an_operation_that_fails_and_did_nothing_stops_what_it_touched_and_loses_nothing() {
+    fail_every_third(0, |_| Effect::Nothing).await;
+}
+
+#[tokio::test]
+async fn an_operation_that_fails_and_did_a_part_stops_what_it_touched_and_loses_nothing() {
+    fail_every_third(1, Effect::Part).await;
+}
+
+#[tokio::test]
+async fn an_operation_that_fails_and_did_all_stops_what_it_touched_and_loses_nothing() {
+    fail_every_third(2, |_| Effect::Whole).await;
 }
 
 /// Checks what goes on and what doesn't. Whether anything stopped.
