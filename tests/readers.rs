@@ -8,7 +8,10 @@ use testkit::{
 
 fn start(scratch: &Scratch) -> Result<Cluster> {
     let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
-    Cluster::start(scratch, &binaries, &ClusterOptions::default())
+    let cluster = Cluster::start(scratch, &binaries, &ClusterOptions::default())?;
+    // A majority is enough to commit, but a node that has nothing yet serves no readers, and pg_receivewal doesn't try twice.
+    cluster.wait_committed(cluster.primary.flush_lsn()?)?;
+    Ok(cluster)
 }
 
 /// WAL over more than one segment, in small and large records.

@@ -10,6 +10,7 @@ fn with_every_client(name: &str, body: fn(&Scratch, &mut Cluster, &Clients) -> R
     scenario(name, |scratch| {
         let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
         let mut cluster = Cluster::start(scratch, &binaries, &ClusterOptions::default())?;
+        cluster.wait_committed(cluster.primary.flush_lsn()?)?;
         for clients in Clients::find_all() {
             body(scratch, &mut cluster, &clients).with_context(|| format!("client programs of {}", clients.major()))?;
         }

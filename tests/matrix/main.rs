@@ -31,6 +31,8 @@ fn with_version(major: u32, name: &str, body: fn(&Scratch, &mut Cluster) -> Resu
         let options = ClusterOptions { programs: Some(programs), ..ClusterOptions::default() };
         let mut cluster = Cluster::start(scratch, &binaries, &options)?;
         cluster.primary.sql()?.run("CREATE TABLE t (step text)")?;
+        // A majority is enough to commit, but a node that has nothing yet serves no readers, and pg_receivewal doesn't try twice.
+        cluster.wait_committed(cluster.primary.flush_lsn()?)?;
         body(scratch, &mut cluster)
     });
 }
