@@ -154,23 +154,6 @@ fn unknown_and_wrong_settings_are_refused() {
 }
 
 #[test]
-fn a_primary_on_another_postgres_timeline_is_refused() {
-    scenario("promoted", |scratch| {
-        let mut first = Postgres::init(scratch, "first", &[])?;
-        first.start()?;
-        let mut promoted = Postgres::standby_of(scratch, "promoted", &first, &first.conninfo())?;
-        promoted.start()?;
-        promoted.promote()?;
-        let mut safekeeper = Safekeeper::new(scratch, &binaries(), 1, &[])?;
-        safekeeper.start()?;
-        let mut walproposer = Walproposer::new(scratch, &binaries(), &promoted, &[safekeeper])?;
-        walproposer.start()?;
-        let status = walproposer.daemon().wait_exit(secs(60))?;
-        check_refusal("walproposer", status, &walproposer.daemon().output(), &["timeline 2"])
-    });
-}
-
-#[test]
 fn absent_safekeepers_and_an_absent_primary_are_waited_for() {
     scenario("absent", |scratch| {
         let mut primary = Postgres::init(scratch, "primary", &[])?;
