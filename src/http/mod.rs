@@ -16,6 +16,7 @@
 //! | `request` | what all requests have in common: ids, bodies, logging |
 //! | [`error`] | failures as responses |
 //! | [`safekeeper`] | routes of the safekeeper |
+//! | `status` | routes of a program with nothing to manage |
 //! | `timeline_status` | the JSON form of a timeline |
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
@@ -25,6 +26,7 @@ mod request;
 mod retention_status;
 pub mod safekeeper;
 mod serve;
+mod status;
 mod timeline_status;
 pub mod walproposer;
 pub mod walreceiver;

@@ -3,32 +3,20 @@
 //! | Route | Answer |
 //! |---|---|
 //! | `GET /metrics` | metrics in Prometheus's text format |
-//! | `GET /v1/status` | [`StatusView`]: state, LSNs, the primary and the safekeepers |
+//! | `GET /v1/status` | [`StatusView`](crate::propose::status::StatusView): state, LSNs, the primary and the safekeepers |
 
 use std::sync::Arc;
 
-use axum::extract::State;
-use axum::routing::get;
-use axum::{Json, Router};
+use axum::Router;
 
-use super::request;
-use super::safekeeper::metrics_response;
 use crate::metrics::Exposition;
 use crate::metrics::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
-use crate::propose::status::{Status, StatusView, peer_state_name};
+use crate::propose::status::{Status, peer_state_name};
 
 /// The routes, over what the proposer reports.
 pub fn router(status: Arc<Status>) -> Router {
-    let exposition = Arc::new(Exposition::walproposer(Source(Arc::clone(&status))));
-    let router = Router::new()
-        .route("/metrics", get(move || metrics_response(exposition)))
-        .route("/v1/status", get(show_status))
-        .with_state(status);
-    request::finish(router)
-}
-
-async fn show_status(State(status): State<Arc<Status>>) -> Json<StatusView> {
-    Json(status.view())
+    let exposition = Exposition::walproposer(Source(Arc::clone(&status)));
+    super::status::router(exposition, move || status.view())
 }
 
 struct Source(Arc<Status>);

@@ -3,33 +3,21 @@
 //! | Route | Answer |
 //! |---|---|
 //! | `GET /metrics` | metrics in Prometheus's text format |
-//! | `GET /v1/status` | [`StatusView`]: state, LSNs and the nodes |
+//! | `GET /v1/status` | [`StatusView`](crate::receive::status::StatusView): state, LSNs and the nodes |
 
 use std::sync::Arc;
 
-use axum::extract::State;
-use axum::routing::get;
-use axum::{Json, Router};
+use axum::Router;
 use pgproto::Lsn;
 
-use super::request;
-use super::safekeeper::metrics_response;
 use crate::metrics::Exposition;
 use crate::metrics::walreceiver::{ReceiverSample, ReceiverSource};
-use crate::receive::status::{Status, StatusView};
+use crate::receive::status::Status;
 
 /// The routes, over what the receiver reports.
 pub fn router(status: Arc<Status>) -> Router {
-    let exposition = Arc::new(Exposition::walreceiver(Source(Arc::clone(&status))));
-    let router = Router::new()
-        .route("/metrics", get(move || metrics_response(exposition)))
-        .route("/v1/status", get(show_status))
-        .with_state(status);
-    request::finish(router)
-}
-
-async fn show_status(State(status): State<Arc<Status>>) -> Json<StatusView> {
-    Json(status.view())
+    let exposition = Exposition::walreceiver(Source(Arc::clone(&status)));
+    super::status::router(exposition, move || status.view())
 }
 
 struct Source(Arc<Status>);
