@@ -81,6 +81,9 @@ pub struct TimelineReport {
     pub flush_lsn: Lsn,
     /// Known to be committed there.
     pub commit_lsn: Lsn,
+    /// What the page servers connected to it have in remote storage; absent when there are none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pageservers_have: Option<Lsn>,
     /// All its slots, and the tombstones of dropped ones.
     #[serde(default)]
     pub slots: Vec<Slot>,

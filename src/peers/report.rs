@@ -1,5 +1,7 @@
 //! What is told of a timeline, and what is made of that.
 
+use std::sync::Arc;
+
 use pgproto::replication::check_slot_name;
 use pgproto::{Lsn, NodeId};
 use tokio::time::Instant;
@@ -17,13 +19,19 @@ const MAX_ENTRIES: usize = 256;
 pub(super) struct Fingerprint {
     flush_lsn: Lsn,
     commit_lsn: Lsn,
+    pageservers_have: Option<Lsn>,
     slots: u64,
 }
 
 impl Fingerprint {
     pub(super) fn of(timeline: &Timeline) -> Self {
         let progress = timeline.progress();
-        Self { flush_lsn: progress.flush_lsn, commit_lsn: progress.commit_lsn, slots: timeline.slots().version() }
+        Self {
+            flush_lsn: progress.flush_lsn,
+            commit_lsn: progress.commit_lsn,
+            pageservers_have: timeline.readers().pageservers_have(),
+            slots: timeline.slots().version(),
+        }
     }
 }
 
@@ -36,6 +44,7 @@ pub(super) fn of(timeline: &Timeline) -> TimelineReport {
         ttid: timeline.ttid(),
         flush_lsn: progress.flush_lsn,
         commit_lsn: progress.commit_lsn,
+        pageservers_have: timeline.readers().pageservers_have(),
         slots: slots.table().iter().cloned().collect(),
         temporary: temporary.map(|(name, slot)| RemoteTemporary { name, restart_lsn: slot.restart_lsn }).collect(),
         in_use: slots.in_use(),
@@ -43,7 +52,7 @@ pub(super) fn of(timeline: &Timeline) -> TimelineReport {
 }
 
 /// Takes in what `node` says of a timeline.
-pub(super) fn take_in(timeline: &Timeline, node: NodeId, report: TimelineReport) {
+pub(super) fn take_in(timeline: &Arc<Timeline>, node: NodeId, report: TimelineReport) {
     let commit_lsn = timeline.progress().commit_lsn;
     if let Err(error) = timeline.slots().absorb(report.slots, commit_lsn) {
         // It isn't confirmed either, and will be told again.
@@ -57,11 +66,12 @@ pub(super) fn take_in(timeline: &Timeline, node: NodeId, report: TimelineReport)
     let report = MemberReport {
         flush_lsn: report.flush_lsn,
         commit_lsn: report.commit_lsn,
+        pageservers_have: report.pageservers_have,
         temporary,
         in_use,
         heard: Instant::now(),
     };
-    timeline.members().heard(node, report);
+    timeline.member_reported(node, report);
 }
 
 /// Whether a node has the slot as it is `here`: the same one, and there or dropped alike.

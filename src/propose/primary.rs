@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pgproto::backend::SqlState;
-use pgproto::pg_timeline::{MAX_BRANCHES, parse_history};
+use pgproto::pg_timeline::{AncestryError, MAX_BRANCHES, parse_history};
 use pgproto::walproposer::{HistoryFile, MAX_HISTORY_FILE, MAX_HISTORY_FILES};
 use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SystemId, TenantTimelineId};
 use tokio::task::JoinSet;
@@ -237,8 +237,7 @@ pub(super) async fn timelines(
         let Some(file) = history_file(connection, timeline).await? else { continue };
         let parsed = parse_history(timeline, &file.content);
         if timeline == current {
-            let wrong = |error| UpstreamError::Unexpected(format!("{}: {error}", timeline.history_file_name()));
-            ancestry = parsed.map_err(wrong)?;
+            ancestry = parsed.map_err(|error| unreadable(timeline, &error))?;
         } else if ancestry.contains(timeline)
             && !parsed.is_ok_and(|older| ancestry.branches().starts_with(older.branches()))
         {
@@ -254,6 +253,22 @@ pub(super) async fn timelines(
     }
     files.reverse();
     Ok((ancestry, files))
+}
+
+/// Where the server's timeline comes from; `None` if it can't tell.
+pub(super) async fn ancestry_of(
+    connection: &mut Connection,
+    timeline: PgTimelineId,
+) -> Result<Option<Ancestry>, UpstreamError> {
+    if timeline == PgTimelineId::FIRST {
+        return Ok(None);
+    }
+    let Some(file) = history_file(connection, timeline).await? else { return Ok(None) };
+    parse_history(timeline, &file.content).map(Some).map_err(|error| unreadable(timeline, &error))
+}
+
+fn unreadable(timeline: PgTimelineId, error: &AncestryError) -> UpstreamError {
+    UpstreamError::Unexpected(format!("{}: {error}", timeline.history_file_name()))
 }
 
 /// One history file, `None` if the server doesn't have it.

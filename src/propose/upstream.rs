@@ -67,6 +67,9 @@ pub enum UpstreamError {
     /// A server that was promoted since is the primary now; the term ends.
     #[error("the primary is on Postgres timeline {0} now")]
     Promoted(PgTimelineId),
+    /// Another server was promoted to a timeline of the same number; the term ends.
+    #[error("the server's Postgres timeline {0} began elsewhere than the primary's: two servers were promoted")]
+    PromotedTwice(PgTimelineId),
     /// The primary was restarted with another minor version, which readers shall hear of; the term ends.
     #[error("the primary runs PostgreSQL {0} now")]
     Upgraded(String),
@@ -103,7 +106,7 @@ pub enum UpstreamError {
 impl UpstreamError {
     /// Whether the primary must be looked at anew and can be followed in another term.
     pub fn needs_new_term(&self) -> bool {
-        matches!(self, Self::Promoted(_) | Self::Upgraded(_))
+        matches!(self, Self::Promoted(_) | Self::PromotedTwice(_) | Self::Upgraded(_))
     }
 
     /// Whether only an operator can help.
@@ -176,6 +179,11 @@ pub async fn follow(
         Ordering::Less => return Err(UpstreamError::FormerPrimary { there, ours }),
         Ordering::Greater => return Err(UpstreamError::Promoted(there)),
         Ordering::Equal => {}
+    }
+    // Servers that don't share an archive number their timelines alike.
+    let ancestry = primary::ancestry_of(&mut connection, there).await?;
+    if ancestry.is_some_and(|ancestry| ancestry != facts.stock.ancestry) {
+        return Err(UpstreamError::PromotedTwice(there));
     }
     match connection.parameter("server_version") {
         Some(version) if version != facts.stock.server_version => {
@@ -367,9 +375,62 @@ impl Upstream {
 mod tests {
     use bytes::BytesMut;
     use pgproto::backend::{Column, encode};
+    use pgproto::pg_timeline::parse_history;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
 
     use super::*;
+
+    /// A primary on timeline 2 with this history file, until a stream begins.
+    async fn promoted_server(listener: TcpListener, history: &str) {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let mut out = BytesMut::new();
+        encode::authentication_ok(&mut out);
+        encode::ready_for_query(&mut out);
+        let rows =
+            [[Some("7"), Some("2"), Some("0/5000000"), None], [Some("00000002.history"), Some(history), None, None]];
+        for (columns, row) in [4, 2].into_iter().zip(&rows) {
+            let mut asked = [0; 1000];
+            assert!(socket.read(&mut asked).await.unwrap() > 0);
+            socket.write_all_buf(&mut out).await.unwrap();
+            encode::row_description(&mut out, &[Column::text("c"); 4][..columns]);
+            encode::data_row(&mut out, &row[..columns]);
+            encode::command_complete(&mut out, "DONE");
+            encode::ready_for_query(&mut out);
+        }
+        let mut asked = [0; 1000];
+        assert!(socket.read(&mut asked).await.unwrap() > 0);
+        socket.write_all_buf(&mut out).await.unwrap();
+        encode::copy_both_response(&mut out);
+        if socket.read(&mut asked).await.unwrap() > 0 {
+            socket.write_all_buf(&mut out).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn another_server_that_was_promoted_to_the_same_number_is_not_followed() {
+        let ours = "1\t0/3000028\tno recovery target specified\n";
+        let mut facts = PrimaryFacts::clone(&PrimaryFacts::of_a_new_server(Lsn(0x100_0000)));
+        facts.stock.ancestry = parse_history(PgTimelineId(2), ours.as_bytes()).unwrap();
+        for (history, same) in [(ours, true), ("1\t0/3000100\tno recovery target specified\n", false)] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let server = promoted_server(listener, history);
+            let settings = Settings {
+                primary: format!("host=127.0.0.1 port={port} user=u").parse().unwrap(),
+                safekeepers: Vec::new(),
+                slot: "s".to_owned(),
+                application_name: "s".to_owned(),
+                ttid: None,
+                buffer_size: 1 << 20,
+            };
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000)).await.map(drop) };
+            match tokio::join!(followed, server).0 {
+                Ok(()) => assert!(same),
+                Err(error) => assert!(!same && error.needs_new_term(), "{error}"),
+            }
+        }
+    }
 
     #[tokio::test]
     async fn an_idle_primary_is_asked_for_a_sign_of_life_before_it_is_given_up() {

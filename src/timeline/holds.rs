@@ -6,7 +6,7 @@
 //! | temporary slot, here or on another node | its `restart_lsn` | the same |
 //! | connected reader | the next byte to be sent to it | the same |
 //! | peers | the lowest position that a member may still need, as the leader says | no |
-//! | page server | what all of them have in remote storage, once one reported | no |
+//! | page server | what all of them have in remote storage, once one reported to any member | no |
 //! | slots that aren't known | the oldest WAL there is, as long as the file of slots was damaged and not made whole | no |
 
 use std::collections::BTreeMap;
@@ -149,7 +149,8 @@ impl Timeline {
         let (progress, control) = (self.progress(), self.control.load());
         add(HoldOwner::Peers, progress.peer_horizon_lsn, None, None);
         // It is raised to where the timeline begins without a page server's word.
-        if self.readers.pageserver().is_some() || progress.remote_consistent_lsn > control.timeline_start_lsn {
+        let known = self.readers.pageserver().is_some() || self.members.told_of_pageservers();
+        if known || progress.remote_consistent_lsn > control.timeline_start_lsn {
             add(HoldOwner::PageServer, progress.remote_consistent_lsn.max(control.timeline_start_lsn), None, None);
         }
         if self.slots.is_incomplete() {

@@ -3,6 +3,7 @@
 //! Kept in memory only: a node that is silent for [`STALE`] counts for nothing but a line in the list of members.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -37,6 +38,8 @@ pub struct MemberReport {
     pub flush_lsn: Lsn,
     /// Known to be committed there.
     pub commit_lsn: Lsn,
+    /// What the page servers connected to it have in remote storage; `None`: there are none.
+    pub pageservers_have: Option<Lsn>,
     /// Temporary slots of its clients.
     pub temporary: Vec<RemoteTemporary>,
     /// Slots that its clients use.
@@ -49,11 +52,16 @@ pub struct MemberReport {
 #[derive(Debug, Default)]
 pub struct Members {
     table: Mutex<BTreeMap<NodeId, MemberReport>>,
+    /// One of them ever told of a page server.
+    told_of_pageservers: AtomicBool,
 }
 
 impl Members {
     /// Takes in what `node` says.
     pub fn heard(&self, node: NodeId, report: MemberReport) {
+        if report.pageservers_have.is_some() {
+            self.told_of_pageservers.store(true, Ordering::Relaxed);
+        }
         let mut table = self.table.lock();
         if !table.contains_key(&node) && table.len() >= MAX_MEMBERS {
             table.retain(|_, report| report.heard.elapsed() < STALE);
@@ -88,6 +96,16 @@ impl Members {
         known.sort_unstable();
         known.pop();
         known.pop().unwrap_or_default()
+    }
+
+    /// What the page servers of all nodes that are not [`STALE`] have in remote storage; `None`: there are none.
+    pub fn pageservers_have(&self) -> Option<Lsn> {
+        self.fresh().into_iter().filter_map(|(_, report)| report.pageservers_have).min()
+    }
+
+    /// Whether one of them ever told of a page server.
+    pub fn told_of_pageservers(&self) -> bool {
+        self.told_of_pageservers.load(Ordering::Relaxed)
     }
 
     /// Who uses a slot on a node that is alive.

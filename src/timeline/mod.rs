@@ -66,7 +66,7 @@ use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, Timel
 use crate::storage::{Fork, HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
-use members::Members;
+use members::{MemberReport, Members};
 use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
 use tail::{Tail, Tails};
@@ -398,11 +398,23 @@ impl Timeline {
     /// no more care. `false` while the writer has more to do than it can take; the next report brings it again.
     pub fn pageserver_reported(self: &Arc<Self>, feedback: &PageserverFeedback) -> bool {
         self.push_sessions.forward(feedback);
-        let lsn = self.readers.remote_consistent_lsn();
-        if lsn <= self.progress().remote_consistent_lsn {
-            return true;
-        }
+        self.note_remote()
+    }
+
+    /// Takes in what page servers of this node and of the others have in remote storage.
+    fn note_remote(self: &Arc<Self>) -> bool {
+        let lsn = self.readers.pageservers_have().into_iter().chain(self.members.pageservers_have()).min();
+        let Some(lsn) = lsn.filter(|lsn| *lsn > self.progress().remote_consistent_lsn) else { return true };
         self.mailbox().is_ok_and(|mailbox| mailbox.try_send(Command::RemoteConsistent(lsn)).is_ok())
+    }
+
+    /// Takes in what another node said. Of page servers it is told again and again, so that it needn't get through at once.
+    pub fn member_reported(self: &Arc<Self>, node: NodeId, report: MemberReport) {
+        let has_pageservers = report.pageservers_have.is_some();
+        self.members.heard(node, report);
+        if has_pageservers {
+            self.note_remote();
+        }
     }
 
     /// Saves the lazily saved LSNs now.

@@ -15,7 +15,9 @@ use parking_lot::Mutex;
 use pgproto::Lsn;
 use pgproto::feedback::{HotStandbyFeedback, PageserverFeedback};
 use pgproto::replication::message::StandbyStatus;
+use tokio::time::Instant;
 
+use super::members::STALE;
 use crate::clock;
 use crate::metrics::PageserverSample;
 
@@ -99,6 +101,11 @@ pub struct ReaderStatus {
 }
 
 impl ReaderStatus {
+    /// What it has in remote storage, if it is a page server that has reported.
+    fn pageserver_has(&self) -> Option<Lsn> {
+        matches!(self.feedback, Some(ReaderFeedback::Pageserver(_))).then_some(self.positions.apply)
+    }
+
     /// Takes in a report while WAL up to `commit_lsn` is committed here.
     fn report(&mut self, reported: Positions, commit_lsn: Lsn) -> Verdict {
         let highest = reported.highest();
@@ -117,6 +124,9 @@ struct Table {
     readers: BTreeMap<u32, ReaderStatus>,
     aggregate: HotStandbyFeedback,
     pageserver: Option<PageserverSample>,
+    /// What the page servers that left have in remote storage, and when the last one left: it comes back, here or on another
+    /// node.
+    left: Option<(Lsn, Instant)>,
 }
 
 /// The readers of a timeline.
@@ -167,12 +177,12 @@ impl Readers {
         self.table.lock().pageserver
     }
 
-    /// What all page servers connected have in remote storage; 0 when none has reported. Each serves its own part of the
-    /// data, so only what the last of them has counts.
-    pub fn remote_consistent_lsn(&self) -> Lsn {
+    /// What all page servers that are connected, or left not long ago, have in remote storage; `None` when none has reported.
+    /// Each serves its own part of the data, so only what the last of them has counts.
+    pub fn pageservers_have(&self) -> Option<Lsn> {
         let table = self.table.lock();
-        let pageservers = table.readers.values().filter(|r| matches!(r.feedback, Some(ReaderFeedback::Pageserver(_))));
-        pageservers.map(|reader| reader.positions.apply).min().unwrap_or_default()
+        let left = table.left.filter(|(_, since)| since.elapsed() < STALE).map(|(lsn, _)| lsn);
+        table.readers.values().filter_map(ReaderStatus::pageserver_has).chain(left).min()
     }
 
     fn note_pageserver(&self, new: &PageserverFeedback) {
@@ -238,6 +248,8 @@ impl ReaderGuard<'_> {
         self.readers.note_pageserver(&new);
         self.update(|reader| {
             let reported = (&new).into();
+            // It never has more than where it asked to begin, so that its first report isn't worth more than later ones.
+            reader.credit = Some(Lsn::INVALID);
             reader.feedback = Some(ReaderFeedback::Pageserver(new));
             reader.report(reported, commit_lsn)
         })
@@ -257,7 +269,11 @@ impl ReaderGuard<'_> {
 impl Drop for ReaderGuard<'_> {
     fn drop(&mut self) {
         let mut table = self.readers.table.lock();
-        table.readers.remove(&self.conn_id);
+        let reader = table.readers.remove(&self.conn_id);
+        if let Some(lsn) = reader.as_ref().and_then(ReaderStatus::pageserver_has) {
+            let others = table.left.filter(|(_, since)| since.elapsed() < STALE);
+            table.left = Some((others.map_or(lsn, |(other, _)| lsn.min(other)), Instant::now()));
+        }
         table.aggregate = aggregate(table.readers.values());
     }
 }
@@ -338,19 +354,29 @@ mod tests {
     }
 
     #[test]
+    fn the_first_report_of_a_page_server_is_not_believed_beyond_what_was_sent() {
+        let readers = Readers::default();
+        let reader = readers.register(1, addr(), None, Lsn(100));
+        let verdict = reader.pageserver_feedback(stored(u64::MAX), Lsn(500));
+        assert_eq!((verdict.positions.apply, verdict.absurd), (Lsn(100), true));
+    }
+
+    #[test]
     fn wal_is_remote_once_every_page_server_has_it() {
         let readers = Readers::default();
-        assert_eq!(readers.remote_consistent_lsn(), Lsn::INVALID);
+        assert_eq!(readers.pageservers_have(), None);
         let a = readers.register(1, addr(), None, Lsn(100));
         let b = readers.register(2, addr(), None, Lsn(100));
         let standby = readers.register(3, addr(), None, Lsn(100));
         a.pageserver_feedback(stored(80), Lsn(500));
         standby.standby_status(status(10, 10, 10), Lsn(500));
-        assert_eq!(readers.remote_consistent_lsn(), Lsn(80));
+        assert_eq!(readers.pageservers_have(), Some(Lsn(80)));
         b.pageserver_feedback(stored(60), Lsn(500));
-        assert_eq!(readers.remote_consistent_lsn(), Lsn(60));
+        assert_eq!(readers.pageservers_have(), Some(Lsn(60)));
         drop(b);
         a.pageserver_feedback(stored(501), Lsn(500));
-        assert_eq!(readers.remote_consistent_lsn(), Lsn(100), "no more than was sent");
+        assert_eq!(readers.pageservers_have(), Some(Lsn(60)), "the other one comes back");
+        readers.table.lock().left = Instant::now().checked_sub(STALE).map(|long_ago| (Lsn(60), long_ago));
+        assert_eq!(readers.pageservers_have(), Some(Lsn(100)), "no more than was sent");
     }
 }

@@ -171,6 +171,7 @@ async fn a_node_that_is_far_behind_sends_readers_to_the_next_host() {
     let member = |commit_lsn| MemberReport {
         flush_lsn: commit_lsn,
         commit_lsn,
+        pageservers_have: None,
         temporary: Vec::new(),
         in_use: Vec::new(),
         heard: Instant::now(),

@@ -155,6 +155,7 @@ async fn wal_is_remote_when_all_page_servers_have_it_and_never_beyond_what_is_co
     report(&mut second, &stored(middle)).await;
     progress.wait_for(|now| now.remote_consistent_lsn == middle).await.unwrap();
     report(&mut first, &stored(Lsn(u64::MAX))).await;
+    report(&mut second, &stored(Lsn(u64::MAX))).await;
     drop(second);
     while server.timeline().readers().count() > 1 {
         server.assert_alive().await;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use pgproto::backend::{BackendMessage, Column, ColumnType, SqlState};
+use pgproto::feedback::PageserverFeedback;
 use pgproto::replication::message::StandbyStatus;
 use pgproto::{HostPort, Lsn, NodeId};
 use tokio::net::TcpListener;
@@ -12,6 +13,7 @@ use crate::peers::PeerOptions;
 use crate::peers::exchange::TimelineMembers;
 use crate::server::ServerConfig;
 use crate::storage::test_wal::WalWriter;
+use crate::timeline::holds::HoldOwner;
 use crate::timeline::slots::{MAX_SLOTS, Slot};
 
 /// Polls until `holds`; fails after a while, saying `what` didn't come true.
@@ -309,6 +311,45 @@ async fn members_are_told_to_whoever_asks() {
         assert!(member.age_ms.is_some());
     }
     assert_eq!(members.members.len(), 3);
+}
+
+#[tokio::test]
+async fn wal_that_a_page_server_of_another_node_needs_is_held() {
+    let cluster = Cluster::start().await;
+    let (end, middle) = (cluster.log.position(), Lsn(START.0 + 100));
+    let held = |node: usize| {
+        let holds = cluster.nodes[node].timeline().holds().into_iter();
+        holds.filter(|hold| hold.owner == HoldOwner::PageServer).map(|hold| hold.lsn).min()
+    };
+    let has = async |pageserver: &mut TestClient, remote_consistent_lsn| {
+        let feedback = PageserverFeedback { remote_consistent_lsn, ..PageserverFeedback::default() };
+        pageserver.copy_data(|body| feedback.encode_message(body)).await;
+    };
+    let mut pageservers = Vec::new();
+    for node in [0, 2] {
+        let login = [("replication", "true"), ("application_name", "pageserver-1"), ("options", &options(ttid()))];
+        let mut pageserver = cluster.nodes[node].login(&login).await;
+        pageserver.start_replication(&START.to_string()).await;
+        pageserver.wal(START, cluster.log.since(START).len()).await;
+        pageservers.push(pageserver);
+    }
+    assert_eq!(held(1), None);
+    has(&mut pageservers[0], START).await;
+    cluster.everywhere("held from the start", |node| held(node) == Some(START)).await;
+    has(&mut pageservers[0], middle).await;
+    cluster.everywhere("held from the middle", |node| held(node) == Some(middle)).await;
+    // The one of another node has less, and that counts on all.
+    has(&mut pageservers[1], middle).await;
+    let told = |node: usize, of: u64| {
+        let report = cluster.nodes[node].timeline().members().get(NodeId(of));
+        report.and_then(|report| report.pageservers_have)
+    };
+    eventually("the second one is known", async || [0, 1].map(|node| told(node, 3)) == [Some(middle); 2]).await;
+    has(&mut pageservers[0], end).await;
+    eventually("the first one got on", async || [1, 2].map(|node| told(node, 1)) == [Some(end); 2]).await;
+    cluster.everywhere("held for the second one", |node| held(node) == Some(middle)).await;
+    has(&mut pageservers[1], end).await;
+    cluster.everywhere("all is stored", |node| held(node) == Some(end)).await;
 }
 
 #[tokio::test]
