@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use pgproto::pg_timeline::parse_history;
 use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, PgTimelineId, SegmentNumber};
 use tokio::sync::watch;
@@ -153,6 +154,8 @@ struct Log {
     at: Position,
     /// Begins where the sink had it begin, and goes on over all connections.
     scanner: RecordScanner,
+    /// Where the timeline begins that [`Self::at`] is of; 0 while that isn't known.
+    timeline_begin: Lsn,
 }
 
 struct Receiver<'a, S> {
@@ -305,7 +308,7 @@ impl<S: Sink> Receiver<'_, S> {
     async fn event(&mut self, event: Event) -> Result<bool, Trouble> {
         match event {
             Event::Identified(identified) => return self.identified(*identified).await,
-            Event::History(timeline, content) => self.sink.history(timeline, content).await?,
+            Event::History(timeline, content) => return self.history(timeline, content).await.map(|()| false),
             Event::Switch(to) => self.switch(to).await?,
             Event::Streaming => {
                 let Some(log) = &self.log else { return Ok(false) };
@@ -348,17 +351,36 @@ impl<S: Sink> Receiver<'_, S> {
             }
             self.begin(there, &node).await?;
         }
-        let Some(log) = &self.log else { return Ok(false) };
+        let Some(log) = &mut self.log else { return Ok(false) };
         if self.settings.end.is_some_and(|end| log.at.lsn >= end) {
             return Ok(true);
         }
         check_history(log, &node)?;
         let needed = node.ancestry.branches().iter().map(|branch| branch.timeline);
         let needed = needed.filter(|timeline| *timeline >= log.at.timeline && *timeline != PgTimelineId::FIRST);
-        let histories = needed.filter(|timeline| !self.sink.has_history(*timeline)).collect();
+        // That of our own is compared once: the sink may have it from another server.
+        let unproven = (!log.timeline_begin.is_valid()).then_some(log.at.timeline);
+        let histories = needed.filter(|t| !self.sink.has_history(*t) || unproven == Some(*t)).collect();
         // Fails when the connection ended meanwhile, which is told behind this.
         let _ = node.order.send(Order::Stream(log.at, histories));
         Ok(false)
+    }
+
+    /// Hands on a history file. One that differs from what the sink has is the node's fault.
+    async fn history(&mut self, timeline: PgTimelineId, content: Bytes) -> Result<(), Trouble> {
+        let known = self.sink.has_history(timeline);
+        let begin = parse_history(timeline, &content).ok().and_then(|history| history.begin_of(timeline));
+        match (self.sink.history(timeline, content).await, &mut self.log) {
+            (Err(SinkError::Diverged(_)), Some(log)) if known => {
+                let (ours, at) = (log.at.timeline, log.at.lsn);
+                Err(NodeError::OtherHistory { ours, at, theirs: timeline }.into())
+            }
+            (Ok(()), Some(log)) if timeline == log.at.timeline => {
+                log.timeline_begin = begin.unwrap_or_default();
+                Ok(())
+            }
+            (kept, _) => Ok(kept?),
+        }
     }
 
     async fn begin(&mut self, there: Option<Position>, node: &Identified) -> Result<(), SinkError> {
@@ -379,7 +401,7 @@ impl<S: Sink> Receiver<'_, S> {
         tracing::info!(at = %at.lsn, timeline = %at.timeline, resumed = there.is_some(), "receiving WAL");
         let scanner = RecordScanner::new(at.lsn, size, origin.pg_version);
         self.candidates.wants_timeline(at.timeline);
-        self.log = Some(Log { origin, at, scanner });
+        self.log = Some(Log { origin, at, scanner, timeline_begin: Lsn::INVALID });
         self.publish();
         Ok(())
     }
@@ -425,7 +447,7 @@ impl<S: Sink> Receiver<'_, S> {
             // The begin of a record that never was is void, and another one comes in its place.
             log.scanner = RecordScanner::new(to.lsn, log.origin.segment_size, log.origin.pg_version);
         }
-        log.at = to;
+        (log.at, log.timeline_begin) = (to, to.lsn);
         self.candidates.wants_timeline(to.timeline);
         Ok(())
     }
@@ -548,7 +570,9 @@ fn check_history(log: &Log, node: &Identified) -> Result<(), NodeError> {
     let size = log.origin.segment_size;
     let segment_end = SegmentNumber::containing(log.at.lsn, size).end(size);
     // In the segment in which it began, a timeline's file holds what came before too.
-    let descends = node.ancestry.begin_of(ours).is_some_and(|begin| begin < segment_end);
+    // Servers that were promoted from one may number their timelines alike.
+    let same = |begin: Lsn| !begin.is_valid() || !log.timeline_begin.is_valid() || begin == log.timeline_begin;
+    let descends = node.ancestry.begin_of(ours).is_some_and(|begin| begin < segment_end && same(begin));
     if !descends {
         return Err(NodeError::OtherHistory { ours, at: log.at.lsn, theirs });
     }
@@ -556,5 +580,38 @@ fn check_history(log: &Log, node: &Identified) -> Result<(), NodeError> {
     match node.ancestry.successor(ours) {
         Some(next) if next.begin < have => Err(NodeError::LostRecords { timeline: ours, end: next.begin, have }),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use pgproto::{SegmentSize, SystemId};
+    use tokio::sync::oneshot;
+
+    use super::*;
+    use crate::client::replication::Identity;
+
+    #[test]
+    fn another_server_that_was_promoted_to_the_same_number_is_not_followed() {
+        let (system_id, segment_size, pg_version) = (SystemId(7), SegmentSize::DEFAULT, 150_018);
+        let origin = Origin { system_id, segment_size, pg_version };
+        let (timeline, begin) = (PgTimelineId(2), Lsn(0x300_0028));
+        let at = Position { timeline, lsn: Lsn(0x500_0000) };
+        let scanner = RecordScanner::new(at.lsn, segment_size, pg_version);
+        let log = Log { origin: origin.clone(), at, scanner, timeline_begin: begin };
+        let follows = |switch: &str| {
+            let node = Identified {
+                identity: Identity { system_id, timeline, end: at.lsn },
+                origin: origin.clone(),
+                ancestry: parse_history(timeline, format!("1\t{switch}\tx\n").as_bytes()).unwrap(),
+                slot: SlotPosition::Unknown,
+                oldest: None,
+                introduction: None,
+                order: oneshot::channel().0,
+            };
+            check_history(&log, &node)
+        };
+        follows("0/3000028").unwrap();
+        assert!(matches!(follows("0/3000100"), Err(NodeError::OtherHistory { .. })));
     }
 }
