@@ -1,6 +1,6 @@
 //! What every daemon does around its work: bind, obey signals, say why it ended.
 
-use std::fmt;
+use std::error::Error;
 use std::io;
 use std::process::ExitCode;
 
@@ -58,12 +58,45 @@ pub fn raise_file_limit() {
 }
 
 /// Exit code 0, or 1 with the reason on standard error.
-pub fn exit_code<E: fmt::Display>(result: Result<(), E>) -> ExitCode {
+pub fn exit_code<E: Into<Box<dyn Error + Send + Sync>>>(result: Result<(), E>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", with_causes(&*error.into()));
             ExitCode::FAILURE
         }
+    }
+}
+
+/// An error and its causes in one line. Most errors here say their cause themselves; it isn't said twice.
+fn with_causes(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let said = cause.to_string();
+        if !text.contains(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
+        next = cause.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let refused = io::Error::from(io::ErrorKind::ConnectionRefused);
+        let text = refused.to_string();
+        let address = HostPort { host: "h".to_owned(), port: 1 };
+        let error = BindError { flag: "--listen-pg", address, source: refused };
+        let said = with_causes(&error);
+        assert_eq!(said, error.to_string());
+        assert_eq!(said.matches(&text).count(), 1);
+        let context = anyhow::Error::from(error).context("while it began");
+        assert_eq!(with_causes(&*context), format!("while it began: {said}"));
     }
 }

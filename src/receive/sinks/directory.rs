@@ -70,7 +70,14 @@ struct Opened {
 impl DirectorySink {
     /// Locks the directory, which must exist.
     pub fn new(dir: &Path, compression: Compression, sync: bool) -> Result<Self, SinkError> {
-        let lock = File::open(dir).during("cannot open directory", dir)?;
+        let lock = match File::open(dir) {
+            // Not made here: it may be that a file system isn't mounted.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let text = format!("there is no directory \"{}\": make it first", dir.display());
+                return Err(SinkError::Unsupported(text));
+            }
+            opened => opened.during("cannot open directory", dir)?,
+        };
         match lock.try_lock() {
             Ok(()) => {}
             Err(std::fs::TryLockError::WouldBlock) => {
