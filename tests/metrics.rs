@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Prometheus, Scratch, http_get, in_ci, promtool, scenario, secs,
+    Binaries, Cluster, ClusterOptions, Postgres, Prometheus, Scratch, Sql, http_get, in_ci, promtool, scenario, secs,
     wait_for,
 };
 
@@ -58,6 +58,10 @@ fn every_query_of_the_dashboard_finds_data() {
         let mut standby =
             Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
         standby.start()?;
+        let conninfo = cluster.readers_conninfo("test");
+        wait_for(secs(60), "a slot", || {
+            Sql::connect(&conninfo)?.rows("CREATE_REPLICATION_SLOT archive PHYSICAL RESERVE_WAL")
+        })?;
         let prometheus = Prometheus::start(
             scratch,
             &[
