@@ -360,13 +360,14 @@ async fn a_liar_among_the_peers_gets_nowhere() {
         client.refused(&format!("PEER_EXCHANGE '{bad}'"), SqlState::INVALID_PARAMETER_VALUE).await;
     }
     client.refused("PEER_EXCHANGE", SqlState::SYNTAX_ERROR).await;
-    let slot = |name: &str| {
+    let slot = |(name, number): (&str, u64)| {
         format!(
-            r#"{{"name":"{name}","incarnation":{{"number":18446744073709551615,"node":9}},"restart_lsn":"FFFFFFFF/FFFFFFFF",
+            r#"{{"name":"{name}","incarnation":{{"number":{number},"node":9}},"restart_lsn":"FFFFFFFF/FFFFFFFF",
                "state":"kept","turn":{{"number":1,"node":9}},"used_at":18446744073709551615}}"#
         )
     };
-    let slots: Vec<String> = ["fine", "Not a name", ""].into_iter().map(slot).collect();
+    let slots: Vec<String> =
+        [("fine", 1 << 30), ("too_far", u64::MAX), ("Not a name", 1), ("", 1)].into_iter().map(slot).collect();
     let ids = (ttid().tenant_id, ttid().timeline_id);
     let message = format!(
         r#"{{"from":{{"node_id":9,"life":1}},"timelines":[{{"tenant_id":"{}","timeline_id":"{}",

@@ -305,7 +305,9 @@ impl Slots {
             let mut inner = self.inner.lock();
             let inner = &mut *inner;
             // What changes only positions is taken in at once, the rest goes to the file first.
-            theirs.filter(|slot| inner.absorb_position(slot) == Change::Structure).collect()
+            theirs
+                .filter(|slot| inner.table.is_near(slot) && inner.absorb_position(slot) == Change::Structure)
+                .collect()
         };
         if structural.is_empty() {
             return Ok(());

@@ -26,6 +26,10 @@ pub const MAX_TOMBSTONES: usize = 64;
 /// How long a dropped slot is remembered: longer than a node is meant to be away.
 pub const TOMBSTONE_DAYS: u64 = 7;
 
+/// Numbers of incarnations and turns that are this far ahead of what is known are nobody's: one message must not use up all there
+/// are. Honest nodes count one by one.
+const MAX_STEP: u64 = 1 << 32;
+
 const SECONDS_PER_DAY: u64 = 86_400;
 
 /// Which of the slots that had this name, one after the other.
@@ -137,6 +141,13 @@ impl SlotTable {
     pub fn next_incarnation(&self, name: &str, node: NodeId) -> Incarnation {
         let last = self.get(name).map_or(0, |slot| slot.incarnation.number);
         Incarnation { number: last.saturating_add(1), node }
+    }
+
+    /// Whether the numbers that another node names can be right.
+    pub fn is_near(&self, theirs: &Slot) -> bool {
+        let ours = self.get(&theirs.name).map_or((0, 0), |slot| (slot.incarnation.number, slot.turn.number));
+        let steps = [(theirs.incarnation.number, ours.0), (theirs.turn.number, ours.1)];
+        steps.iter().all(|(theirs, ours)| theirs.saturating_sub(*ours) <= MAX_STEP)
     }
 
     /// Takes in what somebody knows of a slot. What can't be a slot, or would be one too many, is left out.
