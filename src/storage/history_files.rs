@@ -29,7 +29,8 @@ pub enum HistoryError {
     Disk(#[from] DiskError),
     /// It isn't what was stored.
     #[error(
-        "history file \"{path}\" is damaged: {reason}; it is written again when a primary introduces itself the next time, or copy it from another safekeeper",
+        "history file \"{path}\" is damaged: {reason}; it is written again when a primary introduces itself the next time, \
+         or copy it from another safekeeper",
         path = path.display()
     )]
     Damaged {
