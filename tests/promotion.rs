@@ -252,7 +252,9 @@ fn a_server_promoted_without_committed_records_is_refused() {
         cluster.walproposer.start()?;
         cluster.wait_synchronous()?;
         cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
-        cluster.compare_all(cluster.primary.flush_lsn()?).map(drop)
+        let end = cluster.primary.flush_lsn()?;
+        cluster.wait_committed(end)?;
+        cluster.compare_all(end).map(drop)
     });
 }
 

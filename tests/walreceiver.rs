@@ -68,10 +68,12 @@ impl Receiver {
         })
     }
 
-    fn wait_equal(&mut self, primary: &Postgres) -> Result<()> {
+    /// Returns how far it was compared. An idle server writes on by itself now and then.
+    fn wait_equal(&mut self, primary: &Postgres) -> Result<Lsn> {
         let end = primary.flush_lsn()?;
         self.wait_received(end)?;
-        compare_wal(&primary.wal_dir(), &self.dir, end).map(drop)
+        compare_wal(&primary.wal_dir(), &self.dir, end)?;
+        Ok(end)
     }
 
     fn stop(&mut self) -> Result<()> {
@@ -130,11 +132,12 @@ fn what_is_received_is_the_primarys_wal_across_kill_and_stop() {
         write_some(&cluster.primary, scratch)?;
         receiver.stop()?;
         receiver.daemon.start()?;
-        receiver.wait_equal(&cluster.primary)?;
+        let end = receiver.wait_equal(&cluster.primary)?;
         receiver.stop()?;
-        let report = receiver.verify(cluster.primary.flush_lsn()?)?;
+        let report = receiver.verify(end)?;
         let first = lsn(&report, "start")?;
-        let stored = cluster.compare_all(cluster.primary.flush_lsn()?)?;
+        cluster.wait_committed(end)?;
+        let stored = cluster.compare_all(end)?;
         ensure!(stored.iter().any(|stored| stored.start == first), "received from {first} on, of {stored:?}");
         Ok(())
     });
@@ -218,9 +221,9 @@ fn nodes_are_killed_paused_and_restarted_and_the_directory_is_the_primarys_wal()
             ensure!(cluster.primary.sql()?.value(busy)? == "0", "still connected");
             Ok(())
         })?;
-        receiver.wait_equal(&cluster.primary)?;
+        let end = receiver.wait_equal(&cluster.primary)?;
         receiver.stop()?;
-        receiver.verify(cluster.primary.flush_lsn()?).map(|report| println!("{report}"))
+        receiver.verify(end).map(|report| println!("{report}"))
     });
 }
 
@@ -386,9 +389,9 @@ fn a_promoted_standby_is_followed_under_its_new_timeline() {
             receiver.wait_equal(&standby)?;
             receiver.daemon.kill()?;
             receiver.daemon.start()?;
-            receiver.wait_equal(&standby).context("resumed on the new timeline")?;
+            let end = receiver.wait_equal(&standby).context("resumed on the new timeline")?;
             receiver.stop()?;
-            let report = receiver.verify(standby.flush_lsn()?)?;
+            let report = receiver.verify(end)?;
             ensure!(report.get("timelines").and_then(|list| list.as_array()).map(Vec::len) == Some(2), "{report}");
             let history = std::fs::read(receiver.dir.join("00000002.history"))?;
             ensure!(history == std::fs::read(standby.wal_dir().join("00000002.history"))?, "another history");
@@ -460,7 +463,7 @@ fn members_are_found_through_one_of_them_and_the_nearest_is_preferred() {
         cluster.safekeeper(0)?.start()?;
         cluster.safekeeper(2)?.kill()?;
         cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
-        receiver.wait_equal(&cluster.primary)
+        receiver.wait_equal(&cluster.primary).map(drop)
     });
 }
 
@@ -527,9 +530,9 @@ fn a_promotion_behind_the_safekeepers_is_followed_through_them() {
         standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
         cluster.safekeeper(index)?.start()?;
         for receiver in [&mut receiver, &mut late] {
-            receiver.wait_equal(&standby)?;
+            let end = receiver.wait_equal(&standby)?;
             receiver.stop()?;
-            let report = receiver.verify(standby.flush_lsn()?)?;
+            let report = receiver.verify(end)?;
             ensure!(report.get("timelines").and_then(|list| list.as_array()).map(Vec::len) == Some(2), "{report}");
         }
         Ok(())

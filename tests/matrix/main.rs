@@ -103,12 +103,13 @@ fn standby(scratch: &Scratch, cluster: &Cluster, name: &str, settings: &[(&str, 
 }
 
 /// Waits until the files of `receiver` equal the primary's up to the end of its WAL.
-fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<()> {
+/// Returns how far they were compared. An idle server writes on by itself now and then.
+fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<Lsn> {
     let end = cluster.primary.flush_lsn()?;
     let (reference, dir) = (cluster.primary.wal_dir(), receiver.dir().to_owned());
-    receiver
-        .daemon()
-        .wait_until(secs(60), "the received files to be the primary's", || compare_wal(&reference, &dir, end).map(drop))
+    let what = "the received files to be the primary's";
+    receiver.daemon().wait_until(secs(60), what, || compare_wal(&reference, &dir, end).map(drop))?;
+    Ok(end)
 }
 
 /// A running `walreceiver` that knows all safekeepers.

@@ -50,8 +50,8 @@ fn receivers_get_the_primarys_files(scratch: &Scratch, cluster: &mut Cluster) ->
     commit_step(&cluster.primary, "while they are away")?;
     for receiver in &mut receivers {
         receiver.daemon().start()?;
-        wait_identical(cluster, receiver)?;
-        verify(receiver.dir(), cluster.primary.flush_lsn()?)?;
+        let end = wait_identical(cluster, receiver)?;
+        verify(receiver.dir(), end)?;
     }
     Ok(())
 }

@@ -24,5 +24,7 @@ fn a_standby_without_a_slot_hops_between_nodes_as_they_are_killed(
         cluster.safekeeper(source)?.start()?;
     }
     step(cluster, &[&standby], "after all of it")?;
-    cluster.compare_all(cluster.primary.flush_lsn()?).map(drop)
+    let end = cluster.primary.flush_lsn()?;
+    cluster.wait_committed(end)?;
+    cluster.compare_all(end).map(drop)
 }

@@ -154,10 +154,11 @@ impl<'a> Chain<'a> {
                     if self.may_end(task) {
                         damage += &format!(", and there is more behind it, up to {written_end}");
                     }
-                    if place_of(&error) < task.start {
+                    let place = place_of(&error, &self.scanner);
+                    if place < task.start {
                         damage += ". It began in an earlier segment, which may be the damaged one";
                     }
-                    self.report.found(task.name.clone(), Some(place_of(&error)), Kind::Damaged, damage);
+                    self.report.found(task.name.clone(), Some(place), Kind::Damaged, damage);
                 }
                 is_end
             }
@@ -393,14 +394,15 @@ fn reach(error: &WalError, scanner: &RecordScanner) -> Lsn {
     }
 }
 
-/// The position that an error is about.
-fn place_of(error: &WalError) -> Lsn {
+/// The position that an error is about. A page that doesn't continue a record as it should says nothing of which of the two is
+/// damaged: it is about the record then, which comes first.
+fn place_of(error: &WalError, scanner: &RecordScanner) -> Lsn {
     match *error {
+        WalError::Continuation { .. } => scanner.last_record_end(),
         WalError::PageMagic { at, .. }
         | WalError::PageFlags { at, .. }
         | WalError::PageAddress { at, .. }
         | WalError::SegmentSize { at, .. }
-        | WalError::Continuation { at, .. }
         | WalError::ZeroLength { at }
         | WalError::RecordLength { at, .. }
         | WalError::PreviousRecord { at, .. }
