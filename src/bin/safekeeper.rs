@@ -102,8 +102,13 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
     tokio::spawn(Arc::clone(&peers).run());
     let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
-    let candidate = candidacy
-        .map(|candidacy| Candidate::start(Arc::clone(&registry), Arc::clone(&peers), candidacy, shutdown.clone()));
+    let candidate = match candidacy {
+        Some(settings) => {
+            let (registry, peers) = (Arc::clone(&registry), Arc::clone(&peers));
+            Some(Candidate::start(registry, peers, settings, &shutdown).context("cannot start the proposer")?)
+        }
+        None => None,
+    };
     let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate);
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
     server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
