@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pgproto::{NodeId, TenantTimelineId};
+use pgproto::{NodeId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
@@ -170,6 +170,7 @@ impl Candidate {
             lost: Backoff::new(LOST_PAUSE.0, LOST_PAUSE.1),
             last_leader: None,
             reached_at: None,
+            known_term: Term(0),
         };
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let retired = candidate.retired.clone().drop_guard();
@@ -235,6 +236,8 @@ struct Task {
     last_leader: Option<NodeId>,
     /// Since when this member reaches the primary, while a leader doesn't.
     reached_at: Option<Instant>,
+    /// The highest term that was heard of.
+    known_term: Term,
 }
 
 impl Task {
@@ -284,6 +287,7 @@ impl Task {
                 leadership.mark_unchanged();
             }
             let views = self.views(ttid).await;
+            self.known_term = views.iter().map(|view| view.report.term).fold(self.known_term, Term::max);
             self.probe_primary(&views).await;
             let vacant_for = vacant_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
             let situation = Situation {
@@ -432,7 +436,12 @@ impl Task {
     /// Campaigns, and leads if it is elected.
     async fn hold_office(&mut self, facts: Arc<PrimaryFacts>) -> Next {
         self.stands(Role::Campaigning, None);
-        let limits = Limits { election: Some(ELECTION_LIMIT), majority: Some(ALONE_LIMIT), own_node: Some(self.own) };
+        let limits = Limits {
+            election: Some(ELECTION_LIMIT),
+            known_term: Some(self.known_term),
+            majority: Some(ALONE_LIMIT),
+            own_node: Some(self.own),
+        };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
         let (driver, inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
         let began = Instant::now();
@@ -442,6 +451,7 @@ impl Task {
             (report.leading, report.streaming, report.primary_lost_at) = (false, false, None);
         });
         let led = report.leading;
+        self.known_term = self.known_term.max(report.term);
         if led {
             self.last_leader = Some(self.own);
             self.lost.progress();
@@ -477,6 +487,11 @@ impl Task {
                 self.facts = None;
                 Next::Pause(Role::NeedsOperator, HELPLESS_PAUSE)
             }
+            Ended::Overtaken(term) => {
+                tracing::info!(%term, "not standing: somebody else campaigned meanwhile");
+                self.known_term = self.known_term.max(term);
+                Next::StandBy
+            }
             ended => {
                 tracing::warn!(reason = %ended, "{}", if led { "stepping down" } else { "not elected" });
                 if !led || !matches!(ended, Ended::SteppedDown(_)) {
@@ -495,7 +510,7 @@ impl Task {
 }
 
 /// Wakes when a leader comes or goes; never when there is no timeline yet.
-async fn changed(leadership: &mut Option<watch::Receiver<pgproto::Term>>) {
+async fn changed(leadership: &mut Option<watch::Receiver<Term>>) {
     if let Some(leadership) = leadership
         && leadership.changed().await.is_ok()
     {

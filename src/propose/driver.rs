@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pgproto::walproposer::{AcceptorMessage, MAX_SEND_SIZE};
-use pgproto::{Lsn, NodeId, PgTimelineId};
+use pgproto::{Lsn, NodeId, PgTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
@@ -74,6 +74,8 @@ pub(super) enum Ended {
     Synced(Lsn),
     /// The primary can't be followed; an operator is needed.
     Fatal(UpstreamError),
+    /// Somebody else campaigned since this was decided on, in this term.
+    Overtaken(Term),
     /// Not elected in time, as [`Limits::election`] has it.
     NotElected,
     /// No majority was heard for [`Limits::majority`]: another one may have been elected.
@@ -94,6 +96,7 @@ impl std::fmt::Display for Ended {
             Self::Stalled => f.write_str("no majority could be brought to the start of the term"),
             Self::NoLog => f.write_str("the safekeepers have no log, and it isn't known where to begin one"),
             Self::Synced(lsn) => write!(f, "the safekeepers are synced to {lsn}"),
+            Self::Overtaken(term) => write!(f, "somebody else campaigned in term {term} meanwhile"),
             Self::NotElected => f.write_str("the campaign took too long: no majority answers"),
             Self::Alone => f.write_str("no majority was heard for a while"),
             Self::Shutdown(_) => f.write_str("asked to stop"),
@@ -106,6 +109,8 @@ impl std::fmt::Display for Ended {
 pub(super) struct Limits {
     /// To be elected.
     pub(super) election: Option<Duration>,
+    /// The highest term that was promised to somebody before.
+    pub(super) known_term: Option<Term>,
     /// Without hearing a majority, once elected.
     pub(super) majority: Option<Duration>,
     /// The node on which this proposer runs, which doesn't succeed itself.
@@ -362,6 +367,7 @@ impl Driver {
                 if let AcceptorMessage::AppendResponse(response) = &message {
                     self.standbys.heard(index.0, response.hs_feedback);
                 }
+                self.check_overtaken(&message)?;
                 let effects = self.proposer.handle(index, message);
                 self.apply(effects)
             }
@@ -370,6 +376,19 @@ impl Driver {
                 self.review_creation();
                 if self.is_outdated() { Err(Ended::Outdated) } else { Ok(()) }
             }
+        }
+    }
+
+    /// A safekeeper that promised a higher term than was known when this campaign was decided on has voted since: it would
+    /// depose whoever was elected, or soon is.
+    fn check_overtaken(&self, message: &AcceptorMessage) -> Result<(), Ended> {
+        match (message, self.limits.known_term) {
+            (AcceptorMessage::Greeting(greeting), Some(known))
+                if self.proposer.term() == Term(0) && greeting.term > known =>
+            {
+                Err(Ended::Overtaken(greeting.term))
+            }
+            _ => Ok(()),
         }
     }
 

@@ -131,7 +131,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
                 tracing::warn!("the safekeepers have no log, and it isn't known where to begin one");
                 known = Some(facts);
             }
-            Ended::NotElected | Ended::Alone => known = Some(facts),
+            Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => known = Some(facts),
             Ended::Stalled => {
                 tracing::warn!("no majority could be brought to the start of this term: electing anew");
                 known = Some(facts);
