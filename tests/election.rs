@@ -49,9 +49,15 @@ fn proposer(safekeeper: &Safekeeper) -> Result<Proposer> {
 
 /// Waits until exactly one member that answers leads and has the primary's stream; its index and term.
 fn leader(cluster: &Cluster) -> Result<(usize, u64)> {
+    leader_but(cluster, None)
+}
+
+/// The same of all but one, which wouldn't answer.
+fn leader_but(cluster: &Cluster, paused: Option<usize>) -> Result<(usize, u64)> {
     wait_for(DEADLINE, "one member to lead", || {
-        let all = cluster.safekeepers.iter().map(|safekeeper| proposer(safekeeper).ok());
-        let leading = all.enumerate().filter_map(|(index, view)| Some((index, view.filter(|v| v.role == "leading")?)));
+        let all = cluster.safekeepers.iter().enumerate().filter(|(index, _)| Some(*index) != paused);
+        let views = all.map(|(index, safekeeper)| (index, proposer(safekeeper).ok()));
+        let leading = views.filter_map(|(index, view)| Some((index, view.filter(|v| v.role == "leading")?)));
         let leading: Vec<(usize, Proposer)> = leading.collect();
         let [(index, view)] = leading.as_slice() else { return Err(anyhow!("{} lead", leading.len())) };
         ensure!(view.streaming, "without the primary: {:?}", view.error);
@@ -59,12 +65,13 @@ fn leader(cluster: &Cluster) -> Result<(usize, u64)> {
     })
 }
 
-/// The longest time without a commit, of what was acknowledged around `event`.
-fn pause(commits: &[Commit], event: Instant) -> Duration {
+/// The longest time without a commit, of what was acknowledged between `event` and `next`.
+fn pause(commits: &[Commit], event: Instant, next: Option<Instant>) -> Duration {
+    let end = next.unwrap_or(event + AROUND);
     let mut at: Vec<Instant> = commits.iter().map(|commit| commit.at).collect();
     at.sort_unstable();
     let first = at.partition_point(|at| *at < event).saturating_sub(1);
-    let around = at.get(first..).unwrap_or_default().iter().take_while(|at| **at < event + AROUND);
+    let around = at.get(first..).unwrap_or_default().iter().take_while(|at| **at < end);
     let around: Vec<&Instant> = around.collect();
     around.windows(2).map(|pair| *pair[1] - *pair[0]).max().unwrap_or_default()
 }
@@ -93,7 +100,7 @@ impl Loaded {
     fn wait_taken_over(&self, before: (usize, u64)) -> Result<(usize, u64)> {
         self.ledger.wait_progress(DEADLINE, FEW)?;
         wait_for(DEADLINE, "another member to lead", || {
-            let now = leader(&self.cluster)?;
+            let now = leader_but(&self.cluster, Some(before.0))?;
             ensure!(now.0 != before.0 && now.1 > before.1, "member {} leads in term {}", now.0 + 1, now.1);
             Ok(now)
         })
@@ -106,8 +113,9 @@ impl Loaded {
         let end: Lsn = self.cluster.primary.flush_lsn()?;
         self.cluster.wait_committed(end)?;
         self.cluster.compare_all(end)?;
-        for (what, at) in &self.events {
-            println!("{what}: no commit for {:?}", pause(&commits, *at));
+        for (index, (what, at)) in self.events.iter().enumerate() {
+            let next = self.events.get(index + 1).map(|(_, at)| *at);
+            println!("{what}: no commit for {:?}", pause(&commits, *at, next));
         }
         Ok(())
     }
