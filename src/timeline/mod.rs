@@ -246,8 +246,8 @@ impl Timeline {
     /// Who leads, as far as this node knows.
     pub fn leadership(&self) -> Leadership {
         let (term, since) = *self.term_since.lock();
-        let voted = since.filter(|_| !self.push_sessions.was_elected(term)).map(|since| since.elapsed());
-        Leadership { term, voted, silent: self.push_sessions.silence_of(term) }
+        let (voted, elected) = (since.map(|since| since.elapsed()), self.push_sessions.was_elected(term));
+        Leadership { term, voted, elected, silent: self.push_sessions.silence_of(term) }
     }
 
     /// Wakes when a leader comes or goes.

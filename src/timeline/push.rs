@@ -155,9 +155,10 @@ impl ListedSession {
 pub struct Leadership {
     /// The highest term this node has promised to follow.
     pub term: Term,
-    /// How long ago it promised that, if nobody who was elected in that term came here since: a campaign may be under way.
-    /// `None` also for what was promised before this process began.
+    /// How long ago it promised that; `None`: before this process began.
     pub voted: Option<Duration>,
+    /// The leader of that term came here, in the life of this process.
+    pub elected: bool,
     /// How long the leader of that term has been silent; `None` when none is connected here. One with nothing to say is heard
     /// every second.
     pub silent: Option<Duration>,
