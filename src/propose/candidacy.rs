@@ -27,7 +27,7 @@ pub const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 pub const PRIMARY_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long a vote may still elect somebody. An election is a matter of milliseconds, a little more on a slow disk.
-const CAMPAIGN_TIME: Duration = Duration::from_secs(1);
+const CAMPAIGN_TIME: Duration = Duration::from_millis(500);
 
 /// Between the first candidate and the next: enough for an election, so that the next one finds a leader.
 const RANK_DELAY: Duration = Duration::from_millis(150);
