@@ -112,6 +112,11 @@ impl Situation<'_> {
         }
     }
 
+    /// Whether the leader that handed over named this member.
+    pub fn is_successor(&self) -> bool {
+        self.resigned().is_some_and(|resigned| resigned.successor == Some(self.own))
+    }
+
     /// Whether the member hears a leader that is to be left alone.
     fn hears_leader(&self, report: &LeaderReport) -> bool {
         let resigned = self.resigned().is_some_and(|resigned| report.term <= resigned.term);
@@ -158,7 +163,7 @@ impl Situation<'_> {
     /// How long the office must have been vacant before this member campaigns.
     fn delay(&self) -> Duration {
         let successor = self.resigned().and_then(|resigned| resigned.successor);
-        if successor == Some(self.own) {
+        if self.is_successor() {
             return Duration::ZERO;
         }
         let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);

@@ -312,7 +312,8 @@ impl Task {
                 jitter,
             };
             let decision = if succeeds { Decision::Campaign } else { situation.decide() };
-            let pause = self.lost.wait(Instant::now());
+            let chosen = situation.is_successor();
+            let pause = if chosen { Duration::ZERO } else { self.lost.wait(Instant::now()) };
             let again = match decision {
                 Decision::Campaign if pause.is_zero() || succeeds => {
                     vacant_since.get_or_insert_with(Instant::now);
@@ -335,7 +336,7 @@ impl Task {
                         self.last_leader = leader.or(self.last_leader);
                     }
                     if leader.is_some() {
-                        self.lost.progress();
+                        self.lost = Backoff::new(LOST_PAUSE.0, LOST_PAUSE.1);
                     }
                     again
                 }
@@ -461,9 +462,10 @@ impl Task {
             own_node: Some(self.own),
         };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
-        let (driver, inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
-        let began = Instant::now();
-        let ended = driver.limited(limits).run(inbox, &self.retire).await;
+        let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
+        let (mut driver, began) = (driver.limited(limits), Instant::now());
+        // Its connections stay until the others were told how it ended, so that they don't take it for dead.
+        let ended = driver.serve(&mut inbox, &self.retire).await;
         let report = self.status.report();
         self.status.update(|report| {
             (report.leading, report.streaming, report.primary_lost_at) = (false, false, None);
