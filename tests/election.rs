@@ -73,7 +73,7 @@ fn pause(commits: &[Commit], event: Instant, next: Option<Instant>) -> Duration 
     let first = at.partition_point(|at| *at < event).saturating_sub(1);
     let around = at.get(first..).unwrap_or_default().iter().take_while(|at| **at < end);
     let around: Vec<&Instant> = around.collect();
-    around.windows(2).map(|pair| *pair[1] - *pair[0]).max().unwrap_or_default()
+    around.iter().zip(around.iter().skip(1)).map(|(last, next)| **next - **last).max().unwrap_or_default()
 }
 
 /// A running system with load on it.
@@ -197,6 +197,11 @@ fn a_candidate_that_was_paused_or_is_new_leaves_the_leader_alone() {
         }
         system.cluster.wait_committed(system.cluster.primary.flush_lsn()?)?;
         ensure!(leader(&system.cluster)? == before, "somebody else leads, or it was elected again");
+        for (index, safekeeper) in system.cluster.safekeepers.iter().enumerate() {
+            let state = if index == before.0 { "leading" } else { "standing by" };
+            let metrics = http_get(&safekeeper.http_address(), "/metrics")?.ok()?;
+            ensure!(metrics.contains(&format!("walproposer_state{{state=\"{state}\"}} 1")), "{metrics}");
+        }
         system.finish()
     });
 }

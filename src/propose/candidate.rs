@@ -115,7 +115,7 @@ pub struct ProposerView {
     pub role: Role,
     /// Who leads, as far as this node knows.
     pub leader: Option<NodeId>,
-    /// The proposer of this node; what it tells is of its last term of office.
+    /// The proposer of this node.
     #[serde(flatten)]
     pub proposer: StatusView,
 }
@@ -271,6 +271,8 @@ impl Task {
 
     fn stands(&self, role: Role, leader: Option<NodeId>) {
         *self.standing.lock() = (role, leader);
+        let standing_by = matches!(role, Role::StandingBy | Role::Resigned);
+        self.status.update(|report| report.standing_by = standing_by);
     }
 
     /// Waits until it's on this member to campaign. `None`: it is to retire.
@@ -467,8 +469,10 @@ impl Task {
         // Its connections stay until the others were told how it ended, so that they don't take it for dead.
         let ended = driver.serve(&mut inbox, &self.retire).await;
         let report = self.status.report();
-        self.status.update(|report| {
-            (report.leading, report.streaming, report.primary_lost_at) = (false, false, None);
+        // Of a term that is over nothing is to be told.
+        self.status.update(|over| {
+            let Report { ttid, term, .. } = *over;
+            *over = Report { ttid, term, ..Report::default() };
         });
         let led = report.leading;
         self.known_term = self.known_term.max(report.term);
