@@ -33,6 +33,7 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
     let steps = Steps::new(move |event| tell(event, json));
     let report = match settings.command.clone() {
         CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, args, &steps).await,
+        CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
         CtlCommand::Drain(args) => drained(args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::Export(args))) => {
@@ -96,11 +97,43 @@ async fn prepare(settings: &SafekeeperctlSettings, args: PrepareArgs, steps: &St
         safekeepers: settings.safekeepers.clone(),
         ttid: settings.ttid(),
         standby: args.standby,
+        pg_timeline: args.pg_timeline,
         repoint: args.repoint,
         timeout: settings.timeout.into(),
     };
     match failover::prepare(&options, steps).await {
-        Ok(prepared) => Report::done(&prepared, "promote the standby now"),
+        Ok(prepared) => Report::done(&prepared, promote_now(&prepared)),
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+fn promote_now(prepared: &failover::Prepared) -> String {
+    let failover::Prepared { lsn, pg_timeline, fenced, .. } = prepared;
+    let holds = format!("Every acknowledged commit is below {lsn} on Postgres timeline {pg_timeline}.");
+    let fence = format!("No primary on timeline {fenced} gets acknowledgements any more.");
+    let promote = match &prepared.standby {
+        Some(standby) => format!("{standby} has all of it: promote it now."),
+        None => format!("Promote only a standby that has replayed up to {lsn}."),
+    };
+    format!("{holds} {fence}\n{promote}")
+}
+
+async fn cancel(settings: &SafekeeperctlSettings, steps: &Steps) -> Report {
+    let options = failover::CancelOptions {
+        safekeepers: settings.safekeepers.clone(),
+        ttid: settings.ttid(),
+        timeout: settings.timeout.into(),
+    };
+    match failover::cancel(&options, steps).await {
+        Ok(cancelled) if cancelled.missing.is_empty() => Report::done(&cancelled, "The old primary may go on."),
+        Ok(cancelled) => {
+            let missing: Vec<_> = cancelled.missing.iter().map(ToString::to_string).collect();
+            let text = format!(
+                "The old primary may go on, without {}: not reached. Run this again once they are back.",
+                missing.join(", ")
+            );
+            Report::done(&cancelled, text)
+        }
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pgproto::{TenantId, TenantTimelineId, TimelineId};
+use pgproto::{PgTimelineId, TenantId, TenantTimelineId, TimelineId};
 
 use super::{HostPort, Settings};
 
@@ -80,6 +80,8 @@ pub enum CtlCommand {
 pub enum FailoverCommand {
     /// Fence the old primary off, bring the safekeepers to one LSN, and wait until the standby has all of it.
     Prepare(PrepareArgs),
+    /// Lift the fence, so that the old primary can go on. Not after a standby was promoted.
+    Cancel(CancelArgs),
 }
 
 /// `failover prepare`.
@@ -89,9 +91,21 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPERCTL_STANDBY", hide_env_values = true)]
     pub standby: Option<tokio_postgres::Config>,
 
+    /// Postgres timeline of the lost primary. Default: the newest that the safekeepers have WAL of.
+    #[arg(long, value_name = "NUMBER")]
+    pub pg_timeline: Option<PgTimelineId>,
+
     /// If the standby doesn't get there: make it stream from the safekeepers (ALTER SYSTEM SET primary_conninfo).
     #[arg(long)]
     pub repoint: bool,
+}
+
+/// `failover cancel`.
+#[derive(Args, Clone, Debug)]
+pub struct CancelArgs {
+    /// Yes, no standby was promoted, and the old primary shall go on.
+    #[arg(long, required = true)]
+    pub yes: bool,
 }
 
 /// `drain`.
