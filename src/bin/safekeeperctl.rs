@@ -32,7 +32,7 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
     let json = settings.json;
     let steps = Steps::new(move |event| tell(event, json));
     let report = match settings.command.clone() {
-        CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, args, &steps).await,
+        CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, *args, &steps).await,
         CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
         CtlCommand::Drain(args) => drained(args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,

@@ -79,7 +79,7 @@ pub enum CtlCommand {
 #[derive(Clone, Debug, Subcommand)]
 pub enum FailoverCommand {
     /// Fence the old primary off, bring the safekeepers to one LSN, and wait until the standby has all of it.
-    Prepare(PrepareArgs),
+    Prepare(Box<PrepareArgs>),
     /// Lift the fence, so that the old primary can go on. Not after a standby was promoted.
     Cancel(CancelArgs),
 }

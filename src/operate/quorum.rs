@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::Kind;
-use crate::client::connection::{ConnectError, Connection, Row};
+use crate::client::connection::{ConnectError, Row};
 use crate::client::replication::{identify_system, segment_size, server_version_num};
 use crate::client::safekeeper;
 use crate::consensus::membership::majority;
