@@ -32,6 +32,7 @@ fn primary() -> StockPrimary {
         safekeepers: vec![HostPort { host: "sk1".to_owned(), port: 5454 }],
         timeline: PgTimelineId(2),
         history: vec![HistoryFile { timeline: PgTimelineId(2), content: Bytes::from_static(SECOND) }],
+        fence: None,
     }
 }
 
@@ -54,6 +55,7 @@ fn vote(ancestry: Option<Ancestry>) -> AcceptorMessage {
         truncate_lsn: Lsn(8),
         term_history: vec![],
         ancestry,
+        fence: None,
     })
 }
 
@@ -186,6 +188,7 @@ prop_compose! {
             safekeepers: hosts.into_iter().map(|(host, port)| HostPort { host, port }).collect(),
             timeline: PgTimelineId(timeline),
             history: files.into_iter().map(file).collect(),
+            fence: None,
         }
     }
 }

@@ -61,7 +61,7 @@ async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Inter
     check_named(client.named, greeting.ttid)?;
     let timeline = find_or_create(&house.registry, &greeting, request.allow_timeline_creation).await?;
     let _counted = metrics::receiver();
-    let push = PushSession::open(&timeline, client.id)?;
+    let push = PushSession::open(&timeline, client.id, request.proposes)?;
     if let Some(reply) = push.handle(ProposerMessage::Greeting(greeting)).await? {
         put_reply(writer.out(), &reply, version);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
-use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage};
+use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage, Proposes};
 use pgproto::{Lsn, NodeId, SegmentSize, Term};
 use safekeeper::consensus::health::Health;
 use safekeeper::consensus::state::{ControlState, ServerInfo};
@@ -259,7 +259,7 @@ impl Seen {
         receiver: Receiver<Request>,
     ) -> Result<(), String> {
         let timeline = self.find_or_create(&greeting).await?;
-        let push = PushSession::open(&timeline, 0).map_err(|error| error.to_string())?;
+        let push = PushSession::open(&timeline, 0, Proposes::Untold).map_err(|error| error.to_string())?;
         let (replies, waiting) = mpsc::channel(16);
         self.request(&push, ProposerMessage::Greeting(greeting), &replies).await?;
         tokio::select! {

@@ -67,6 +67,7 @@ fn election(stock: StockServer, end: u64, log: Option<&[(u32, u64)]>) -> (Propos
         truncate_lsn: Lsn(0),
         term_history: if log.is_some() { vec![TermLsn::from((5, START))] } else { vec![] },
         ancestry: log.map(ancestry),
+        fence: None,
     });
     assert!(p.handle(A, vote.clone()).is_empty());
     let effects = p.handle(B, vote);

@@ -44,6 +44,7 @@ fn vote(driver: &mut Driver, index: usize) {
         truncate_lsn: Lsn::INVALID,
         term_history: Vec::new(),
         ancestry: None,
+        fence: None,
     };
     driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
 }

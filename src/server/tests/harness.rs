@@ -458,6 +458,7 @@ pub(super) fn primary(history: Option<Bytes>) -> StockPrimary {
         safekeepers: Vec::new(),
         timeline,
         history: history.into_iter().map(|content| HistoryFile { timeline, content }).collect(),
+        fence: None,
     }
 }
 
