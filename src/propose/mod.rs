@@ -21,6 +21,7 @@
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
+//! | `fenced` | what to do while the primary is fenced off |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
@@ -30,6 +31,7 @@ pub mod candidate;
 pub mod checks;
 mod donor;
 mod driver;
+mod fenced;
 mod peer;
 pub mod primary;
 mod standby_feedback;
@@ -118,6 +120,10 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Outdated => {
                 tracing::warn!("{OUTDATED}: looking for it");
                 status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
+            }
+            Ended::FencedOff(reason) => {
+                fenced::wait(&settings, facts.stock.ancestry.current(), &reason, &status, &shutdown).await;
+                continue;
             }
             Ended::SteppedDown(reason) => {
                 tracing::warn!(%reason, "stepping down");

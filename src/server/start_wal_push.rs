@@ -43,6 +43,10 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interru
 }
 
 async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
+    // The greeting would be refused as well, but to a proposer that is a connection it had and lost.
+    if let Some(Ok(timeline)) = session.client.named.map(|ttid| session.house.registry.get(ttid)) {
+        timeline.check_fence(request.proposes)?;
+    }
     let Session { house, client, reader, writer, .. } = session;
     let version = request.version;
     if version == ProtocolVersion::V3Stock {

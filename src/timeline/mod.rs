@@ -55,7 +55,7 @@ use parking_lot::Mutex;
 use pgproto::feedback::PageserverFeedback;
 use pgproto::pg_timeline::Branch;
 use pgproto::replication::command::TimelineFence;
-use pgproto::walproposer::Configuration;
+use pgproto::walproposer::{Configuration, Proposes};
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -440,6 +440,14 @@ impl Timeline {
             tracing::info!(ttid = %self.ttid, %previous_term, %term, up_to_pg_timeline = ?pg_timeline, "{what}");
         }
         Ok(fenced)
+    }
+
+    /// Whether a proposer is fenced off as things are now; the acceptor looks again at each of its messages.
+    pub fn check_fence(&self, proposes: Proposes) -> Result<(), TimelineError> {
+        match self.control.load().stock.fence {
+            Some(fence) if !fence.admits(proposes) => Err(AcceptorError::FencedOff { fence, proposes }.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Adopts a configuration of a higher generation.

@@ -66,6 +66,7 @@ async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
             reason: "no timeline".to_owned(),
             lacks_timeline: true,
             newer_timeline: false,
+            fenced_off: false,
             next_retry_at: None,
         };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
@@ -87,6 +88,7 @@ async fn a_timeline_begins_where_a_majority_has_none() {
             reason: "no timeline".to_owned(),
             lacks_timeline: true,
             newer_timeline: false,
+            fenced_off: false,
             next_retry_at: None,
         };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
@@ -99,7 +101,8 @@ async fn a_former_primary_ends_when_a_majority_knows_of_a_newer_one() {
     let mut driver = driver();
     let mut refuses = |index| {
         let reason = "of Postgres timeline 2".to_owned();
-        let down = PeerDown { reason, lacks_timeline: false, newer_timeline: true, next_retry_at: None };
+        let down =
+            PeerDown { reason, lacks_timeline: false, newer_timeline: true, fenced_off: false, next_retry_at: None };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down))
     };
     assert!(refuses(0).is_ok(), "one may have heard of a proposer that then failed");
