@@ -4,11 +4,11 @@ use std::process::ExitCode;
 
 use safekeeper::config::safekeeperctl::{
     CtlCommand, DrainArgs, FailoverCommand, ForksArgs, ForksCommand, ForksExportArgs, PrepareArgs,
-    SafekeeperctlSettings, TimelineCommand,
+    SafekeeperctlSettings, SwitchoverArgs, TimelineCommand,
 };
 use safekeeper::config::{self, Loaded, LogFormat};
 use safekeeper::operate::steps::{Event, What};
-use safekeeper::operate::{Kind, Steps, drain, failover, forks};
+use safekeeper::operate::{Kind, Steps, drain, failover, forks, switchover};
 use serde::Serialize;
 
 fn main() -> ExitCode {
@@ -34,6 +34,7 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
     let report = match settings.command.clone() {
         CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, *args, &steps).await,
         CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
+        CtlCommand::Switchover(args) => switch_over(&settings, *args, &steps).await,
         CtlCommand::Drain(args) => drained(args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::Export(args))) => {
@@ -133,6 +134,30 @@ async fn cancel(settings: &SafekeeperctlSettings, steps: &Steps) -> Report {
                 missing.join(", ")
             );
             Report::done(&cancelled, text)
+        }
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+async fn switch_over(settings: &SafekeeperctlSettings, args: SwitchoverArgs, steps: &Steps) -> Report {
+    let options = switchover::SwitchoverOptions {
+        safekeepers: settings.safekeepers.clone(),
+        ttid: settings.ttid(),
+        from: args.from,
+        to: args.to,
+        application_name: args.application_name,
+        stop: args.stop,
+        start_old: args.start_old,
+        timeout: settings.timeout.into(),
+    };
+    match switchover::run(&options, steps).await {
+        Ok(done) => {
+            let mut text = format!("Postgres timeline {} is in use.", done.pg_timeline);
+            if let Some(pause) = done.pause_seconds {
+                text += &format!(" Commits paused for {pause:.3} s.");
+            }
+            done.to_do.iter().for_each(|to_do| text += &format!("\n{to_do}."));
+            Report::done(&done, text)
         }
         Err(error) => Report::failed(error.kind(), &error),
     }

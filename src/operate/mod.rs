@@ -19,16 +19,18 @@
 //! | [`quorum`] | all safekeepers at once: what they have, and the fence |
 //! | `server` | a PostgreSQL server over SQL |
 //! | [`last_record`] | whether the log ends with a clean shutdown |
+//! | `command` | runs what the operator gave for stopping and starting servers |
 //! | `replay` | waits until a standby has what it must have |
 //! | [`node_api`] | the HTTP API of a node, from the client's side |
 //! | [`steps`] | what an operation tells while it runs |
 
+mod command;
 pub mod drain;
 pub mod failover;
 pub mod forks;
+pub mod last_record;
 pub mod node_api;
 pub mod quorum;
-pub mod last_record;
 mod replay;
 mod server;
 pub mod status;

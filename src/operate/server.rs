@@ -52,12 +52,10 @@ pub enum ServerError {
 }
 
 impl ServerError {
-    /// Whether nothing listens at the server's address.
-    pub fn is_refused(&self) -> bool {
+    /// Whether no server answers at the address. One that starts or stops does answer.
+    pub fn is_gone(&self) -> bool {
         let Self::Sql { source, .. } = self else { return false };
-        let cause = std::error::Error::source(source).and_then(|cause| cause.downcast_ref::<std::io::Error>());
-        cause
-            .is_some_and(|io| matches!(io.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound))
+        std::error::Error::source(source).is_some_and(|cause| cause.is::<std::io::Error>())
     }
 }
 
@@ -103,6 +101,11 @@ impl Server {
             [] => String::new(),
         };
         Ok(Self { config, name, client: None })
+    }
+
+    /// How to connect to it.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Its address.
