@@ -37,7 +37,7 @@ use checks::Checked;
 const INTERVAL: Duration = Duration::from_millis(25);
 
 /// How long the safekeepers may take to know that the last record is committed. They are told within milliseconds.
-const PROOF_LIMIT: Duration = Duration::from_secs(10);
+const PROOF_LIMIT: Duration = Duration::from_secs(5);
 
 /// The shortest time that a promotion gets: one that is begun is not to be given up for a deadline that is near.
 const MIN_PROMOTION: Duration = Duration::from_secs(10);
