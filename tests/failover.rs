@@ -9,8 +9,8 @@ use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, StopMode, Walproposer, http_get,
-    scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, Walproposer, http_get, scenario, secs,
+    wait_for,
 };
 
 const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
@@ -108,7 +108,7 @@ fn prepare(scratch: &Scratch, cluster: &Cluster, standby: &Postgres, args: &[&st
     json["result"]["lsn"].as_str().context("an LSN")?.parse().with_context(|| json.to_string())
 }
 
-/// Stops the load, which must have got acknowledgements, and returns what was acknowledged.
+/// It ended with this exit code, and said this.
 fn is_refused((code, json): &(i32, Value), expected: i32, parts: &[&str]) -> Result<()> {
     let error = json["error"].as_str().unwrap_or_default();
     ensure!(*code == expected && json["ok"] == false, "{code}: {json:#}");
@@ -152,5 +152,158 @@ fn everything_acknowledged_is_on_the_standby_that_is_promoted() {
         let old = ["failover", "prepare", "--pg-timeline", "1"];
         is_refused(&ctl(scratch, &cluster.safekeepers, &old)?, 3, &["newer than 1"])?;
         new.sql()?.run("INSERT INTO after_the_failover SELECT 2")
+    });
+}
+
+#[test]
+fn a_primary_that_still_runs_acknowledges_nothing_that_is_not_on_the_next_one() {
+    scenario("failover-alive", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        let new = standby(scratch, &cluster, "standby")?;
+        let follower = standby(scratch, &cluster, "follower")?;
+        // Writers go on at the old primary all the time. Its walproposer runs, and one safekeeper doesn't.
+        let ledger = Ledger::start(&cluster.primary, 4)?;
+        ledger.wait_progress(secs(60), 100)?;
+        cluster.safekeeper(1)?.kill()?;
+        ledger.wait_progress(secs(60), 100)?;
+        prepare(scratch, &cluster, &new, &[])?;
+        new.promote()?;
+        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
+        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        let told = wait_status(&cluster.walproposer, "the old one's walproposer to be refused", |status| {
+            status["primary"]["error"]
+                .as_str()
+                .is_some_and(|error| error.contains("fenced") || error.contains("former"))
+        })?;
+        ensure!(told["state"] != "leading", "{told}");
+
+        // It dies, comes back, and still gets nothing; also when a safekeeper that wasn't fenced is back.
+        cluster.primary.kill9()?;
+        cluster.primary.start()?;
+        cluster.safekeeper(1)?.start()?;
+        let revived = proposer_of(scratch, &cluster, "walproposer-of-revived", &[&cluster.primary])?;
+        wait_status(&revived, "the revived primary to be refused", |status| {
+            status["primary"]["error"]
+                .as_str()
+                .is_some_and(|error| error.contains("fenced") || error.contains("former"))
+        })?;
+        new.sql()?.run("INSERT INTO after_the_failover SELECT 2")?;
+        cluster.wait_replayed(&follower, new.flush_lsn()?)?;
+        cluster.primary.kill9()?;
+        Ledger::verify(&ledger.finish(secs(60))?, &new)?;
+        ensure!(follower.sql()?.value("SELECT count(*) FROM after_the_failover")? == "2");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_standby_that_was_cut_off_is_made_to_stream_from_the_safekeepers() {
+    scenario("failover-repoint", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        // It reads from the primary, with a slot, and then from nowhere.
+        let direct = format!("{} application_name=direct", cluster.primary.conninfo());
+        let new = standby_from(scratch, &cluster, "standby", &direct)?;
+        cluster.primary.sql()?.run("SELECT pg_create_physical_replication_slot('direct')")?;
+        new.set("primary_slot_name", "'direct'")?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)?;
+        new.set("primary_conninfo", "''")?;
+        wait_for(secs(60), "the standby to be cut off", || {
+            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
+            Ok(())
+        })?;
+        cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
+        cluster.primary.kill9()?;
+        cluster.walproposer.kill()?;
+
+        let conninfo = new.conninfo();
+        let args = ["failover", "prepare", "--standby", &conninfo, "--timeout", "3s"];
+        let behind = ctl(scratch, &cluster.safekeepers, &args)?;
+        is_refused(&behind, 4, &["it doesn't stream from anywhere", "--repoint", "Don't promote it yet"])?;
+        new.sql()?.run("SELECT pg_wal_replay_pause()")?;
+        let paused = ctl(scratch, &cluster.safekeepers, &args)?;
+        is_refused(&paused, 4, &["pg_wal_replay_resume()", "Don't promote it yet"])?;
+        new.sql()?.run("SELECT pg_wal_replay_resume()")?;
+        prepare(scratch, &cluster, &new, &["--repoint"])?;
+        new.promote()?;
+        let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
+        ensure!(new.sql()?.value("SELECT count(*) FROM t")? == "3000");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
+    scenario("failover-killed", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        let new = standby(scratch, &cluster, "standby")?;
+        let ledger = Ledger::start(&cluster.primary, 4)?;
+        ledger.wait_progress(secs(60), 200)?;
+        cluster.primary.kill9()?;
+        let conninfo = new.conninfo();
+        let log = scratch.log("safekeeperctl");
+        // Killed once it has told of so many events: in the middle of any step.
+        for events in 1..=6 {
+            let told = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
+            let before = told();
+            let mut killed =
+                Ctl::start(scratch, &cluster.safekeepers, &["failover", "prepare", "--standby", &conninfo])?;
+            let child = killed.0.as_mut().context("a process")?;
+            wait_for(secs(60), "so many events", || {
+                ensure!(told() >= before + events || child.try_wait()?.is_some());
+                Ok(())
+            })?;
+            child.kill()?;
+            child.wait()?;
+        }
+        prepare(scratch, &cluster, &new, &[])?;
+        new.promote()?;
+        let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&cluster.primary, &new])?;
+        new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
+        Ledger::verify(&ledger.finish(secs(60))?, &new).map(drop)
+    });
+}
+
+#[test]
+fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
+    scenario("failover-cancel", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        let new = standby(scratch, &cluster, "standby")?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT 1")?;
+        // A minority can prepare nothing, and says so before it changes anything.
+        for index in [0, 1] {
+            cluster.safekeeper(index)?.kill()?;
+        }
+        let conninfo = new.conninfo();
+        let args = ["failover", "prepare", "--standby", &conninfo, "--timeout", "2s"];
+        is_refused(&ctl(scratch, &cluster.safekeepers, &args)?, 3, &["1 of 3 safekeepers answer", "2 are needed"])?;
+        for index in [0, 1] {
+            cluster.safekeeper(index)?.start()?;
+        }
+        // Nor can two of three whose third isn't named, or one that is named by two names.
+        cluster.wait_synchronous()?;
+        let one = cluster.safekeepers.first().context("a safekeeper")?;
+        let output = Command::new(env!("CARGO_BIN_EXE_safekeeperctl"))
+            .args(["failover", "prepare", "--safekeepers", &one.pg_address(), "--standby", &conninfo])
+            .output()?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(3) && error.contains("know of 3 members"), "{error}");
+        let twice = format!("{},localhost:{}", one.pg_address(), one.pg_port());
+        let output = Command::new(env!("CARGO_BIN_EXE_safekeeperctl"))
+            .args(["failover", "prepare", "--safekeepers", &twice, "--standby", &conninfo])
+            .output()?;
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.code() == Some(3) && error.contains("are both node 1"), "{error}");
+
+        prepare(scratch, &cluster, &new, &[])?;
+        wait_status(&cluster.walproposer, "the walproposer to be refused", |status| {
+            status["primary"]["error"].as_str().is_some_and(|error| error.contains("fenced"))
+        })?;
+        let (code, json) = ctl(scratch, &cluster.safekeepers, &["failover", "cancel", "--yes"])?;
+        ensure!(code == 0 && json["result"]["missing"] == serde_json::json!([]), "{code}: {json:#}");
+        cluster.primary.sql()?.run("INSERT INTO t SELECT 2")?;
+        cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)
     });
 }

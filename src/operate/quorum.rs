@@ -127,7 +127,7 @@ pub enum SurveyError {
     /// Not all were named: a majority of those that were may be none of all.
     #[error(
         "the safekeepers know of {known} members, --safekeepers names {given}: a majority of these may be a minority of \
-         those. Name all of them; it isn't given: {missing}. Nothing was changed"
+         those. Name all of them, also {missing}. Nothing was changed"
     )]
     Incomplete {
         /// Members known to those that answered.
@@ -208,20 +208,30 @@ fn check(
             return Err(SurveyError::Twice { one, other, node_id });
         }
     }
-    // A node is known by its id; its address may have many names.
-    let ids: BTreeSet<_> = members.iter().filter_map(|member| member.node_id).collect();
-    let known: BTreeSet<_> =
-        ids.iter().copied().chain(members.iter().flat_map(|m| m.others.iter().filter_map(|(id, _)| *id))).collect();
-    if known.len() > safekeepers.len() {
-        let others = members.iter().flat_map(|member| &member.others);
-        let strange =
-            others.filter(|(id, address)| id.is_none_or(|id| !ids.contains(&id)) && !safekeepers.contains(address));
-        let missing: BTreeSet<_> = strange.map(|(_, address)| address.to_string()).collect();
-        let missing = missing.into_iter().collect::<Vec<_>>().join(", ");
-        return Err(SurveyError::Incomplete { known: known.len(), given: safekeepers.len(), missing });
-    }
+    check_complete(safekeepers, &members)?;
     let ttid = ttid.unwrap_or_else(|| derived_ttid(system_id));
     Ok(Survey { ttid, system_id, members, silent })
+}
+
+/// As many nodes were named as the members know of.
+fn check_complete(safekeepers: &[HostPort], members: &[Member]) -> Result<(), SurveyError> {
+    let others = || members.iter().flat_map(|member| &member.others);
+    // A node is known by its id, as its address may have several names; one that was never reached, by its address.
+    let ids: BTreeSet<_> = members.iter().filter_map(|member| member.node_id).collect();
+    let others_ids: BTreeSet<_> = others().filter_map(|(id, _)| *id).collect();
+    let reached: BTreeSet<_> = others().filter(|(id, _)| id.is_some()).map(|(_, address)| address).collect();
+    let itself = |address: &HostPort| members.iter().any(|member| member.address == *address);
+    let never: BTreeSet<_> = others().filter(|(id, _)| id.is_none()).map(|(_, address)| address).collect();
+    let never = never.into_iter().filter(|address| !reached.contains(address) && !itself(address)).count();
+    let known = ids.union(&others_ids).count() + never;
+    if known <= safekeepers.len() {
+        return Ok(());
+    }
+    let strange =
+        others().filter(|(id, address)| id.is_none_or(|id| !ids.contains(&id)) && !safekeepers.contains(address));
+    let missing: BTreeSet<_> = strange.map(|(_, address)| address.to_string()).collect();
+    let missing = missing.into_iter().collect::<Vec<_>>().join(", ");
+    Err(SurveyError::Incomplete { known, given: safekeepers.len(), missing })
 }
 
 /// Why a safekeeper doesn't say what it has.
@@ -419,4 +429,45 @@ pub(super) fn listed(reasons: &[(HostPort, impl Display)]) -> String {
 
 fn field(rows: &[Row], index: usize) -> Option<&str> {
     std::str::from_utf8(rows.first()?.get(index)?.as_ref()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn member(id: u64, others: &[(Option<u64>, &str)]) -> Member {
+        let others = others.iter().map(|(id, at)| (id.map(NodeId), at.parse().unwrap())).collect();
+        Member {
+            address: format!("sk{id}:1").parse().unwrap(),
+            node_id: Some(NodeId(id)),
+            system_id: SystemId(7),
+            ancestry: Ancestry::default(),
+            flush_lsn: Lsn(1),
+            commit_lsn: Lsn(1),
+            segment_size: SegmentSize::DEFAULT,
+            pg_version: 0,
+            others,
+        }
+    }
+
+    fn complete(given: &[&str], members: &[Member]) -> Result<(), String> {
+        let given: Vec<_> = given.iter().map(|at| at.parse().unwrap()).collect();
+        check_complete(&given, members).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_majority_of_some_is_not_taken_for_a_majority_of_all() {
+        let three = ["sk1:1", "sk2:1", "sk3:1"];
+        let one = member(1, &[(Some(2), "sk2:1"), (Some(3), "sk3:1")]);
+        assert_eq!(complete(&three, &[one.clone()]), Ok(()));
+        assert!(complete(&["sk1:1"], &[one.clone()]).unwrap_err().contains("also sk2:1, sk3:1"));
+        // Nobody has reached the third since they were started.
+        let one = member(1, &[(Some(2), "sk2:1"), (None, "sk3:1")]);
+        assert!(complete(&["sk1:1", "sk2:1"], &[one.clone()]).is_err());
+        // One that was never reached by one of them was by another, or answers itself, also under another name.
+        let two = member(2, &[(None, "sk1:1"), (Some(3), "sk3:1")]);
+        assert_eq!(complete(&three, &[one.clone(), two]), Ok(()));
+        let aliased = member(2, &[(Some(1), "10.0.0.1:1"), (Some(3), "10.0.0.3:1")]);
+        assert_eq!(complete(&three, &[one, aliased]), Ok(()));
+    }
 }
