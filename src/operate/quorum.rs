@@ -220,9 +220,8 @@ fn check_complete(safekeepers: &[HostPort], members: &[Member]) -> Result<(), Su
     let ids: BTreeSet<_> = members.iter().filter_map(|member| member.node_id).collect();
     let others_ids: BTreeSet<_> = others().filter_map(|(id, _)| *id).collect();
     let reached: BTreeSet<_> = others().filter(|(id, _)| id.is_some()).map(|(_, address)| address).collect();
-    let itself = |address: &HostPort| members.iter().any(|member| member.address == *address);
     let never: BTreeSet<_> = others().filter(|(id, _)| id.is_none()).map(|(_, address)| address).collect();
-    let never = never.into_iter().filter(|address| !reached.contains(address) && !itself(address)).count();
+    let never = never.into_iter().filter(|at| !reached.contains(at) && !safekeepers.contains(at)).count();
     let known = ids.union(&others_ids).count() + never;
     if known <= safekeepers.len() {
         return Ok(());
