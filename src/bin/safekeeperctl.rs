@@ -8,7 +8,7 @@ use safekeeper::config::safekeeperctl::{
 };
 use safekeeper::config::{self, Loaded, LogFormat};
 use safekeeper::operate::steps::{Event, What};
-use safekeeper::operate::{Kind, Steps, drain, failover, forks, switchover};
+use safekeeper::operate::{Kind, Steps, drain, failover, forks, status, switchover};
 use serde::Serialize;
 
 fn main() -> ExitCode {
@@ -35,6 +35,7 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
         CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, *args, &steps).await,
         CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
         CtlCommand::Switchover(args) => switch_over(&settings, *args, &steps).await,
+        CtlCommand::Status => members(&settings).await,
         CtlCommand::Drain(args) => drained(args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::Export(args))) => {
@@ -159,6 +160,13 @@ async fn switch_over(settings: &SafekeeperctlSettings, args: SwitchoverArgs, ste
             done.to_do.iter().for_each(|to_do| text += &format!("\n{to_do}."));
             Report::done(&done, text)
         }
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+async fn members(settings: &SafekeeperctlSettings) -> Report {
+    match status::run(&status::StatusOptions { nodes: settings.nodes.clone(), ttid: settings.ttid() }).await {
+        Ok(members) => Report::done(&members, members.table()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

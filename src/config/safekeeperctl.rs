@@ -75,6 +75,8 @@ pub enum CtlCommand {
     /// Timelines on a safekeeper.
     #[command(subcommand)]
     Timeline(TimelineCommand),
+    /// The safekeepers side by side: how far each is, who leads, what is fenced off. Needs --nodes.
+    Status,
 }
 
 /// Failover.
@@ -210,6 +212,9 @@ impl Settings for SafekeeperctlSettings {
         }
         if self.safekeepers.is_empty() && matches!(self.command, CtlCommand::Failover(_) | CtlCommand::Switchover(_)) {
             return Err("--safekeepers is missing: who holds the WAL? Name all of them".to_owned());
+        }
+        if self.nodes.is_empty() && matches!(self.command, CtlCommand::Status) {
+            return Err("--nodes is missing: the HTTP addresses of the safekeepers".to_owned());
         }
         Ok(Vec::new())
     }
