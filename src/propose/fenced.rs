@@ -27,15 +27,15 @@ pub(super) fn describe(reason: &str) -> String {
     )
 }
 
-/// Tells that the primary, which is on `timeline`, is fenced off, and waits until it is worth to try again: there is one on a
-/// newer timeline, or some time has passed.
+/// Tells that the primary, which is on `timeline`, is fenced off, and waits until it is worth to try again. Returns whether
+/// there is one on a newer timeline now; otherwise some time has passed.
 pub(super) async fn wait(
     settings: &Settings,
     timeline: PgTimelineId,
     reason: &str,
     status: &Status,
     shutdown: &CancellationToken,
-) {
+) -> bool {
     let told = describe(reason);
     let again = status.view().primary.error.as_ref() == Some(&told);
     if again {
@@ -59,8 +59,11 @@ pub(super) async fn wait(
         }
     };
     tokio::select! {
-        () = promoted => tracing::info!("a server on a newer Postgres timeline was found"),
-        () = tokio::time::sleep(PAUSE) => {}
-        () = shutdown.cancelled() => {}
+        () = promoted => {
+            tracing::info!("a server on a newer Postgres timeline was found");
+            true
+        }
+        () = tokio::time::sleep(PAUSE) => false,
+        () = shutdown.cancelled() => false,
     }
 }

@@ -122,7 +122,9 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
                 status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
             }
             Ended::FencedOff(reason) => {
-                fenced::wait(&settings, facts.stock.ancestry.current(), &reason, &status, &shutdown).await;
+                let timeline = facts.stock.ancestry.current();
+                let promoted = fenced::wait(&settings, timeline, &reason, &status, &shutdown).await;
+                known = (!promoted).then_some(facts);
                 continue;
             }
             Ended::SteppedDown(reason) => {

@@ -110,6 +110,36 @@ async fn a_former_primary_ends_when_a_majority_knows_of_a_newer_one() {
     assert!(matches!(refuses(2), Err(Ended::Outdated)));
 }
 
+#[tokio::test]
+async fn a_primary_that_was_fenced_off_ends_when_a_majority_says_so() {
+    let down = |fenced_off: bool| PeerDown {
+        reason: "fenced off".to_owned(),
+        lacks_timeline: false,
+        newer_timeline: !fenced_off,
+        fenced_off,
+        next_retry_at: None,
+    };
+    let refuses = |driver: &mut Driver, index, down| driver.on_peer_event(Event::Disconnected(PeerIndex(index), down));
+    let mut alone = driver();
+    let _first = follow(&mut alone, 0);
+    let _second = follow(&mut alone, 1);
+    vote(&mut alone, 0);
+    vote(&mut alone, 1);
+    assert!(refuses(&mut alone, 2, down(true)).is_ok(), "an operator who then failed: a majority goes on");
+    assert!(refuses(&mut alone, 2, down(true)).is_ok());
+    assert_eq!(alone.proposer.term_start(), Some(START));
+    let ended = refuses(&mut alone, 0, down(true));
+    assert!(matches!(&ended, Err(Ended::FencedOff(reason)) if reason == "fenced off"), "{ended:?}");
+
+    let mut mixed = driver();
+    assert!(refuses(&mut mixed, 1, down(true)).is_ok());
+    let ended = refuses(&mut mixed, 2, down(false));
+    assert!(
+        matches!(ended, Err(Ended::FencedOff(_))),
+        "neither alone is a majority, together nobody is left: {ended:?}"
+    );
+}
+
 /// A leader has WAL, and hears that its timeline ends so many bytes before the end of that: whether it believes it.
 async fn ends(before: i64) -> bool {
     let mut driver = driver();
