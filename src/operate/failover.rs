@@ -23,12 +23,15 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::quorum::{self, FenceError, Fenced, Survey, SurveyError};
-use super::server::{Server, ServerError, ServerState};
+use super::server::{Server, ServerError};
 use super::{Kind, Steps, replay};
 use crate::config::HostPort;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};
 use crate::propose::upstream::UpstreamError;
+
+/// Between two lines about an election that takes long.
+const TELL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What to prepare.
 #[derive(Clone, Debug)]
@@ -195,6 +198,17 @@ pub enum FailoverError {
          by hand, then run this again"
     )]
     Repoint(ServerError),
+    /// There is a new primary.
+    #[error(
+        "the safekeepers have WAL of Postgres timeline {log}: a newer primary is at work, and the fence of timeline {fenced} \
+         and older ones doesn't hinder it. Nothing was changed. A former primary can come back as its standby: pg_rewind"
+    )]
+    TakenOver {
+        /// The log's timeline.
+        log: PgTimelineId,
+        /// What is fenced.
+        fenced: PgTimelineId,
+    },
     /// The fence isn't lifted on a majority.
     #[error("the fence is not lifted: {0}. Run this again once enough safekeepers are back")]
     NotLifted(FenceError),
@@ -209,7 +223,8 @@ impl FailoverError {
             | Self::AlreadyPromoted { .. }
             | Self::OtherCluster { .. }
             | Self::StandbyAhead { .. }
-            | Self::NewerPrimary { .. } => Kind::Refused,
+            | Self::NewerPrimary { .. }
+            | Self::TakenOver { .. } => Kind::Refused,
             Self::NotFenced(_) | Self::SyncTimedOut(_) | Self::StandbyBehind { .. } | Self::NotLifted(_) => {
                 Kind::TimedOut
             }
@@ -226,12 +241,12 @@ impl FailoverError {
 pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared, FailoverError> {
     let deadline = Instant::now() + options.timeout;
     let (survey, mut standby) = look(options, steps, deadline).await?;
-    let fenced = fence_timeline(options, &survey, standby.as_ref().map(|(_, state)| state))?;
+    let fenced = options.pg_timeline.unwrap_or_else(|| survey.ancestry().current());
     fence_off(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
     let end = one_end(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
     let standby = match &mut standby {
         None => None,
-        Some((server, _)) => {
+        Some(server) => {
             let wanted = replay::Wanted {
                 lsn: end.lsn,
                 ancestry: &end.ancestry,
@@ -252,7 +267,7 @@ async fn look(
     options: &PrepareOptions,
     steps: &Steps,
     deadline: Instant,
-) -> Result<(Survey, Option<(Server, ServerState)>), FailoverError> {
+) -> Result<(Survey, Option<Server>), FailoverError> {
     let step = steps.begin("look", "asking the safekeepers and the standby");
     let standby = match &options.standby {
         Some(config) => {
@@ -266,20 +281,23 @@ async fn look(
         let (standby, timeline) = (server.name().to_owned(), state.timeline);
         return Err(FailoverError::AlreadyPromoted { standby, timeline });
     }
-    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline).await?;
+    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
     let log = survey.ancestry().current();
+    if let Some(lost) = options.pg_timeline.filter(|lost| *lost < log) {
+        return Err(FailoverError::NewerPrimary { log, lost });
+    }
     if let Some((server, state)) = &standby {
         let standby = server.name().to_owned();
         if state.system_id != survey.system_id {
             let (there, expected) = (state.system_id, survey.system_id);
             return Err(FailoverError::OtherCluster { standby, there, expected });
         }
-        if state.timeline > log {
+        if state.timeline > options.pg_timeline.unwrap_or(log) {
             return Err(FailoverError::StandbyAhead { standby, there: state.timeline, log });
         }
     }
     step.done(describe(&survey));
-    Ok((survey, standby))
+    Ok((survey, standby.map(|(server, _)| server)))
 }
 
 /// What the safekeepers said, in one line.
@@ -294,20 +312,6 @@ fn describe(survey: &Survey) -> String {
         text += &format!("; not {}", quorum::listed(&survey.silent));
     }
     text
-}
-
-/// The Postgres timeline of the primary that was lost.
-fn fence_timeline(
-    options: &PrepareOptions,
-    survey: &Survey,
-    standby: Option<&ServerState>,
-) -> Result<PgTimelineId, FailoverError> {
-    let log = survey.ancestry().current();
-    match options.pg_timeline {
-        Some(lost) if lost < log => Err(FailoverError::NewerPrimary { log, lost }),
-        Some(lost) => Ok(lost),
-        None => Ok(standby.map_or(log, |standby| log.max(standby.timeline))),
-    }
 }
 
 /// Fences off proposers of primaries on `pg_timeline` and older ones.
@@ -335,6 +339,15 @@ pub(super) async fn fence_off(
     Ok(report.done)
 }
 
+/// How far each safekeeper is in the election.
+fn states(status: &Status) -> String {
+    let states = status.view().safekeepers.into_iter().map(|one| match one.error {
+        Some(error) => format!("{} is {}: {error}", one.address, one.state),
+        None => format!("{} is {}", one.address, one.state),
+    });
+    states.collect::<Vec<_>>().join("; ")
+}
+
 /// Where the safekeepers' logs end, all of it committed.
 pub(super) struct End {
     pub(super) lsn: Lsn,
@@ -352,18 +365,22 @@ pub(super) async fn one_end(
 ) -> Result<End, FailoverError> {
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
-    let synced = timeout_at(deadline, sync::run(Some(ttid), Arc::clone(&status), CancellationToken::new())).await;
-    let Ok(synced) = synced else {
-        let views = status.view().safekeepers;
-        let views = views.into_iter().map(|one| match one.error {
-            Some(error) => format!("{} is {}: {error}", one.address, one.state),
-            None => format!("{} is {}", one.address, one.state),
-        });
-        return Err(FailoverError::SyncTimedOut(views.collect::<Vec<_>>().join("; ")));
+    let synced = sync::run(Some(ttid), Arc::clone(&status), CancellationToken::new());
+    tokio::pin!(synced);
+    let mut told = String::new();
+    let synced = loop {
+        match timeout_at(deadline.min(Instant::now() + TELL_INTERVAL), &mut synced).await {
+            Ok(synced) => break synced?,
+            Err(_) if Instant::now() >= deadline => return Err(FailoverError::SyncTimedOut(states(&status))),
+            Err(_) if told == states(&status) => {}
+            Err(_) => {
+                told = states(&status);
+                step.note(told.clone());
+            }
+        }
     };
-    let synced = synced?;
     let Some(lsn) = synced.lsn else { return Err(SurveyError::Empty(ttid.to_string()).into()) };
-    let survey = quorum::survey(safekeepers, Some(ttid), deadline).await?;
+    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
     let log = ancestry.current();
@@ -408,8 +425,15 @@ pub struct Cancelled {
 pub async fn cancel(options: &CancelOptions, steps: &Steps) -> Result<Cancelled, FailoverError> {
     let deadline = Instant::now() + options.timeout;
     let step = steps.begin("look", "asking the safekeepers");
-    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline).await?;
-    step.done(describe(&survey));
+    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
+    let (log, fenced) = (survey.ancestry().current(), survey.members.iter().filter_map(|member| member.fenced).max());
+    if let Some(fenced) = fenced.filter(|fenced| *fenced < log) {
+        return Err(FailoverError::TakenOver { log, fenced });
+    }
+    step.done(match fenced {
+        Some(fenced) => format!("primaries on Postgres timeline {fenced} and older are fenced off"),
+        None => format!("nothing is fenced off by those that answer; {}", describe(&survey)),
+    });
     let step = steps.begin("lift", "opening the safekeepers to the old primary");
     let retry = |report: &quorum::FenceReport| step.note(format!("not yet: {}", quorum::listed(&report.missing)));
     let lifted = quorum::fence(&options.safekeepers, survey.ttid, None, deadline, retry).await;

@@ -165,14 +165,13 @@ async fn check_branch(
         at,
         lsn: wanted.lsn,
     };
-    if state.timeline > ours.current() {
-        return Err(diverged(state.timeline.to_string()));
-    }
     match server.ancestry().await {
         Ok(Some(theirs)) if theirs.agrees_below(ours, at) => Ok(()),
         Ok(Some(theirs)) => Err(diverged(names(&theirs))),
         // Only one history leads to timeline 1.
-        _ if ours.current() == pgproto::PgTimelineId::FIRST => Ok(()),
+        _ if state.timeline == pgproto::PgTimelineId::FIRST => Ok(()),
+        // It left the log's timeline, and it isn't known where.
+        _ if state.timeline > ours.current() => Err(diverged(state.timeline.to_string())),
         Ok(None) => {
             step.note(
                 "its timelines can't be compared with the safekeepers', as no replication connection is allowed; if two \
