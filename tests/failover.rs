@@ -105,6 +105,9 @@ fn prepare(scratch: &Scratch, cluster: &Cluster, standby: &Postgres, args: &[&st
     all.extend(args);
     let (code, json) = ctl(scratch, &cluster.safekeepers, &all)?;
     ensure!(code == 0, "{code}: {json:#}");
+    for step in json["steps"].as_array().context("steps")? {
+        println!("{}: {} s, {}", step["step"], step["seconds"], step["detail"]);
+    }
     json["result"]["lsn"].as_str().context("an LSN")?.parse().with_context(|| json.to_string())
 }
 
@@ -260,10 +263,10 @@ fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
             child.kill()?;
             child.wait()?;
         }
-        // One safekeeper hangs: it is neither there nor gone.
-        cluster.safekeeper(2)?.daemon().pause()?;
-        prepare(scratch, &cluster, &new, &[])?;
-        cluster.safekeeper(2)?.daemon().resume()?;
+        // A safekeeper hangs, the one that the standby reads from: it is neither there nor gone.
+        cluster.safekeeper(0)?.daemon().pause()?;
+        prepare(scratch, &cluster, &new, &["--repoint"])?;
+        cluster.safekeeper(0)?.daemon().resume()?;
         new.promote()?;
         let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&cluster.primary, &new])?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;

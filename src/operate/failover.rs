@@ -24,11 +24,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::quorum::{self, FenceError, Fenced, Survey, SurveyError};
 use super::server::{Server, ServerError};
+use super::steps::Step;
 use super::{Kind, Steps, replay};
 use crate::config::HostPort;
+use crate::consensus::membership::majority;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};
 use crate::propose::upstream::UpstreamError;
+
+/// How long safekeepers that are slow, or hang, are waited for once a majority has everything.
+const LAGGARD_GRACE: Duration = Duration::from_secs(1);
+
+/// Between two looks at an election under way.
+const SYNC_LOOK: Duration = Duration::from_millis(100);
 
 /// Between two lines about an election that takes long.
 const TELL_INTERVAL: Duration = Duration::from_secs(2);
@@ -251,6 +259,7 @@ pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared
                 lsn: end.lsn,
                 ancestry: &end.ancestry,
                 safekeepers: &options.safekeepers,
+                having: &end.having,
                 ttid: options.ttid,
                 repoint: options.repoint,
             };
@@ -353,6 +362,8 @@ pub(super) struct End {
     pub(super) lsn: Lsn,
     pub(super) term: Term,
     pub(super) ancestry: Ancestry,
+    /// Safekeepers that have all of it.
+    pub(super) having: Vec<HostPort>,
 }
 
 /// Brings the safekeepers to one end, after `fenced` was fenced off.
@@ -365,21 +376,9 @@ pub(super) async fn one_end(
 ) -> Result<End, FailoverError> {
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
-    let synced = sync::run(Some(ttid), Arc::clone(&status), CancellationToken::new());
-    tokio::pin!(synced);
-    let mut told = String::new();
-    let synced = loop {
-        match timeout_at(deadline.min(Instant::now() + TELL_INTERVAL), &mut synced).await {
-            Ok(synced) => break synced?,
-            Err(_) if Instant::now() >= deadline => return Err(FailoverError::SyncTimedOut(states(&status))),
-            Err(_) if told == states(&status) => {}
-            Err(_) => {
-                told = states(&status);
-                step.note(told.clone());
-            }
-        }
+    let Some((lsn, term)) = sync_until_enough(ttid, &status, &step, deadline).await? else {
+        return Err(SurveyError::Empty(ttid.to_string()).into());
     };
-    let Some(lsn) = synced.lsn else { return Err(SurveyError::Empty(ttid.to_string()).into()) };
     let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
@@ -387,12 +386,52 @@ pub(super) async fn one_end(
     if log > fenced {
         return Err(FailoverError::Overtaken { log, fenced });
     }
-    let following = synced.safekeepers.iter().filter(|one| one.commit_lsn == Some(lsn)).count();
-    step.done(format!(
-        "every acknowledged commit is below {lsn} on Postgres timeline {log}; {following} of {} safekeepers have all of it",
-        safekeepers.len()
-    ));
-    Ok(End { lsn, term: synced.term, ancestry })
+    let having = survey.members.iter().filter(|member| member.commit_lsn >= lsn);
+    let having: Vec<_> = having.map(|member| member.address.clone()).collect();
+    let count = format!("{} of {} safekeepers have all of it", having.len(), safekeepers.len());
+    step.done(format!("every acknowledged commit is below {lsn} on Postgres timeline {log}; {count}"));
+    Ok(End { lsn, term, ancestry, having })
+}
+
+/// Runs a sync until everybody who is reached has everything, or a majority has and the others take longer. Returns the
+/// end and the term; `None` if there is no WAL.
+async fn sync_until_enough(
+    ttid: TenantTimelineId,
+    status: &Arc<Status>,
+    step: &Step,
+    deadline: Instant,
+) -> Result<Option<(Lsn, Term)>, FailoverError> {
+    let synced = sync::run(Some(ttid), Arc::clone(status), CancellationToken::new());
+    tokio::pin!(synced);
+    let (mut told, mut told_at, mut enough_since) = (String::new(), Instant::now(), None);
+    loop {
+        if let Ok(synced) = timeout_at(deadline.min(Instant::now() + SYNC_LOOK), &mut synced).await {
+            let synced = synced?;
+            return Ok(synced.lsn.map(|lsn| (lsn, synced.term)));
+        }
+        let now = Instant::now();
+        match enough(status) {
+            Some(end) if *enough_since.get_or_insert(now) + LAGGARD_GRACE <= now => return Ok(Some(end)),
+            Some(_) => {}
+            None => enough_since = None,
+        }
+        if now >= deadline {
+            return Err(FailoverError::SyncTimedOut(states(status)));
+        }
+        if told_at + TELL_INTERVAL <= now && told != states(status) {
+            (told, told_at) = (states(status), now);
+            step.note(told.clone());
+        }
+    }
+}
+
+/// The end of the log and the term, once the leader, which proposes nothing of its own, has all of it committed in its
+/// term, and a majority knows that on disk. It is final then; what is left is to tell the others.
+fn enough(status: &Status) -> Option<(Lsn, Term)> {
+    let report = status.report();
+    let there = report.peers.iter().filter(|peer| peer.commit_lsn >= report.commit_lsn).count();
+    let enough = report.leading && report.commit_lsn.is_valid() && there >= majority(report.peers.len());
+    enough.then_some((report.commit_lsn, report.term))
 }
 
 /// What to undo.

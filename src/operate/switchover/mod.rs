@@ -288,6 +288,7 @@ impl Switchover<'_> {
             lsn: end.lsn,
             ancestry: &end.ancestry,
             safekeepers,
+            having: &end.having,
             ttid: self.options.ttid,
             repoint: false,
         };
