@@ -11,8 +11,8 @@ use anyhow::{Context, Result, anyhow, ensure};
 use pgproto::Lsn;
 use serde_json::{Value, json};
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Safekeeper, Scratch, Sql, Walproposer, http_get, http_post, scenario,
-    secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Postgres, Proposing, Safekeeper, Scratch, Sql, Walproposer, http_get, http_post,
+    scenario, secs, wait_for,
 };
 
 const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
@@ -282,6 +282,41 @@ fn a_proposer_that_waits_behind_the_fence_finds_the_promoted_server() {
         new.sql()?.run("INSERT INTO t VALUES (11)")?;
         assert_eq!(new.sql()?.value("SELECT count(*) FROM t")?, "11");
         Ok(())
+    });
+}
+
+#[test]
+fn no_member_that_proposes_gets_behind_the_fence() {
+    scenario("fence-members", |scratch| {
+        let options = ClusterOptions { proposing: Proposing::Members, ..ClusterOptions::default() };
+        let mut cluster = Cluster::start(scratch, &binaries(), &options)?;
+        cluster.primary.sql()?.run("CREATE TABLE t (id bigint)")?;
+        fence(&cluster.safekeepers, &[0, 1])?;
+        let writer = Writer::start(&cluster.primary, 1, 1)?;
+        wait_blocked(&cluster.primary)?;
+        let role = |safekeeper: &Safekeeper, role: &str| {
+            wait_for(secs(60), "the member to say what it does", || {
+                let view: Value = http_get(&safekeeper.http_address(), "/v1/proposer")?.json()?;
+                ensure!(view["role"] == role, "{view}");
+                Ok(view)
+            })
+        };
+        // Each of them tries, one after the other.
+        for index in 0..3 {
+            let view = role(&cluster.safekeepers[index], "fenced")?;
+            let error = view["primary"]["error"].as_str().unwrap_or_default();
+            assert!(error.contains("fenced off"), "{view}");
+        }
+        for index in 0..3 {
+            cluster.safekeeper(index)?.kill()?;
+            cluster.safekeeper(index)?.start()?;
+        }
+        role(&cluster.safekeepers[0], "fenced")?;
+        wait_blocked(&cluster.primary)?;
+        assert_eq!(writer.acknowledged(), 0);
+        lift(&cluster, &[0, 1])?;
+        writer.end()?;
+        cluster.wait_committed(cluster.primary.flush_lsn()?)
     });
 }
 
