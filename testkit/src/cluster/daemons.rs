@@ -196,12 +196,14 @@ impl Walproposer {
         safekeepers: &[Safekeeper],
         args: &[&str],
     ) -> Result<Walproposer> {
-        let members: Vec<String> = safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let members = safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",");
+        // Given twice, a list would be of both.
+        let members = if args.contains(&"--safekeepers") { vec![] } else { vec!["--safekeepers", members.as_str()] };
         let http = Port::reserve()?;
         let launch = Launch::new(&binaries.walproposer)
             .args(["--primary", &format!("host=127.0.0.1 port={} user=postgres", primary.port())])
-            .args(["--safekeepers", &members.join(","), "--application-name", APPLICATION_NAME])
-            .args(["--listen-http", &http.address()])
+            .args(members)
+            .args(["--application-name", APPLICATION_NAME, "--listen-http", &http.address()])
             .args(args);
         Ok(Walproposer { http, daemon: Daemon::new(scratch, name, launch) })
     }
