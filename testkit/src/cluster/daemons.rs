@@ -64,7 +64,8 @@ impl Safekeeper {
         let name = format!("safekeeper-{id}");
         let (pg, http) = (Port::reserve()?, Port::reserve()?);
         let data = scratch.path().join(&name);
-        std::fs::create_dir(&data)?;
+        // It may be there already, with a disk of its own.
+        std::fs::create_dir_all(&data)?;
         let launch = Launch::new(&binaries.safekeeper)
             .arg("-D")
             .arg(&data)

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use pgproto::lsn::Lsn;
 
 use self::wiring::Wiring;
+use crate::disk::SmallDisk;
 use crate::http::http_get;
 use crate::port::Port;
 use crate::postgres::{DEFAULT_SEGMENT_MEGABYTES, Postgres};
@@ -59,6 +60,8 @@ pub struct ClusterOptions<'a> {
     /// All connections among safekeepers and from proposers to safekeepers and servers can be cut: [`Cluster::network`]. Readers and
     /// operators connect past that.
     pub proxied: bool,
+    /// Megabytes of a disk of its own for each safekeeper, then for the primary: [`Cluster::disks`]. Only root can have that.
+    pub small_disks: Option<[u64; 2]>,
     /// The primary's server; if `None`, what [`Programs::find`] finds.
     pub programs: Option<Programs>,
 }
@@ -76,6 +79,7 @@ impl Default for ClusterOptions<'_> {
             proposing: Proposing::default(),
             further_servers: 0,
             proxied: false,
+            small_disks: None,
             programs: None,
         }
     }
@@ -92,6 +96,8 @@ pub struct Cluster {
     pub walproposer: Walproposer,
     /// What can be cut, with [`ClusterOptions::proxied`]; otherwise empty.
     pub network: Network,
+    /// Those of the safekeepers, by index, then the primary's. None without [`ClusterOptions::small_disks`], or where they cannot be.
+    pub disks: Vec<SmallDisk>,
     further_ports: VecDeque<Port>,
     ttid: String,
 }
@@ -103,6 +109,7 @@ impl Cluster {
     /// # Errors
     /// When a program doesn't start, or WAL doesn't flow in time.
     pub fn start(scratch: &Scratch, binaries: &Binaries, options: &ClusterOptions) -> Result<Cluster> {
+        let disks = mount_disks(scratch, options)?;
         let programs = options.programs.clone().map_or_else(Programs::find, Ok)?;
         let settings = options.primary_settings;
         let mut primary = Postgres::init_with(programs, scratch, "primary", settings, options.segment_megabytes)?;
@@ -133,7 +140,7 @@ impl Cluster {
         let network = wiring.network;
         // Both ids are the system identifier, big-endian, behind eight zero bytes.
         let id = format!("{:032x}", primary.system_identifier()?);
-        let mut cluster = Cluster { primary, safekeepers, walproposer, network, further_ports, ttid: id };
+        let mut cluster = Cluster { primary, safekeepers, walproposer, network, disks, further_ports, ttid: id };
         cluster.wait_streaming()?;
         if options.synchronous {
             cluster.primary.set("synchronous_standby_names", &synchronous_names())?;
@@ -282,4 +289,16 @@ impl Cluster {
 /// The setting by which commits wait for whoever proposes.
 fn synchronous_names() -> String {
     format!("'ANY 1 ({APPLICATION_NAME})'")
+}
+
+/// Disks for the safekeepers and the primary: all or none.
+fn mount_disks(scratch: &Scratch, options: &ClusterOptions) -> Result<Vec<SmallDisk>> {
+    let Some([safekeeper, primary]) = options.small_disks else { return Ok(Vec::new()) };
+    let names = (1..=options.safekeepers).map(|id| (format!("safekeeper-{id}"), safekeeper));
+    let mut disks = Vec::new();
+    for (name, megabytes) in names.chain([("primary".to_owned(), primary)]) {
+        let Some(disk) = SmallDisk::mount(&scratch.path().join(name), megabytes)? else { return Ok(Vec::new()) };
+        disks.push(disk);
+    }
+    Ok(disks)
 }
