@@ -237,7 +237,7 @@ fn present(server: &Postgres) -> Result<HashSet<u64>> {
 fn none<'a>(what: &str, ids: impl Iterator<Item = &'a u64>) -> Result<()> {
     let mut ids: Vec<u64> = ids.copied().collect();
     ids.sort_unstable();
-    let shown: Vec<_> = ids.iter().take(SHOWN).map(|id| writer::describe(*id)).collect();
-    ensure!(ids.is_empty(), "{} {what}: {}", ids.len(), shown.join(", "));
+    let shown = ids.get(..ids.len().min(SHOWN)).unwrap_or_default();
+    ensure!(ids.is_empty(), "{} {what}: {shown:?}", ids.len());
     Ok(())
 }

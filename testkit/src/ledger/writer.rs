@@ -54,11 +54,6 @@ enum Outcome {
     Unknown,
 }
 
-/// The writer and its transaction, for messages.
-pub(super) fn describe(id: u64) -> String {
-    format!("{}/{}", id >> ID_BITS, id & ((1 << ID_BITS) - 1))
-}
-
 /// Writes rows until told to stop. Ids are unique among writers.
 pub(super) fn write(shared: &Shared, conninfo: &str, server: u16, writer: u64) {
     let mut connection: Option<Sql> = None;
