@@ -198,10 +198,25 @@ impl Walproposer {
         args: &[&str],
     ) -> Result<Walproposer> {
         let members: Vec<String> = safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let primary = format!("host=127.0.0.1 port={} user=postgres", primary.port());
+        Walproposer::between(scratch, binaries, name, &primary, &members.join(","), args)
+    }
+
+    /// The same from servers at `primary` to safekeepers at addresses that are separated by commas.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn between(
+        scratch: &Scratch,
+        binaries: &Binaries,
+        name: &str,
+        primary: &str,
+        safekeepers: &str,
+        args: &[&str],
+    ) -> Result<Walproposer> {
         let http = Port::reserve()?;
         let launch = Launch::new(&binaries.walproposer)
-            .args(["--primary", &format!("host=127.0.0.1 port={} user=postgres", primary.port())])
-            .args(["--safekeepers", &members.join(","), "--application-name", APPLICATION_NAME])
+            .args(["--primary", primary, "--safekeepers", safekeepers, "--application-name", APPLICATION_NAME])
             .args(["--listen-http", &http.address()])
             .args(args);
         Ok(Walproposer { http, daemon: Daemon::new(scratch, name, launch) })

@@ -132,8 +132,7 @@ impl Cluster {
         }
         let (primaries, members) =
             (wiring.servers_for(Place::Walproposer)?, wiring.safekeepers_for(Place::Walproposer)?);
-        let args = ["--primary", primaries.as_str(), "--safekeepers", members.as_str()];
-        let mut walproposer = Walproposer::named(scratch, binaries, "walproposer", &primary, &safekeepers, &args)?;
+        let mut walproposer = Walproposer::between(scratch, binaries, "walproposer", &primaries, &members, &[])?;
         if options.proposing == Proposing::Walproposer {
             walproposer.start()?;
         }

@@ -239,6 +239,33 @@ impl Postgres {
         })
     }
 
+    /// SIGSTOP to the postmaster and to each of its children: the whole server stands still, and keeps its connections.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn pause(&self) -> Result<()> {
+        // No child is born of a postmaster that stands still.
+        self.daemon.pause()?;
+        self.signal_children(Signal::STOP);
+        Ok(())
+    }
+
+    /// SIGCONT to all of them.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn resume(&self) -> Result<()> {
+        self.signal_children(Signal::CONT);
+        self.daemon.resume()
+    }
+
+    fn signal_children(&self, signal: Signal) {
+        for child in self.daemon.pid().map(children_of).unwrap_or_default() {
+            // It may just have gone.
+            let _ = kill_process(child, signal);
+        }
+    }
+
     /// Connects as superuser to the database `postgres`.
     ///
     /// # Errors
