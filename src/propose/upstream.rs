@@ -13,9 +13,9 @@ use pgproto::pg_timeline::Branch;
 use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
 use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
-use super::Settings;
 use super::primary::{self, PrimaryFacts, Server, create_slot, text};
 use super::throttle::AckThrottle;
+use super::{Settings, slot_takeover};
 use crate::client::connection::{ConnectError, Connection, Row};
 use crate::client::replication::quoted;
 use crate::consensus::timelines::Divergence;
@@ -109,6 +109,11 @@ impl UpstreamError {
         matches!(self, Self::Promoted(_) | Self::PromotedTwice(_) | Self::Upgraded(_))
     }
 
+    /// Whether the primary couldn't be reached, which another one might.
+    pub fn is_of_the_way(&self) -> bool {
+        matches!(self, Self::Connection(_) | Self::OnlyStandbys | Self::FormerPrimary { .. })
+    }
+
     /// Whether only an operator can help.
     pub fn is_fatal(&self) -> bool {
         matches!(
@@ -163,14 +168,16 @@ enum Stage {
     Told(Branch),
 }
 
-/// Begins to stream `timeline` from `start`.
+/// Begins to stream `timeline` from `start`. With `take_slot` whoever has our slot under our name is sent away: for a
+/// leader that a majority follows, which makes the other one a former leader.
 pub async fn follow(
     settings: &Settings,
     facts: &PrimaryFacts,
     timeline: PgTimelineId,
     start: Lsn,
+    take_slot: bool,
 ) -> Result<Upstream, UpstreamError> {
-    let Server { mut connection, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
+    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
     }
@@ -205,6 +212,12 @@ pub async fn follow(
         // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
         create_slot(&mut connection, &settings.slot).await?;
         started = connection.start_stream(&command).await;
+    }
+    if take_slot && slot_takeover::is_in_use(&started) {
+        let primary = primary::only_host(&settings.primary, &address);
+        if slot_takeover::end_holder(&primary, &settings.slot, &settings.application_name).await {
+            started = slot_takeover::retry(&mut connection, &command).await;
+        }
     }
     let stage = match started {
         Ok(None) => Stage::Streaming,
@@ -424,7 +437,7 @@ mod tests {
                 ttid: None,
                 buffer_size: 1 << 20,
             };
-            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000)).await.map(drop) };
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), false).await.map(drop) };
             match tokio::join!(followed, server).0 {
                 Ok(()) => assert!(same),
                 Err(error) => assert!(!same && error.needs_new_term(), "{error}"),
