@@ -53,6 +53,7 @@ impl Promotion {
         world.ledger.fence(&world.cluster.primary);
         world.ledger.unfence(&world.standby);
         world.standby.promote()?;
+        world.cluster.walproposer.start()?;
         world.change_places();
         world.ledger.wait_progress(RECOVERY, 20).context("commits on the promoted standby")?;
         self.revive(world)?;
@@ -97,6 +98,5 @@ fn prepare(world: &mut World) -> Result<()> {
     let told = run_within(world.scratch, "sync", sync, secs(60))?;
     let lsn = told.trim().parse().with_context(|| told.clone())?;
     ensure!(lsn > pgproto::lsn::Lsn(0), "nothing there: {told}");
-    world.cluster.wait_replayed(&world.standby, lsn)?;
-    world.cluster.walproposer.start()
+    world.cluster.wait_replayed(&world.standby, lsn)
 }
