@@ -33,7 +33,7 @@ pub use cluster::{
 pub use disk::SmallDisk;
 pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::{Commit, Ledger, Tally};
-pub use measure::{cpu_seconds, forget_cached, median};
+pub use measure::{cpu_seconds, forget_cached, median, percentile};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch, run_within};

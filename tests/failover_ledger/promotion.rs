@@ -1,7 +1,7 @@
 //! The primary is lost, its standby takes over, and the former primary comes back: as it is, and then as a standby.
 
-use anyhow::{Context, Result, ensure};
-use testkit::{Launch, Network, Random, run_within, secs};
+use anyhow::{Context, Result};
+use testkit::{Launch, Network, Random, run_within};
 
 use crate::RECOVERY;
 use crate::faults::wait_blocked;
@@ -53,7 +53,6 @@ impl Promotion {
         world.ledger.fence(&world.cluster.primary);
         world.ledger.unfence(&world.standby);
         world.standby.promote()?;
-        world.cluster.walproposer.start()?;
         world.change_places();
         world.ledger.wait_progress(RECOVERY, 20).context("commits on the promoted standby")?;
         self.revive(world)?;
@@ -90,13 +89,9 @@ impl Promotion {
 }
 
 /// Nothing that the old primary writes from now on can be acknowledged, and the standby has all that was.
-fn prepare(world: &mut World) -> Result<()> {
-    world.cluster.walproposer.kill()?;
-    let sync = Launch::new(env!("CARGO_BIN_EXE_walproposer"))
-        .args(["--sync-safekeepers", "--safekeepers", &world.safekeepers()])
-        .env("RUST_LOG", "error");
-    let told = run_within(world.scratch, "sync", sync, secs(60))?;
-    let lsn = told.trim().parse().with_context(|| told.clone())?;
-    ensure!(lsn > pgproto::lsn::Lsn(0), "nothing there: {told}");
-    world.cluster.wait_replayed(&world.standby, lsn)
+fn prepare(world: &World) -> Result<()> {
+    let prepare = Launch::new(env!("CARGO_BIN_EXE_safekeeperctl"))
+        .args(["failover", "prepare", "--safekeepers", &world.cluster.safekeeper_addresses()])
+        .args(["--standby", &world.standby.conninfo()]);
+    run_within(world.scratch, "safekeeperctl", prepare, RECOVERY).map(drop)
 }

@@ -1,10 +1,7 @@
 //! What the rounds are played on: safekeepers, whoever proposes, a primary and its standby, writers on both.
 
-use anyhow::{Result, bail, ensure};
-use serde_json::Value;
-use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Place, Postgres, Proposing, Scratch, http_get, wait_for};
-
-use crate::RECOVERY;
+use anyhow::{Result, bail};
+use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Place, Postgres, Proposing, Scratch};
 
 const WRITERS: u64 = 3;
 /// Megabytes for each safekeeper and for the primary.
@@ -63,20 +60,10 @@ impl World<'_> {
 
     /// The index of the safekeeper that proposes; `None` with a walproposer.
     pub fn leader(&self) -> Result<Option<usize>> {
-        if self.proposing == Proposing::Walproposer {
-            return Ok(None);
+        match self.proposing {
+            Proposing::Walproposer => Ok(None),
+            Proposing::Members => self.cluster.wait_leader().map(Some),
         }
-        wait_for(RECOVERY, "a leader", || {
-            let leads = |status: &Value| status.pointer("/role").and_then(Value::as_str) == Some("leading");
-            let asked = self.cluster.safekeepers.iter().enumerate();
-            let answers = asked.filter_map(|(index, safekeeper)| {
-                let status = http_get(&safekeeper.http_address(), "/v1/proposer").ok()?.json().ok()?;
-                leads(&status).then_some(index)
-            });
-            let leaders: Vec<usize> = answers.collect();
-            ensure!(leaders.len() == 1, "leading: {leaders:?}");
-            Ok(leaders.first().copied())
-        })
     }
 
     /// The place of the primary.
@@ -88,11 +75,5 @@ impl World<'_> {
     pub fn change_places(&mut self) {
         std::mem::swap(&mut self.cluster.primary, &mut self.standby);
         self.primary_place = 1 - self.primary_place;
-    }
-
-    /// `host:port` of all safekeepers, as an operator reaches them.
-    pub fn safekeepers(&self) -> String {
-        let addresses: Vec<String> = self.cluster.safekeepers.iter().map(testkit::Safekeeper::pg_address).collect();
-        addresses.join(",")
     }
 }

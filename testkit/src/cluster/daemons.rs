@@ -30,6 +30,12 @@ impl Binaries {
         Binaries { safekeeper: safekeeper.into(), walproposer: walproposer.into() }
     }
 
+    /// The operator's program, which is beside the daemon.
+    #[must_use]
+    pub fn safekeeperctl(&self) -> PathBuf {
+        self.safekeeper.with_file_name("safekeeperctl")
+    }
+
     /// Those in the directory of the running program.
     ///
     /// # Errors

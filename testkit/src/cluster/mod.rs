@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use pgproto::lsn::Lsn;
 
 use self::wiring::Wiring;
@@ -215,6 +215,32 @@ impl Cluster {
     /// When there is none.
     pub fn safekeeper(&mut self, index: usize) -> Result<&mut Safekeeper> {
         self.safekeepers.get_mut(index).ok_or_else(|| anyhow!("no safekeeper {index}"))
+    }
+
+    /// `host:port` of all safekeepers, separated by commas, as an operator names them.
+    #[must_use]
+    pub fn safekeeper_addresses(&self) -> String {
+        self.safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",")
+    }
+
+    /// Waits until exactly one safekeeper says that it proposes and has the primary's stream; its index.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub fn wait_leader(&self) -> Result<usize> {
+        wait_for(SETTLE_DEADLINE, "one safekeeper to propose", || {
+            let leads = |safekeeper: &Safekeeper| -> Result<bool> {
+                let view = http_get(&safekeeper.http_address(), "/v1/proposer")?.json()?;
+                let streams = view.pointer("/primary/streaming").and_then(serde_json::Value::as_bool);
+                Ok(view.get("role").and_then(|role| role.as_str()) == Some("leading") && streams == Some(true))
+            };
+            let members = self.safekeepers.iter().enumerate();
+            // Who doesn't answer may be the one that was killed.
+            let leaders: Vec<usize> =
+                members.filter(|(_, safekeeper)| leads(safekeeper).unwrap_or(false)).map(|(index, _)| index).collect();
+            let [leader] = leaders.as_slice() else { bail!("these do: {leaders:?}") };
+            Ok(*leader)
+        })
     }
 
     /// The status of the timeline on `safekeeper`.

@@ -132,6 +132,34 @@ impl Ledger {
         })
     }
 
+    /// The first acknowledgement of a transaction that began after `moment`.
+    #[must_use]
+    pub fn first_after(&self, moment: Instant) -> Option<Commit> {
+        let book = self.shared.book();
+        // They are in the order of their acknowledgements.
+        let later = book.commits.iter().rev().take_while(|commit| commit.at > moment);
+        later.filter(|commit| commit.begun > moment).last().copied()
+    }
+
+    /// The last acknowledgement by `server`.
+    #[must_use]
+    pub fn last_of(&self, server: &Postgres) -> Option<Commit> {
+        self.shared.book().commits.iter().rev().find(|commit| commit.server == server.port()).copied()
+    }
+
+    /// The first acknowledgement by `server` after `moment`.
+    #[must_use]
+    pub fn first_of(&self, server: &Postgres, moment: Instant) -> Option<Commit> {
+        let book = self.shared.book();
+        book.commits
+            .iter()
+            .rev()
+            .take_while(|commit| commit.at > moment)
+            .filter(|commit| commit.server == server.port())
+            .last()
+            .copied()
+    }
+
     /// From now on `server` may acknowledge nothing that begins: [`Ledger::check`] fails if it does.
     pub fn fence(&self, server: &Postgres) {
         self.shared.book().fenced.insert(server.port(), Instant::now());

@@ -18,7 +18,7 @@ const READ_ONLY: &str = "25006";
 /// SQLSTATE of `1 / 0`.
 const DIVISION_BY_ZERO: &str = "22012";
 /// A standby is asked again so often whether it has been promoted. Waiting too long would only make a test slower.
-const STANDBY_PAUSE: Duration = Duration::from_millis(25);
+const STANDBY_PAUSE: Duration = Duration::from_millis(10);
 
 /// What a transaction does.
 #[derive(Debug, Clone, Copy)]
@@ -74,11 +74,13 @@ pub(super) fn write(shared: &Shared, conninfo: &str, server: u16, writer: u64) {
             Err(error) => (step.after(&error), Some(error)),
         };
         let mut book = shared.book();
+        // The order of these moments is the order in the book.
+        let at = Instant::now();
         // Rolled back in each case: its COMMIT comes with the first row alone.
         book.rolled_back.extend(second);
         match outcome {
             Outcome::Acknowledged => {
-                book.commits.push(Commit { id: first, begun, at: Instant::now(), server });
+                book.commits.push(Commit { id: first, begun, at, server });
                 shared.acknowledged.fetch_add(1, Ordering::Relaxed);
             }
             Outcome::RolledBack => drop(book.rolled_back.insert(first)),

@@ -9,6 +9,15 @@ use crate::process::{Launch, run_within};
 use crate::scratch::Scratch;
 
 impl Postgres {
+    /// Makes this server, which was shut down cleanly before its successor was promoted, a standby. Not started again yet.
+    ///
+    /// # Errors
+    /// When it runs, or its files cannot be written.
+    pub fn follow(&mut self, scratch: &Scratch, primary_conninfo: &str) -> Result<()> {
+        ensure!(self.daemon.pid().is_none(), "{} is running", self.name);
+        self.configure_standby(scratch, primary_conninfo)
+    }
+
     /// Makes this server, which isn't running, a standby of `source` by undoing what it has written alone (pg_rewind). It must run
     /// with `wal_log_hints`. Not started again yet.
     ///
