@@ -36,7 +36,7 @@ enum Round {
 impl Round {
     fn choose(random: &mut Random, world: &World) -> Round {
         match random.below(3) {
-            0 if std::env::var_os("NO_PROMOTIONS").is_none() => Round::Promotion(Promotion::choose(random)),
+            0 => Round::Promotion(Promotion::choose(random)),
             _ => Round::Fault(Fault::choose(random, world)),
         }
     }

@@ -32,13 +32,17 @@ pub enum Return {
 pub struct Promotion {
     loss: Loss,
     back: Return,
+    /// This safekeeper, by index, is lost together with the primary, and comes back after the promotion.
+    without: Option<usize>,
 }
 
 impl Promotion {
     pub fn choose(random: &mut Random) -> Promotion {
         let loss = random.pick(&[Loss::Kill, Loss::Kill, Loss::Pause, Loss::Isolate, Loss::Alive]).copied();
         let back = random.pick(&[Return::Rewind, Return::Rewind, Return::Rebuild]).copied();
-        Promotion { loss: loss.unwrap_or(Loss::Kill), back: back.unwrap_or(Return::Rewind) }
+        let without = [Some(0), Some(1), Some(2), None, None, None];
+        let without = random.pick(&without).copied().flatten();
+        Promotion { loss: loss.unwrap_or(Loss::Kill), back: back.unwrap_or(Return::Rewind), without }
     }
 
     pub fn run(self, world: &mut World, random: &mut Random) -> Result<()> {
@@ -49,12 +53,18 @@ impl Promotion {
             Loss::Isolate => Network::isolate(&world.cluster.network, place),
             Loss::Alive => {}
         }
+        if let Some(index) = self.without {
+            world.cluster.safekeeper(index)?.kill()?;
+        }
         prepare(world).context("prepare")?;
         world.ledger.fence(&world.cluster.primary);
         world.ledger.unfence(&world.standby);
         world.standby.promote()?;
         world.change_places();
         world.ledger.wait_progress(RECOVERY, 20).context("commits on the promoted standby")?;
+        if let Some(index) = self.without {
+            world.cluster.safekeeper(index)?.start()?;
+        }
         self.revive(world)?;
         wait_blocked(&world.standby).context("the former primary is back")?;
         world.ledger.wait_progress(RECOVERY, 20 + random.below(50)).context("commits beside the former primary")?;
