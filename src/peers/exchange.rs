@@ -82,10 +82,12 @@ pub struct LeaderReport {
     /// The highest term promised there; 0 when it doesn't have the timeline.
     #[serde(default)]
     pub term: Term,
-    /// How long ago that was promised, in milliseconds, when nobody elected in that term came there since: a campaign may be
-    /// under way. Absent also for what was promised before the node started.
+    /// How long ago that was promised, in milliseconds; absent when it was before the node started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub voted_ms: Option<u64>,
+    /// The leader of that term came there: its campaign is over.
+    #[serde(default)]
+    pub elected: bool,
     /// How long the leader of that term has been silent there, in milliseconds; absent when none is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silent_ms: Option<u64>,

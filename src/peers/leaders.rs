@@ -75,6 +75,7 @@ impl Peers {
             ttid,
             term: known.term,
             voted_ms: known.voted.map(milliseconds),
+            elected: known.elected,
             silent_ms: known.silent.map(milliseconds),
             proposing: candidacy.and_then(|candidacy| (candidacy.proposing)()),
             candidate: candidacy.is_some(),

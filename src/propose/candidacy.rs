@@ -39,7 +39,7 @@ const HEAD_START: Duration = Duration::from_secs(1);
 const LOOK: Duration = Duration::from_secs(1);
 
 /// How soon the members are asked again when too few of them answer, or what they say is about to change.
-const LOOK_SOON: Duration = Duration::from_millis(100);
+const LOOK_SOON: Duration = Duration::from_millis(50);
 
 /// What one member says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +97,10 @@ impl Situation<'_> {
         let without = self.views.len() - heard.len();
         if without < majority(self.members) {
             let patience = |view: &&View| SILENCE_LIMIT.saturating_sub(milliseconds(view.report.silent_ms));
-            let again = heard.iter().map(patience).min().unwrap_or(LOOK).clamp(LOOK_SOON, LOOK);
+            // The others may be about to lose a leader that is lost here.
+            let lost_here = !heard.iter().any(|view| view.node == self.own);
+            let again = if lost_here { LOOK_SOON } else { heard.iter().map(patience).min().unwrap_or(LOOK) };
+            let again = again.clamp(LOOK_SOON, LOOK);
             return Decision::StandBy { leader: self.leader_of(&heard), vacant: false, again };
         }
         if let Some(left) = self.campaign_of_another() {
@@ -134,11 +137,14 @@ impl Situation<'_> {
         self.views.iter().map(|view| view.report.term).max().unwrap_or_default()
     }
 
-    /// How long a vote in the highest term may still elect somebody, if there is one.
+    /// How long a vote in the highest term may still elect somebody, if there is one and nobody was elected.
     fn campaign_of_another(&self) -> Option<Duration> {
         let highest = self.highest_term();
-        let voted = |view: &View| view.report.voted_ms.filter(|_| view.report.term == highest);
-        let latest = self.views.iter().filter_map(voted).min()?;
+        let in_it = || self.views.iter().map(|view| &view.report).filter(|report| report.term == highest);
+        if in_it().any(|report| report.elected) {
+            return None;
+        }
+        let latest = in_it().filter_map(|report| report.voted_ms).min()?;
         CAMPAIGN_TIME.checked_sub(milliseconds(Some(latest))).filter(|left| !left.is_zero())
     }
 
@@ -158,8 +164,11 @@ impl Situation<'_> {
         let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);
         let before: BTreeSet<NodeId> = others.map(|view| view.node).filter(|node| *node < self.own).collect();
         let rank = u32::try_from(before.len()).unwrap_or(u32::MAX);
+        // Chance has to decide only among those that may not know of each other.
+        let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;
+        let jitter = if all_known { Duration::ZERO } else { self.jitter };
         let head_start = if successor.is_some() { HEAD_START } else { Duration::ZERO };
-        head_start.saturating_add(RANK_DELAY.saturating_mul(rank)).saturating_add(self.jitter)
+        head_start.saturating_add(RANK_DELAY.saturating_mul(rank)).saturating_add(jitter)
     }
 }
 

@@ -25,12 +25,12 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::candidacy::{Decision, Situation, View, hears_nobody};
+use super::candidacy::{Decision, SILENCE_LIMIT, Situation, View, hears_nobody};
 use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
 use super::status::{Report, Status, StatusView};
 use super::upstream::UpstreamError;
-use super::{OUTDATED, Settings, checks};
+use super::{OUTDATED, Settings, checks, fenced};
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
@@ -43,6 +43,9 @@ const ELECTION_LIMIT: Duration = Duration::from_secs(5);
 
 /// A leader that hears no majority for this long lets go of the primary, so that another one can have it.
 const ALONE_LIMIT: Duration = Duration::from_secs(5);
+
+/// A leader that is silent for this long missed a heartbeat.
+const SUSPICIOUS: Duration = Duration::from_millis(1500);
 
 /// How long members may take to say who leads.
 const ASK_LIMIT: Duration = Duration::from_secs(1);
@@ -286,6 +289,14 @@ impl Task {
             if let Some(leadership) = &mut leadership {
                 leadership.mark_unchanged();
             }
+            if let Some(left) = self.patience(ttid) {
+                tokio::select! {
+                    () = tokio::time::sleep(left) => {}
+                    () = changed(&mut leadership) => {}
+                    _ = resigned.changed() => {}
+                    () = self.retire.cancelled() => return None,
+                }
+            }
             let views = self.views(ttid).await;
             self.known_term = views.iter().map(|view| view.report.term).fold(self.known_term, Term::max);
             self.probe_primary(&views).await;
@@ -336,6 +347,13 @@ impl Task {
                 () = self.retire.cancelled() => return None,
             }
         }
+    }
+
+    /// How long a leader that missed a heartbeat may be silent yet. Until then there is nothing to decide, and a question to
+    /// it, which it doesn't answer, would only cost time.
+    fn patience(&self, ttid: TenantTimelineId) -> Option<Duration> {
+        let silent = Duration::from_millis(self.peers.leader(ttid).silent_ms?);
+        SILENCE_LIMIT.checked_sub(silent).filter(|_| silent >= SUSPICIOUS)
     }
 
     /// What the members say that answer, this one first.
@@ -480,6 +498,14 @@ impl Task {
                 self.status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
                 self.facts = None;
                 Next::Pause(Role::Fenced, HELPLESS_PAUSE)
+            }
+            Ended::FencedOff(reason) => {
+                self.stands(Role::Fenced, None);
+                let timeline = facts.stock.ancestry.current();
+                if fenced::wait(&self.settings, timeline, &reason, &self.status, &self.retire).await {
+                    self.facts = None;
+                }
+                Next::StandBy
             }
             Ended::Fatal(error) => {
                 tracing::error!(%error, "an operator has to put this right before WAL of the primary is proposed");

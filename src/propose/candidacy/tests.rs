@@ -10,8 +10,15 @@ const TTID: TenantTimelineId = TenantTimelineId { tenant_id: TenantId([1; 16]), 
 
 /// A candidate in term 5 that hears nobody.
 fn view(node: u64) -> View {
-    let report =
-        LeaderReport { ttid: TTID, term: Term(5), voted_ms: None, silent_ms: None, proposing: None, candidate: true };
+    let report = LeaderReport {
+        ttid: TTID,
+        term: Term(5),
+        voted_ms: None,
+        elected: false,
+        silent_ms: None,
+        proposing: None,
+        candidate: true,
+    };
     View { node: NodeId(node), report }
 }
 
@@ -71,7 +78,11 @@ fn a_vote_that_was_given_has_its_time() {
     assert!(stands_by(&situation(&[view(2), voted.clone()])));
     voted.report.voted_ms = Some(1000);
     assert_eq!(situation(&[view(2), voted.clone()]).decide(), Decision::Campaign, "it came to nothing");
-    (voted.report.term, voted.report.voted_ms) = (Term(4), Some(0));
+    (voted.report.voted_ms, voted.report.elected) = (Some(0), true);
+    let mut late = voted.clone();
+    (late.node, late.report.elected) = (NodeId(2), false);
+    assert_eq!(situation(&[late, voted.clone()]).decide(), Decision::Campaign, "who won is gone already");
+    (voted.report.term, voted.report.voted_ms, voted.report.elected) = (Term(4), Some(0), false);
     assert_eq!(situation(&[view(2), voted]).decide(), Decision::Campaign, "a term that is over anyway");
 }
 
@@ -113,11 +124,12 @@ fn the_leader_is_known_by_what_it_says_itself() {
 fn any_view(node: u64) -> impl Strategy<Value = View> {
     let age = || prop::option::of(0_u64..6000);
     let proposing = prop::option::of((4_u64..8, age()));
-    (4_u64..8, age(), age(), proposing, any::<bool>()).prop_map(
-        move |(term, voted_ms, silent_ms, proposing, candidate)| {
+    (4_u64..8, age(), age(), proposing, any::<(bool, bool)>()).prop_map(
+        move |(term, voted_ms, silent_ms, proposing, (elected, candidate))| {
             let proposing =
                 proposing.map(|(term, without_primary_ms)| Proposing { term: Term(term), without_primary_ms });
-            let report = LeaderReport { ttid: TTID, term: Term(term), voted_ms, silent_ms, proposing, candidate };
+            let report =
+                LeaderReport { ttid: TTID, term: Term(term), voted_ms, elected, silent_ms, proposing, candidate };
             View { node: NodeId(node), report }
         },
     )
