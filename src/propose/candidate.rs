@@ -115,7 +115,7 @@ pub struct ProposerView {
     pub role: Role,
     /// Who leads, as far as this node knows.
     pub leader: Option<NodeId>,
-    /// The proposer of this node; what it tells is of its last term of office.
+    /// The proposer of this node.
     #[serde(flatten)]
     pub proposer: StatusView,
 }
@@ -271,6 +271,8 @@ impl Task {
 
     fn stands(&self, role: Role, leader: Option<NodeId>) {
         *self.standing.lock() = (role, leader);
+        let standing_by = matches!(role, Role::StandingBy | Role::Resigned);
+        self.status.update(|report| report.standing_by = standing_by);
     }
 
     /// Waits until it's on this member to campaign. `None`: it is to retire.
@@ -312,7 +314,8 @@ impl Task {
                 jitter,
             };
             let decision = if succeeds { Decision::Campaign } else { situation.decide() };
-            let pause = self.lost.wait(Instant::now());
+            let chosen = situation.is_successor();
+            let pause = if chosen { Duration::ZERO } else { self.lost.wait(Instant::now()) };
             let again = match decision {
                 Decision::Campaign if pause.is_zero() || succeeds => {
                     vacant_since.get_or_insert_with(Instant::now);
@@ -335,7 +338,7 @@ impl Task {
                         self.last_leader = leader.or(self.last_leader);
                     }
                     if leader.is_some() {
-                        self.lost.progress();
+                        self.lost = Backoff::new(LOST_PAUSE.0, LOST_PAUSE.1);
                     }
                     again
                 }
@@ -461,12 +464,15 @@ impl Task {
             own_node: Some(self.own),
         };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
-        let (driver, inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
-        let began = Instant::now();
-        let ended = driver.limited(limits).run(inbox, &self.retire).await;
+        let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
+        let (mut driver, began) = (driver.limited(limits), Instant::now());
+        // Its connections stay until the others were told how it ended, so that they don't take it for dead.
+        let ended = driver.serve(&mut inbox, &self.retire).await;
         let report = self.status.report();
-        self.status.update(|report| {
-            (report.leading, report.streaming, report.primary_lost_at) = (false, false, None);
+        // Of a term that is over nothing is to be told.
+        self.status.update(|over| {
+            let Report { ttid, term, .. } = *over;
+            *over = Report { ttid, term, ..Report::default() };
         });
         let led = report.leading;
         self.known_term = self.known_term.max(report.term);

@@ -36,6 +36,8 @@ pub struct Report {
     pub term: Term,
     /// Whether the term is won.
     pub leading: bool,
+    /// Another member leads, or shall: of one that is elected among members.
+    pub standing_by: bool,
     /// The Postgres timeline of this term's WAL, once the term is won.
     pub pg_timeline: Option<PgTimelineId>,
     /// What hot standbys that read from the safekeepers need kept on the primary.
@@ -66,6 +68,7 @@ impl Report {
     /// A short name for what is going on, for status and metrics.
     pub fn state_name(&self) -> &'static str {
         match (self.ttid, self.leading) {
+            _ if self.standing_by => "standing by",
             (None, _) => "waiting for primary",
             (_, true) => "leading",
             (_, false) => "campaigning",
@@ -83,7 +86,7 @@ pub struct Status {
 /// The report in the form `/v1/status` shows.
 #[derive(Debug, Serialize)]
 pub struct StatusView {
-    /// `leading`, `campaigning`, or `waiting for primary`.
+    /// `leading`, `campaigning`, `waiting for primary`, or, of a member of those that elect one, `standing by`.
     pub state: &'static str,
     /// Tenant and timeline on the safekeepers.
     pub timeline: Option<TenantTimelineId>,
