@@ -42,6 +42,9 @@ pub enum What {
 const WHATS: &[What] =
     &[What::Kill, What::Kill, What::Pause, What::Mute, What::Deafen, What::Isolate, What::Reset, What::FullDisk];
 
+/// How often a primary on a full disk is asked to write more.
+const SPACE_TRIES: usize = 100;
+
 /// One of each.
 #[derive(Debug, Clone, Copy)]
 pub struct Fault {
@@ -185,18 +188,29 @@ fn disk<'a>(world: &'a World, place: Place) -> Result<&'a SmallDisk> {
     world.cluster.disks.get(index).context("a disk that can be filled")
 }
 
-/// Makes everybody need more space: WAL of several segments, also when files can be used again.
+/// Makes everybody need more space: WAL of several segments, also when files can be used again. Whoever has none is behind then, or
+/// fails.
 fn need_space(world: &World, place: Place) -> Result<()> {
-    let grow = "SELECT pg_switch_wal(); CREATE TABLE filling AS SELECT repeat(md5(i::text), 20) FROM generate_series(1, 3000) i; \
-                DROP TABLE filling";
+    let grow = "SET synchronous_commit = local; SELECT pg_switch_wal(); \
+                CREATE TABLE filling AS SELECT repeat(md5(i::text), 20) FROM generate_series(1, 3000) i; DROP TABLE filling";
+    let primary = &world.cluster.primary;
+    let Place::Member(index) = place else {
+        let refused = (0..SPACE_TRIES).any(|_| primary.sql().and_then(|mut sql| sql.run(grow)).is_err());
+        ensure!(refused, "the primary has found space on a full disk");
+        return Ok(());
+    };
     for _ in 0..3 {
-        // On a full primary it fails, and the server may go down.
-        let Ok(mut sql) = world.cluster.primary.sql() else { break };
-        match sql.run(&format!("SET synchronous_commit = local; {grow}")) {
-            Err(_) if matches!(place, Place::Server(_)) => break,
-            other => other?,
-        }
+        primary.sql()?.run(grow)?;
     }
+    let (full, end) = (world.cluster.safekeepers.get(index).context("a safekeeper")?, primary.flush_lsn()?);
+    wait_for(RECOVERY, "a majority to have the WAL", || {
+        let flushed = world.cluster.safekeepers.iter().map(|sk| world.cluster.status_lsn(sk, "flush_lsn"));
+        let have = flushed.filter(|lsn| lsn.as_ref().is_ok_and(|lsn| *lsn >= end)).count();
+        ensure!(have >= 2, "{have} have it");
+        Ok(())
+    })?;
+    let flushed = world.cluster.status_lsn(full, "flush_lsn")?;
+    ensure!(flushed < end, "safekeeper {} has found space on a full disk: {flushed}", full.id());
     Ok(())
 }
 

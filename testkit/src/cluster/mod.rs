@@ -304,6 +304,20 @@ impl Cluster {
         self.safekeepers.iter().map(compare).collect()
     }
 
+    /// Compares the files of all safekeepers with each other, from the first segment they have up to `end`.
+    ///
+    /// # Errors
+    /// Where they differ.
+    pub fn compare_copies(&self, end: Lsn) -> Result<ComparedWal> {
+        let (first, others) = self.safekeepers.split_first().context("no safekeeper")?;
+        let mut compared = None;
+        for other in others {
+            let copies = compare_wal(&self.timeline_dir(first), &self.timeline_dir(other), end);
+            compared = Some(copies.with_context(|| format!("safekeepers {} and {}", first.id(), other.id()))?);
+        }
+        compared.context("a single safekeeper")
+    }
+
     /// The directory in which `safekeeper` keeps the timeline's segments.
     #[must_use]
     pub fn timeline_dir(&self, safekeeper: &Safekeeper) -> PathBuf {
