@@ -8,6 +8,7 @@
 //! | `GET /v1/tenant/timeline` | names of all loaded timelines |
 //! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
+//! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}/forks` | WAL that leaders cut off; more behind it, see [`super::forks`] |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
 
 use std::sync::Arc;
@@ -23,6 +24,7 @@ use pgproto::{Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Te
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
+use super::forks;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
 use crate::consensus::history::TermHistory;
@@ -63,6 +65,9 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>) -> Router {
         .route("/v1/utilization", get(utilization))
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks", get(forks::list))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}", get(forks::details))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}/segments/{name}", get(forks::segment))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
         .with_state(Node { registry, peers });
     request::finish(router)
@@ -96,7 +101,7 @@ async fn list_timelines(State(registry): Timelines) -> Json<Vec<TenantTimelineId
 }
 
 /// Looks up the timeline that a path names.
-fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
+pub(super) fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
     let tenant_id: TenantId = parse_id(tenant, "tenant_id")?;
     let timeline_id: TimelineId = parse_id(timeline, "timeline_id")?;
     Ok(registry.get(TenantTimelineId::new(tenant_id, timeline_id))?)

@@ -272,6 +272,7 @@ async fn wal_that_was_set_aside_is_shown() {
     std::fs::write(dir.join("safekeeper.control.fork.0000000000000001"), page).unwrap();
     std::fs::write(dir.join("safekeeper.control.fork.0000000000000002"), b"rubbish").unwrap();
     let expected = json!([{
+        "number": 1,
         "file": "safekeeper.control.fork.0000000000000001",
         "from_lsn": "0/123458",
         "to_lsn": "0/123500",
@@ -279,6 +280,7 @@ async fn wal_that_was_set_aside_is_shown() {
         "term": 4,
         "cut_by_term": 5,
         "unix_time": 1_700_000_000,
+        "reason": "cut",
     }]);
     assert_eq!(server.get(&timeline_path()).await.json()["forks"], expected);
 }
