@@ -4,6 +4,7 @@
 //!
 //! | Room | What it promises |
 //! |---|---|
+//! | [`operate`] | what an operator does across nodes and servers: failover, switchover |
 //! | [`http`] | the management API and `/metrics` |
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
@@ -22,6 +23,7 @@ pub mod daemon;
 pub mod http;
 pub mod lanes;
 pub mod metrics;
+pub mod operate;
 pub mod peers;
 pub mod propose;
 pub mod receive;

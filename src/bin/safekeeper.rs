@@ -8,6 +8,7 @@ use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
 use safekeeper::lanes::Lanes;
 use safekeeper::peers::{PeerOptions, Peers};
+use safekeeper::propose::candidate::{Candidate, CandidateSettings};
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::{self, DataDir, DataDirOptions, ForkLimits, RealDisk};
@@ -58,6 +59,13 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     daemon::raise_file_limit();
+    let candidacy = settings.upstream.clone().map(|upstream| CandidateSettings {
+        upstream,
+        safekeepers: settings.members(),
+        slot: settings.upstream_slot.clone(),
+        application_name: settings.upstream_application_name.clone(),
+        buffer_size: settings.upstream_buffer_size.0,
+    });
     let retention = RetentionPolicy {
         wal_keep_size: settings.wal_keep_size.map(|size| size.0),
         max_slot_wal_keep_size: settings.max_slot_wal_keep_size.map(|size| size.0),
@@ -95,7 +103,9 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
     tokio::spawn(Arc::clone(&peers).run());
     let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
-    let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers));
+    let candidate = candidacy
+        .map(|candidacy| Candidate::start(Arc::clone(&registry), Arc::clone(&peers), candidacy, shutdown.clone()));
+    let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate);
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
     server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
     shutdown.cancel();

@@ -11,6 +11,7 @@
 mod foreign;
 mod logging;
 mod safekeeper;
+pub mod safekeeperctl;
 mod values;
 mod walproposer;
 mod walreceiver;
@@ -25,6 +26,7 @@ pub use foreign::ForeignFlag;
 pub use logging::{LogFilterError, LogFormat, init_logging};
 pub use pgproto::host_port::{HostPort, ParseHostPortError};
 pub use safekeeper::SafekeeperSettings;
+pub use safekeeperctl::SafekeeperctlSettings;
 pub use values::{ByteSize, ParseByteSizeError};
 pub use walproposer::WalproposerSettings;
 pub use walreceiver::WalreceiverSettings;

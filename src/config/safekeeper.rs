@@ -1,12 +1,15 @@
 //! Settings of the `safekeeper` daemon. Names and defaults are those of Neon's safekeeper where it has them
 //! (spec: semantics 18), so that a start script for one starts the other.
 
+use std::collections::HashSet;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{ArgAction, Parser, builder::BoolishValueParser};
 use pgproto::NodeId;
 
+use super::walproposer::{MIN_BUFFER, few_members};
 use super::{ByteSize, ForeignFlag, HostPort, LogFormat, Settings, foreign, values};
 
 /// Keeps the write-ahead log (WAL) of PostgreSQL servers safe.
@@ -59,6 +62,37 @@ pub struct SafekeeperSettings {
     /// other.
     #[arg(long, value_name = "HOST:PORT,...", env = "SAFEKEEPER_PEERS", value_delimiter = ',', num_args = 1)]
     pub peers: Vec<HostPort>,
+
+    /// The primary, as a libpq connection string or URL: propose its WAL to the safekeepers in --peers, without a walproposer. Give
+    /// it to all of them: they elect the one that does it, and another takes over when that one is lost. With several hosts the
+    /// primary is the one that isn't a standby: host=a,b. The user needs the REPLICATION attribute. Keep a password out of
+    /// the command line: use the file or the environment.
+    #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPER_UPSTREAM", hide_env_values = true)]
+    pub upstream: Option<tokio_postgres::Config>,
+
+    /// Physical replication slot on the primary that keeps WAL for the safekeepers; made when it's missing. The same on all.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "SAFEKEEPER_UPSTREAM_SLOT",
+        default_value = "safekeeper",
+        value_parser = values::slot_name
+    )]
+    pub upstream_slot: String,
+
+    /// Name under which the primary knows whoever proposes its WAL; what synchronous_standby_names must list. The same on all.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "SAFEKEEPER_UPSTREAM_APPLICATION_NAME",
+        default_value = "safekeeper",
+        value_parser = values::application_name
+    )]
+    pub upstream_application_name: String,
+
+    /// WAL of the primary kept in memory, while this node proposes it, for safekeepers that are behind, at least 1MiB.
+    #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_UPSTREAM_BUFFER_SIZE", default_value = "64MiB")]
+    pub upstream_buffer_size: ByteSize,
 
     /// Name of the availability zone this safekeeper is in, for clients that prefer the nearest.
     #[arg(long, value_name = "NAME", env = "SAFEKEEPER_AVAILABILITY_ZONE", value_parser = values::availability_zone)]
@@ -141,6 +175,9 @@ impl Settings for SafekeeperSettings {
             return Err("--fork-keep-size must be 1MiB at least".into());
         }
         let mut warnings = Vec::new();
+        if self.upstream.is_some() {
+            warnings.extend(self.check_upstream()?);
+        }
         if self.no_sync {
             warnings
                 .push("--no-sync: acknowledged WAL is lost when this machine crashes; use it for tests only".into());
@@ -149,6 +186,41 @@ impl Settings for SafekeeperSettings {
             warnings.push("--max-slot-wal-keep-size has no effect without --wal-keep-size: no WAL is removed".into());
         }
         Ok(warnings)
+    }
+}
+
+impl SafekeeperSettings {
+    /// Where the other safekeepers find this one.
+    pub fn own_address(&self) -> &HostPort {
+        self.advertise_pg.as_ref().unwrap_or(&self.listen_pg)
+    }
+
+    /// All safekeepers to which the primary's WAL is proposed: `--peers`, and this one if it isn't among them.
+    pub fn members(&self) -> Vec<HostPort> {
+        let own = self.own_address();
+        let missing = (!self.peers.contains(own)).then(|| own.clone());
+        self.peers.iter().cloned().chain(missing).collect()
+    }
+
+    fn check_upstream(&self) -> Result<Option<String>, String> {
+        if self.peers.is_empty() {
+            let why = "--upstream needs --peers: the addresses of all safekeepers that are to keep the primary's WAL";
+            return Err(why.to_owned());
+        }
+        let mut seen = HashSet::new();
+        if let Some(twice) = self.peers.iter().find(|address| !seen.insert(*address)) {
+            return Err(format!("--peers names {twice} twice; one safekeeper must not count as two"));
+        }
+        if self.own_address().host.parse().is_ok_and(|address: IpAddr| address.is_unspecified()) {
+            let own = self.own_address();
+            return Err(format!("--upstream needs --advertise-pg: other safekeepers don't reach this one at {own}"));
+        }
+        if self.upstream_buffer_size < MIN_BUFFER {
+            let size = self.upstream_buffer_size;
+            return Err(format!("--upstream-buffer-size {size} is too small: at least {MIN_BUFFER}"));
+        }
+        let count = self.members().len();
+        Ok(few_members("--peers", count))
     }
 }
 

@@ -9,7 +9,7 @@ use pgproto::{TenantId, TimelineId};
 use super::{ByteSize, HostPort, LogFormat, Settings, values};
 
 /// The smallest buffer that lets reading from the primary and sending to safekeepers overlap.
-const MIN_BUFFER: ByteSize = ByteSize(1 << 20);
+pub(super) const MIN_BUFFER: ByteSize = ByteSize(1 << 20);
 
 /// Makes a stock PostgreSQL primary commit to a quorum of safekeepers.
 ///
@@ -113,17 +113,18 @@ impl Settings for WalproposerSettings {
         if self.buffer_size < MIN_BUFFER {
             return Err(format!("--buffer-size {} is too small: at least {MIN_BUFFER}", self.buffer_size));
         }
-        Ok(match self.safekeepers.len() {
-            1 | 2 => vec![format!(
-                "--safekeepers names {}: the loss of any one stops commits; use three or five",
-                self.safekeepers.len()
-            )],
-            even if even.is_multiple_of(2) => vec![format!(
-                "--safekeepers names {even}: no more of them may fail than of {}; use three or five",
-                even - 1
-            )],
-            _ => Vec::new(),
-        })
+        Ok(few_members("--safekeepers", self.safekeepers.len()).into_iter().collect())
+    }
+}
+
+/// What is to be said of so many safekeepers, which `flag` names.
+pub(super) fn few_members(flag: &str, count: usize) -> Option<String> {
+    match count {
+        1 | 2 => Some(format!("{flag} names {count}: the loss of any one stops commits; use three or five")),
+        even if even.is_multiple_of(2) => {
+            Some(format!("{flag} names {even}: no more of them may fail than of {}; use three or five", even - 1))
+        }
+        _ => None,
     }
 }
 

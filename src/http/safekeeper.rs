@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `GET /metrics` | metrics in Prometheus's text format |
 //! | `GET /v1/status` | `{"id": node id}` |
+//! | `GET /v1/proposer` | [`ProposerView`](crate::propose::candidate::ProposerView): this member's part in proposing; 404 without `--upstream` |
 //! | `GET /v1/utilization` | `{"timeline_count": n}` |
 //! | `GET /v1/tenant/timeline` | names of all loaded timelines |
 //! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
@@ -32,6 +33,7 @@ use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
 use crate::metrics::{self, Exposition};
 use crate::peers::Peers;
+use crate::propose::candidate::Candidate;
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
@@ -56,8 +58,8 @@ impl FromRef<Node> for Arc<Peers> {
     }
 }
 
-/// The routes, over the timelines of this node and what it knows of the others.
-pub fn router(registry: Arc<Registry>, peers: Arc<Peers>) -> Router {
+/// The routes, over the timelines of this node, what it knows of the others, and its part in proposing, if it has one.
+pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<Candidate>>) -> Router {
     let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry)));
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
@@ -70,6 +72,10 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>) -> Router {
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}/segments/{name}", get(forks::segment))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
         .with_state(Node { registry, peers });
+    let router = match candidate {
+        Some(candidate) => router.route("/v1/proposer", get(async move || Json(candidate.status()))),
+        None => router,
+    };
     request::finish(router)
 }
 

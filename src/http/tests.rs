@@ -53,7 +53,7 @@ async fn safekeeper_server() -> Server {
     let data_dir = DataDir::open(dir.path(), Some(NodeId(7)), false).unwrap();
     let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
     let peers = Peers::new(Arc::clone(&registry), PeerOptions::default(), CancellationToken::new());
-    let mut server = start(safekeeper::router(Arc::clone(&registry), peers), Limits::default()).await;
+    let mut server = start(safekeeper::router(Arc::clone(&registry), peers, None), Limits::default()).await;
     server._dir = Some(dir);
     server.registry = Some(registry);
     server

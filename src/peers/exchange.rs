@@ -7,7 +7,7 @@
 //!
 //! Unknown fields are ignored and missing lists are empty, so that versions can talk to each other.
 
-use pgproto::{HostPort, Lsn, NodeId, TenantTimelineId};
+use pgproto::{HostPort, Lsn, NodeId, TenantTimelineId, Term};
 use serde::{Deserialize, Serialize};
 
 use crate::timeline::members::RemoteTemporary;
@@ -54,6 +54,69 @@ pub struct Exchange {
     /// Timelines of which something is said. The answer is about those of them that it has.
     #[serde(default)]
     pub timelines: Vec<TimelineReport>,
+    /// In a question: the timelines of which the sender wants to know who leads them, one [`LeaderReport`] each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub who_leads: Vec<TenantTimelineId>,
+    /// In an answer: what was asked for in `who_leads`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub leaders: Vec<LeaderReport>,
+    /// The sender led this timeline, and does no longer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resigned: Option<Resigned>,
+}
+
+impl Exchange {
+    /// Nothing but who speaks.
+    pub fn of(from: Sender) -> Self {
+        let (timelines, who_leads, leaders) = (Vec::new(), Vec::new(), Vec::new());
+        Self { from, timelines, who_leads, leaders, resigned: None }
+    }
+}
+
+/// What a node knows of who leads a timeline, and whether it can.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaderReport {
+    /// Which timeline.
+    #[serde(flatten)]
+    pub ttid: TenantTimelineId,
+    /// The highest term promised there; 0 when it doesn't have the timeline.
+    #[serde(default)]
+    pub term: Term,
+    /// How long ago that was promised, in milliseconds; absent when it was before the node started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub term_age_ms: Option<u64>,
+    /// How long the leader of that term has been silent there, in milliseconds; absent when none is connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub silent_ms: Option<u64>,
+    /// The node proposes WAL of the timeline itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proposing: Option<Proposing>,
+    /// The node would propose it, if it were elected.
+    #[serde(default)]
+    pub candidate: bool,
+}
+
+/// A node that leads a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Proposing {
+    /// In which term.
+    pub term: Term,
+    /// For how long it hasn't had a stream from the primary, in milliseconds; absent while it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub without_primary_ms: Option<u64>,
+}
+
+/// The end of a term that its leader chose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resigned {
+    /// Which timeline.
+    #[serde(flatten)]
+    pub ttid: TenantTimelineId,
+    /// The term that ended.
+    pub term: Term,
+    /// Who shall lead next, without waiting.
+    #[serde(default)]
+    pub successor: Option<NodeId>,
 }
 
 /// A node.

@@ -256,7 +256,7 @@ impl Task {
     async fn exchange(&mut self, timelines: Vec<TimelineReport>) -> Result<Exchange, ConnectError> {
         let malformed =
             |error: serde_json::Error| ConnectError::Protocol(format!("malformed message of a peer: {error}"));
-        let message = Exchange { from: self.peers.sender(), timelines };
+        let message = Exchange { timelines, ..Exchange::of(self.peers.sender()) };
         let json = serde_json::to_string(&message).map_err(malformed)?;
         let command = format!("PEER_EXCHANGE '{}'", json.replace('\'', "''"));
         let ask = async {

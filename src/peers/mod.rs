@@ -267,7 +267,7 @@ impl Peers {
         self.take_in(&exchange.from, exchange.timelines);
         let known = asked.into_iter().filter_map(|ttid| self.registry.get(ttid).ok());
         let timelines = known.map(|timeline| report::of(&timeline)).collect();
-        Ok(serde_json::to_string(&Exchange { from: self.sender(), timelines })?)
+        Ok(serde_json::to_string(&Exchange { timelines, ..Exchange::of(self.sender()) })?)
     }
 
     /// Takes in what a node says of timelines that are here.

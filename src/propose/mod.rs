@@ -13,6 +13,7 @@
 //!
 //! | File | What is in it |
 //! |---|---|
+//! | [`candidate`] | proposing inside a safekeeper, by election among the members |
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
@@ -25,6 +26,7 @@
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
+pub mod candidate;
 pub mod checks;
 mod donor;
 mod driver;

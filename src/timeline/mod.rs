@@ -59,6 +59,7 @@ use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::Configuration;
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use crate::consensus::acceptor::{Acceptor, AcceptorError};
 use crate::consensus::health::{Fault, Health};
@@ -69,6 +70,7 @@ use crate::storage::{HistoryError, ReadError, Removed, StorageError, TimelineFil
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
 use members::{MemberReport, Members};
+use push::Leadership;
 use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
 use tail::{Tail, Tails};
@@ -173,6 +175,8 @@ pub struct Timeline {
     readers: Readers,
     tail: Arc<Tail>,
     push_sessions: push::PushSessions,
+    /// The term, and since when it is that, if it ever changed in this process.
+    term_since: Mutex<(Term, Option<Instant>)>,
     slots: Slots,
     members: Members,
     retention: RetentionPolicy,
@@ -208,6 +212,7 @@ impl Timeline {
             readers: Readers::default(),
             tail: Tail::new(Arc::clone(tails)),
             push_sessions: push::PushSessions::default(),
+            term_since: Mutex::new((progress.term, None)),
             slots,
             members: Members::default(),
             retention,
@@ -238,6 +243,18 @@ impl Timeline {
     /// Wakes on every change of [`Self::progress`].
     pub fn watch_progress(&self) -> watch::Receiver<Progress> {
         self.progress.subscribe()
+    }
+
+    /// Who leads, as far as this node knows.
+    pub fn leadership(&self) -> Leadership {
+        let (term, since) = *self.term_since.lock();
+        let term_age = since.map(|since| since.elapsed());
+        Leadership { term, term_age, silent: self.push_sessions.silence_of(term) }
+    }
+
+    /// Wakes when a leader comes or goes.
+    pub fn watch_leadership(&self) -> watch::Receiver<()> {
+        self.push_sessions.watch()
     }
 
     /// Wakes when the commit LSN advances.
@@ -458,6 +475,7 @@ impl Timeline {
 
     fn publish(&self, acceptor: &Acceptor) {
         let now = Progress::of(acceptor);
+        self.note_term(now.term);
         let advanced = |commit: &mut Lsn| {
             let advanced = now.commit_lsn > *commit;
             *commit = now.commit_lsn.max(*commit);
@@ -472,6 +490,13 @@ impl Timeline {
             self.commit_times.lock().committed(now.commit_lsn);
         }
         self.publish_health(acceptor);
+    }
+
+    fn note_term(&self, term: Term) {
+        let mut known = self.term_since.lock();
+        if known.0 != term {
+            *known = (term, Some(Instant::now()));
+        }
     }
 
     /// Publishes how the timeline is, and tells the log when that got worse.
@@ -496,6 +521,7 @@ impl Timeline {
 
     /// Publishes a new term alone, while an action sequence is under way and the LSNs are not yet true.
     fn publish_term(&self, acceptor: &Acceptor) {
+        self.note_term(acceptor.term());
         self.progress.send_if_modified(|progress| {
             let changed = progress.term != acceptor.term();
             progress.term = acceptor.term();

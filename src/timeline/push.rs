@@ -6,11 +6,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use parking_lot::Mutex;
+use pgproto::Term;
 use pgproto::feedback::PageserverFeedback;
 use pgproto::walproposer::{AcceptorMessage, AppendRequest, AppendResponse, ProposerMessage};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::Instant;
 
 use super::writer::Command;
 use super::{Timeline, TimelineError};
@@ -76,18 +79,24 @@ impl PushSession {
     }
 
     async fn request(&self, message: ProposerMessage) -> Result<Option<AcceptorMessage>, TimelineError> {
-        let elected = matches!(message, ProposerMessage::Elected(_));
+        let elected = match &message {
+            ProposerMessage::Elected(elected) => Some(elected.term),
+            _ => None,
+        };
         let (reply, answer) = oneshot::channel();
         let command = Command::Request { message, reply };
         self.mailbox.send(command).await.map_err(|_| self.timeline.gone())?;
         let reply = answer.await.map_err(|_| self.timeline.gone())??;
-        if elected {
+        if let Some(term) = elected {
             self.listed.streaming.store(true, Ordering::Relaxed);
+            self.listed.heard(term);
+            self.timeline.push_sessions.changed();
         }
         Ok(reply)
     }
 
     async fn append(&self, append: AppendRequest) -> Result<(), TimelineError> {
+        self.listed.heard(append.term);
         let command = Command::Append { session: Arc::clone(&self.session), append };
         self.mailbox.send(command).await.map_err(|_| self.timeline.gone())
     }
@@ -127,9 +136,30 @@ impl Drop for PushSession {
 struct ListedSession {
     conn_id: u32,
     streaming: AtomicBool,
+    /// The term it was elected in, and when it was last heard in it.
+    leads: Mutex<Option<(Term, Instant)>>,
     /// Reports of page servers that the proposer is to be told, by shard.
     feedback: Mutex<BTreeMap<u32, PageserverFeedback>>,
     feedback_news: Notify,
+}
+
+impl ListedSession {
+    /// Its proposer, elected in `term`, spoke.
+    fn heard(&self, term: Term) {
+        *self.leads.lock() = Some((term, Instant::now()));
+    }
+}
+
+/// Who leads a timeline, as this node knows it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Leadership {
+    /// The highest term this node has promised to follow.
+    pub term: Term,
+    /// How long ago it was promised; `None`: before this process began.
+    pub term_age: Option<Duration>,
+    /// How long the leader of that term has been silent; `None` when it isn't connected here, or nobody was elected yet. One
+    /// with nothing to say is heard every second.
+    pub silent: Option<Duration>,
 }
 
 /// Shards that a compute knows of at most. It stops with an assertion when it is told of another one.
@@ -145,9 +175,15 @@ pub struct PushStatus {
 }
 
 /// The proposers connected to a timeline.
-#[derive(Default)]
 pub struct PushSessions {
     list: Mutex<BTreeMap<u32, Arc<ListedSession>>>,
+    changes: watch::Sender<()>,
+}
+
+impl Default for PushSessions {
+    fn default() -> Self {
+        Self { list: Mutex::default(), changes: watch::Sender::new(()) }
+    }
 }
 
 impl PushSessions {
@@ -155,6 +191,7 @@ impl PushSessions {
         let listed = Arc::new(ListedSession {
             conn_id,
             streaming: AtomicBool::new(false),
+            leads: Mutex::default(),
             feedback: Mutex::default(),
             feedback_news: Notify::new(),
         });
@@ -164,6 +201,24 @@ impl PushSessions {
 
     fn remove(&self, listed: &Arc<ListedSession>) {
         self.list.lock().remove(&listed.conn_id);
+        self.changed();
+    }
+
+    /// Wakes who watches for leaders that come and go.
+    fn changed(&self) {
+        self.changes.send_replace(());
+    }
+
+    /// How long the leader of `term` has been silent, if it is connected.
+    pub(super) fn silence_of(&self, term: Term) -> Option<Duration> {
+        let list = self.list.lock();
+        let heard = list.values().filter_map(|session| *session.leads.lock()).filter(|(of, _)| *of == term);
+        heard.map(|(_, at)| at.elapsed()).min()
+    }
+
+    /// Wakes when a proposer was elected, and when one is gone.
+    pub(super) fn watch(&self) -> watch::Receiver<()> {
+        self.changes.subscribe()
     }
 
     /// Has all proposers told what a page server reports.

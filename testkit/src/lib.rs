@@ -20,13 +20,14 @@ mod postgres;
 mod process;
 mod programs;
 mod prometheus;
+mod proxy;
 mod random;
 mod scratch;
 mod sql;
 mod wait;
 
 pub use cluster::{
-    APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Safekeeper, Walproposer, compare_wal,
+    APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Proposing, Safekeeper, Walproposer, compare_wal,
 };
 pub use http::{HttpResponse, http_get, http_post};
 pub use ledger::{Commit, Ledger};
@@ -36,6 +37,7 @@ pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata
 pub use process::{Daemon, Launch, run_within};
 pub use programs::{Account, Clients, Programs, in_ci, leave_out, run};
 pub use prometheus::{Prometheus, promtool};
+pub use proxy::{Network, Place, Proxy, Way};
 pub use random::Random;
 pub use rustix::process::Signal;
 pub use scratch::{Scratch, scenario};

@@ -75,8 +75,18 @@ impl Safekeeper {
 
     /// From the next start on, it knows the addresses of all safekeepers, separated by commas.
     pub fn set_peers(&mut self, addresses: &str) {
+        self.add_args(&["--peers", addresses]);
+    }
+
+    /// From the next start on, it proposes what one of the servers at `conninfo` writes, whenever it is elected.
+    pub fn set_upstream(&mut self, conninfo: &str) {
+        self.add_args(&["--upstream", conninfo, "--upstream-application-name", APPLICATION_NAME]);
+    }
+
+    /// From the next start on, it gets these arguments, too.
+    pub fn add_args(&mut self, args: &[&str]) {
         let launch = self.daemon.launch_mut();
-        *launch = launch.clone().args(["--peers", addresses]);
+        *launch = launch.clone().args(args);
     }
 
     /// Starts it and waits until it answers `GET /v1/status` with its own id.

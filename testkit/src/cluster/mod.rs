@@ -2,16 +2,21 @@
 
 mod daemons;
 mod segments;
+mod wiring;
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use pgproto::lsn::Lsn;
 
+use self::wiring::Wiring;
 use crate::http::http_get;
+use crate::port::Port;
 use crate::postgres::{DEFAULT_SEGMENT_MEGABYTES, Postgres};
 use crate::programs::Programs;
+use crate::proxy::{Network, Place};
 use crate::scratch::Scratch;
 use crate::secs;
 use crate::wait::wait_for;
@@ -21,6 +26,16 @@ pub use segments::{ComparedWal, compare_wal};
 
 /// Enough for a start, an election or a catch-up on a busy machine.
 const SETTLE_DEADLINE: Duration = secs(60);
+
+/// Who proposes the primary's WAL.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Proposing {
+    /// The stand-alone walproposer.
+    #[default]
+    Walproposer,
+    /// The safekeepers elect one of themselves (`--upstream`). [`Cluster::walproposer`] is there but not started.
+    Members,
+}
 
 /// What a [`Cluster`] is made of.
 #[derive(Debug, Clone)]
@@ -37,6 +52,13 @@ pub struct ClusterOptions<'a> {
     pub peers: bool,
     /// Size of the primary's WAL segments, in megabytes.
     pub segment_megabytes: u32,
+    /// Who proposes. [`Proposing::Members`] includes `peers`.
+    pub proposing: Proposing,
+    /// Servers beside the primary that whoever proposes knows of, to be made by [`Cluster::add_standby`].
+    pub further_servers: usize,
+    /// All connections among safekeepers and from proposers to safekeepers and servers can be cut: [`Cluster::network`]. Readers and
+    /// operators connect past that.
+    pub proxied: bool,
     /// The primary's server; if `None`, what [`Programs::find`] finds.
     pub programs: Option<Programs>,
 }
@@ -51,6 +73,9 @@ impl Default for ClusterOptions<'_> {
             safekeeper_args: &[],
             peers: false,
             segment_megabytes: DEFAULT_SEGMENT_MEGABYTES,
+            proposing: Proposing::default(),
+            further_servers: 0,
+            proxied: false,
             programs: None,
         }
     }
@@ -63,8 +88,11 @@ pub struct Cluster {
     pub primary: Postgres,
     /// The quorum; ids 1, 2, ...
     pub safekeepers: Vec<Safekeeper>,
-    /// From the primary to the quorum.
+    /// From the primary to the quorum. Not running with [`Proposing::Members`].
     pub walproposer: Walproposer,
+    /// What can be cut, with [`ClusterOptions::proxied`]; otherwise empty.
+    pub network: Network,
+    further_ports: VecDeque<Port>,
     ttid: String,
 }
 
@@ -81,21 +109,34 @@ impl Cluster {
         primary.start()?;
         let prepare = |id| Safekeeper::new(scratch, binaries, id, options.safekeeper_args);
         let mut safekeepers = (1..=options.safekeepers).map(prepare).collect::<Result<Vec<_>>>()?;
-        if options.peers {
-            let addresses = safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",");
-            safekeepers.iter_mut().for_each(|safekeeper| safekeeper.set_peers(&addresses));
-        }
-        for safekeeper in &mut safekeepers {
+        let further_ports = (0..options.further_servers).map(|_| Port::reserve()).collect::<Result<VecDeque<_>>>()?;
+        let servers: Vec<u16> = std::iter::once(primary.port()).chain(further_ports.iter().map(Port::number)).collect();
+        let mut wiring = Wiring::new(&safekeepers, servers, options.proxied);
+        for index in 0..safekeepers.len() {
+            let (peers, upstream) = match options.proposing {
+                Proposing::Members => (true, Some(wiring.servers_for(Place::Member(index))?)),
+                Proposing::Walproposer => (options.peers, None),
+            };
+            let peers = if peers { Some(wiring.safekeepers_for(Place::Member(index))?) } else { None };
+            let Some(safekeeper) = safekeepers.get_mut(index) else { break };
+            peers.into_iter().for_each(|addresses| safekeeper.set_peers(&addresses));
+            upstream.into_iter().for_each(|conninfo| safekeeper.set_upstream(&conninfo));
             safekeeper.start()?;
         }
-        let mut walproposer = Walproposer::new(scratch, binaries, &primary, &safekeepers)?;
-        walproposer.start()?;
+        let (primaries, members) =
+            (wiring.servers_for(Place::Walproposer)?, wiring.safekeepers_for(Place::Walproposer)?);
+        let args = ["--primary", primaries.as_str(), "--safekeepers", members.as_str()];
+        let mut walproposer = Walproposer::named(scratch, binaries, "walproposer", &primary, &safekeepers, &args)?;
+        if options.proposing == Proposing::Walproposer {
+            walproposer.start()?;
+        }
+        let network = wiring.network;
         // Both ids are the system identifier, big-endian, behind eight zero bytes.
         let id = format!("{:032x}", primary.system_identifier()?);
-        let mut cluster = Cluster { primary, safekeepers, walproposer, ttid: id };
+        let mut cluster = Cluster { primary, safekeepers, walproposer, network, further_ports, ttid: id };
         cluster.wait_streaming()?;
         if options.synchronous {
-            cluster.primary.set("synchronous_standby_names", &format!("'ANY 1 ({APPLICATION_NAME})'"))?;
+            cluster.primary.set("synchronous_standby_names", &synchronous_names())?;
             cluster.wait_synchronous()?;
         }
         Ok(cluster)
@@ -128,10 +169,30 @@ impl Cluster {
         let query = format!(
             "SELECT count(*) FROM pg_stat_replication WHERE application_name = '{APPLICATION_NAME}' AND {condition}"
         );
-        self.walproposer.daemon().wait_until(SETTLE_DEADLINE, what, || {
+        // The members are looked at by whoever kills them; a walproposer that wasn't started isn't missed.
+        let proposer = self.walproposer.daemon();
+        let watched = proposer.pid().is_some();
+        wait_for(SETTLE_DEADLINE, what, || {
+            if watched {
+                proposer.check_alive()?;
+            }
             ensure!(primary.sql()?.value(&query)? != "0", "pg_stat_replication has no such row");
             Ok(())
         })
+    }
+
+    /// Makes and starts the next of [`ClusterOptions::further_servers`]: a hot standby that reads from the safekeepers, and that
+    /// will wait for them with its own commits when it is promoted.
+    ///
+    /// # Errors
+    /// When there is none left, or it doesn't start.
+    pub fn add_standby(&mut self, scratch: &Scratch, name: &str) -> Result<Postgres> {
+        let port = self.further_ports.pop_front().context("a further server")?;
+        let source = self.readers_conninfo(name);
+        let mut standby = Postgres::standby_on(port, scratch, name, &self.primary, &source)?;
+        standby.configure(&[("synchronous_standby_names", &synchronous_names())])?;
+        standby.start()?;
+        Ok(standby)
     }
 
     /// Libpq connection string that lists all safekeepers, for standbys and receivers.
@@ -216,4 +277,9 @@ impl Cluster {
     pub fn timeline_dir(&self, safekeeper: &Safekeeper) -> PathBuf {
         safekeeper.data_dir().join(&self.ttid).join(&self.ttid)
     }
+}
+
+/// The setting by which commits wait for whoever proposes.
+fn synchronous_names() -> String {
+    format!("'ANY 1 ({APPLICATION_NAME})'")
 }

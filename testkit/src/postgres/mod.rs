@@ -84,7 +84,7 @@ impl Postgres {
             .arg(format!("--wal-segsize={segment_megabytes}"))
             .account(scratch.account());
         run(&mut initdb.command())?;
-        let server = Postgres::assemble(scratch, name, programs, data)?;
+        let server = Postgres::assemble(scratch, name, programs, data, Port::reserve()?);
         server.configure(BASE_SETTINGS)?;
         server.configure(&[("port", &server.port.number().to_string())])?;
         server.configure(settings)?;
@@ -97,13 +97,27 @@ impl Postgres {
     /// # Errors
     /// When the backup fails.
     pub fn standby_of(scratch: &Scratch, name: &str, primary: &Postgres, primary_conninfo: &str) -> Result<Postgres> {
+        Self::standby_on(Port::reserve()?, scratch, name, primary, primary_conninfo)
+    }
+
+    /// Same on a certain port.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn standby_on(
+        port: Port,
+        scratch: &Scratch,
+        name: &str,
+        primary: &Postgres,
+        primary_conninfo: &str,
+    ) -> Result<Postgres> {
         let data = scratch.postgres_dir(name)?.join("data");
         let backup = Launch::new(primary.programs.clients().path("pg_basebackup"))
             .args(["-X", "none", "--checkpoint=fast", "--no-sync", "-d", &primary.conninfo(), "-D"])
             .arg(&data)
             .account(scratch.account());
         run_within(scratch, "pg_basebackup", backup, START_DEADLINE)?;
-        let server = Postgres::assemble(scratch, name, primary.programs.clone(), data)?;
+        let server = Postgres::assemble(scratch, name, primary.programs.clone(), data, port);
         let signal = server.data.join("standby.signal");
         fs::File::create(&signal)?;
         scratch.hand_to_postgres(&signal)?;
@@ -117,10 +131,10 @@ impl Postgres {
         Ok(server)
     }
 
-    fn assemble(scratch: &Scratch, name: &str, programs: Programs, data: PathBuf) -> Result<Postgres> {
+    fn assemble(scratch: &Scratch, name: &str, programs: Programs, data: PathBuf, port: Port) -> Postgres {
         let launch = Launch::new(programs.path("postgres")).arg("-D").arg(&data).account(scratch.account());
         let daemon = Daemon::new(scratch, name, launch);
-        Ok(Postgres { name: name.to_owned(), programs, port: Port::reserve()?, data, daemon })
+        Postgres { name: name.to_owned(), programs, port, data, daemon }
     }
 
     /// Appends settings to postgresql.conf, where the last one wins. Values are written as given: quote texts.

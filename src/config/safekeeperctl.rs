@@ -1,0 +1,178 @@
+//! Settings of `safekeeperctl`: one subcommand for each thing that an operator does.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use pgproto::{TenantId, TenantTimelineId, TimelineId};
+
+use super::{HostPort, Settings};
+
+/// Operates safekeepers and the failover of the primary that they serve.
+///
+/// The settings that several commands have in common may be given as flags, as environment variables, or in a TOML file
+/// (--config), where the key is the flag's name without the dashes.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "safekeeperctl", version, arg_required_else_help = true, after_long_help = EXIT_CODES)]
+pub struct SafekeeperctlSettings {
+    /// TOML file with any of the settings that the commands have in common.
+    #[arg(long, value_name = "FILE", env = "SAFEKEEPERCTL_CONFIG", global = true)]
+    pub config: Option<PathBuf>,
+
+    /// Postgres-protocol addresses of all safekeepers, separated by commas.
+    #[arg(
+        long,
+        value_name = "HOST:PORT,...",
+        env = "SAFEKEEPERCTL_SAFEKEEPERS",
+        value_delimiter = ',',
+        num_args = 1,
+        global = true
+    )]
+    pub safekeepers: Vec<HostPort>,
+
+    /// HTTP addresses of the safekeepers, separated by commas.
+    #[arg(
+        long,
+        value_name = "HOST:PORT,...",
+        env = "SAFEKEEPERCTL_NODES",
+        value_delimiter = ',',
+        num_args = 1,
+        global = true
+    )]
+    pub nodes: Vec<HostPort>,
+
+    /// Tenant on the safekeepers, 32 hex digits. Not needed where they have one timeline.
+    #[arg(long, value_name = "HEX", env = "SAFEKEEPERCTL_TENANT_ID", global = true)]
+    pub tenant_id: Option<TenantId>,
+
+    /// Timeline on the safekeepers, 32 hex digits. Not needed where they have one timeline.
+    #[arg(long, value_name = "HEX", env = "SAFEKEEPERCTL_TIMELINE_ID", global = true)]
+    pub timeline_id: Option<TimelineId>,
+
+    /// Limit for the whole command, such as 30s or 10min.
+    #[arg(long, value_name = "TIME", env = "SAFEKEEPERCTL_TIMEOUT", default_value = "5min", global = true)]
+    pub timeout: humantime::Duration,
+
+    /// Print one JSON object on standard output when done, also after a failure. Steps are told on standard error meanwhile.
+    #[arg(long, global = true)]
+    pub json: bool,
+
+    /// What to do.
+    #[command(subcommand)]
+    pub command: CtlCommand,
+}
+
+/// What to do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum CtlCommand {
+    /// The primary is gone: make it safe to promote a standby.
+    #[command(subcommand)]
+    Failover(FailoverCommand),
+    /// Take a safekeeper out cleanly, and show each step until its process is gone.
+    Drain(DrainArgs),
+    /// Timelines on a safekeeper.
+    #[command(subcommand)]
+    Timeline(TimelineCommand),
+}
+
+/// Failover.
+#[derive(Clone, Debug, Subcommand)]
+pub enum FailoverCommand {
+    /// Fence the old primary off, bring the safekeepers to one LSN, and wait until the standby has all of it.
+    Prepare(PrepareArgs),
+}
+
+/// `failover prepare`.
+#[derive(Args, Clone, Debug)]
+pub struct PrepareArgs {
+    /// The standby to be promoted, as a libpq connection string or URL.
+    #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPERCTL_STANDBY", hide_env_values = true)]
+    pub standby: Option<tokio_postgres::Config>,
+
+    /// If the standby doesn't get there: make it stream from the safekeepers (ALTER SYSTEM SET primary_conninfo).
+    #[arg(long)]
+    pub repoint: bool,
+}
+
+/// `drain`.
+#[derive(Args, Clone, Debug)]
+pub struct DrainArgs {
+    /// HTTP address of the safekeeper.
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE")]
+    pub node: HostPort,
+}
+
+/// Timelines on a safekeeper.
+#[derive(Clone, Debug, Subcommand)]
+pub enum TimelineCommand {
+    /// WAL that was set aside when a newer leader cut it off.
+    #[command(subcommand)]
+    Forks(ForksCommand),
+}
+
+/// Forks.
+#[derive(Clone, Debug, Subcommand)]
+pub enum ForksCommand {
+    /// List them.
+    List(ForksArgs),
+    /// Write them as segment files, for pg_waldump.
+    Export(ForksExportArgs),
+}
+
+/// Where forks are looked for.
+#[derive(Args, Clone, Debug)]
+pub struct ForksArgs {
+    /// HTTP address of the safekeeper.
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE")]
+    pub node: HostPort,
+}
+
+/// `timeline forks export`.
+#[derive(Args, Clone, Debug)]
+pub struct ForksExportArgs {
+    /// Where they are.
+    #[command(flatten)]
+    pub from: ForksArgs,
+
+    /// Name of the fork, as the list has it; all if not given.
+    #[arg(value_name = "NAME")]
+    pub name: Option<String>,
+
+    /// Directory for the segments; made if it's missing.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+}
+
+impl SafekeeperctlSettings {
+    /// The timeline, if it was named.
+    pub fn ttid(&self) -> Option<TenantTimelineId> {
+        self.tenant_id.zip(self.timeline_id).map(|(tenant, timeline)| TenantTimelineId::new(tenant, timeline))
+    }
+}
+
+impl Settings for SafekeeperctlSettings {
+    fn check(&self) -> Result<Vec<String>, String> {
+        for (flag, addresses) in [("--safekeepers", &self.safekeepers), ("--nodes", &self.nodes)] {
+            let mut seen = HashSet::new();
+            if let Some(twice) = addresses.iter().find(|address| !seen.insert(*address)) {
+                return Err(format!("{flag} names {twice} twice; one safekeeper must not count as two"));
+            }
+        }
+        if self.tenant_id.is_some() != self.timeline_id.is_some() {
+            return Err("--tenant-id and --timeline-id go together: give both or neither".to_owned());
+        }
+        if self.safekeepers.is_empty() && matches!(self.command, CtlCommand::Failover(_)) {
+            return Err("--safekeepers is missing: who holds the WAL? Name all of them".to_owned());
+        }
+        Ok(Vec::new())
+    }
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  it went wrong on the way: the message says how far it came; once the reason is gone, run it again
+  2  wrong command line
+  3  a check failed; nothing was changed
+  4  not done within --timeout; run it again, it goes on from there
+  5  going on could lose commits, or it can't be proven that it doesn't: a person must decide";

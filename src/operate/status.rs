@@ -1,0 +1,1 @@
+//! The members side by side.

@@ -1,0 +1,1 @@
+//! From one primary to another on purpose, with nothing lost and nothing left behind.
