@@ -2,11 +2,12 @@
 //! own tools read like those of the server that wrote it. Within limits.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
-use pgproto::Lsn;
+use pgproto::{Lsn, SegmentNumber, SegmentSize};
 use serde_json::Value;
 use testkit::{
     Binaries, Cluster, ClusterOptions, Postgres, Programs, Safekeeper, Scratch, Walproposer, http_get, scenario, secs,
@@ -91,7 +92,8 @@ fn compare_with(server: &Postgres, exported: &Value) -> Result<()> {
         let (ours, theirs) = (std::fs::read(path)?, std::fs::read(server.wal_dir().join(name))?);
         ensure!(ours.len() == theirs.len(), "{} bytes in {}", ours.len(), path.display());
         let size = ours.len() as u64;
-        let in_it = if end / size == u64::from_str_radix(&name.to_string_lossy()[16..], 16)? { end % size } else { size };
+        let in_it =
+            if end / size == u64::from_str_radix(&name.to_string_lossy()[16..], 16)? { end % size } else { size };
         let in_it = usize::try_from(in_it)?;
         ensure!(ours[..in_it] == theirs[..in_it], "{} differs", path.display());
         ensure!(ours[in_it..].iter().all(|&byte| byte == 0), "something behind the end in {}", path.display());
@@ -124,8 +126,7 @@ fn promote(scratch: &Scratch, cluster: &mut Cluster, new: &Postgres) -> Result<W
 fn what_a_lost_primary_wrote_to_one_member_can_be_read() {
     scenario("forks", |scratch| {
         let mut cluster = start(scratch, &[])?;
-        let mut new =
-            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
+        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
         new.configure(&[SYNCHRONOUS])?;
         new.start()?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
@@ -152,7 +153,8 @@ fn what_a_lost_primary_wrote_to_one_member_can_be_read() {
         let reason = fork["reason"].as_str().context("a reason")?;
         ensure!(reason.contains(&format!("term {}", fork["cut_by_term"])), "{reason}");
         look_at_it(scratch, &mut cluster, &fork)?;
-        metrics_tell(&cluster, end.0 - lsn(&fork, "from_lsn")?.0)
+        metrics_tell(&cluster, end.0 - lsn(&fork, "from_lsn")?.0)?;
+        without_what_stands_before(scratch, &mut cluster, &fork)
     });
 }
 
@@ -201,6 +203,34 @@ fn look_at_it(scratch: &Scratch, cluster: &mut Cluster, fork: &Value) -> Result<
     compare_with(&cluster.primary, &result(&args)?["forks"][0])?;
     ensure!(waldump(&offline, from, to)? == told, "exported otherwise");
     cluster.safekeeper(0)?.start()
+}
+
+/// What stands before the fork is damaged in the log: the fork can be read all the same. The node is of no use afterwards.
+fn without_what_stands_before(scratch: &Scratch, cluster: &mut Cluster, fork: &Value) -> Result<()> {
+    let (from, to) = (lsn(fork, "from_lsn")?, lsn(fork, "to_lsn")?);
+    cluster.safekeeper(0)?.stop()?;
+    let datadir = cluster.safekeepers[0].data_dir().to_owned();
+    let datadir = datadir.to_str().context("UTF-8")?;
+    // What the journal still holds would heal the segment.
+    result(&["list", "--datadir", datadir])?;
+    // Whatever Postgres timeline is in its name by now.
+    let number = SegmentNumber::containing(from, SegmentSize::DEFAULT);
+    let name = number.file_name(pgproto::PgTimelineId::FIRST, SegmentSize::DEFAULT)[8..].to_owned();
+    let entries = std::fs::read_dir(cluster.timeline_dir(&cluster.safekeepers[0]))?.collect::<Result<Vec<_>, _>>()?;
+    let is_it = |name_of: &str| name_of.get(8..24) == Some(&name);
+    let segment = entries.iter().find(|entry| is_it(&entry.file_name().to_string_lossy()));
+    let segment = std::fs::File::options().read(true).write(true).open(segment.context("the segment")?.path())?;
+    let at = from.0 % SegmentSize::DEFAULT.bytes() - 1;
+    let mut byte = [0];
+    segment.read_exact_at(&mut byte, at)?;
+    segment.write_all_at(&[byte[0] ^ 1], at)?;
+
+    let directory = scratch.path().join("nothing-before");
+    let args = ["export", "--datadir", datadir, "1", "--output", directory.to_str().context("UTF-8")?];
+    let exported = result(&args)?["forks"][0].clone();
+    assert_eq!((lsn(&exported, "whole_from_lsn")?, &exported["intact"]), (from, &Value::Bool(true)));
+    ensure!(waldump(&directory, from, to)? == waldump(&cluster.primary.wal_dir(), from, to)?, "read otherwise");
+    Ok(())
 }
 
 fn metrics_tell(cluster: &Cluster, bytes: u64) -> Result<()> {

@@ -78,6 +78,8 @@ pub struct ExportedFork {
     pub directory: PathBuf,
     /// The segments.
     pub files: Vec<PathBuf>,
+    /// Before this in the first segment there are zeros: that WAL isn't on the node any more. Otherwise that segment's begin.
+    pub whole_from_lsn: Lsn,
     /// Begin of the fork.
     pub from_lsn: Lsn,
     /// End of what was kept.

@@ -44,6 +44,7 @@ pub(super) async fn one(source: &Source, number: u64, directory: PathBuf) -> Res
     Ok(ExportedFork {
         number,
         files,
+        whole_from_lsn: details.whole_from_lsn,
         from_lsn: details.fork.from_lsn,
         kept_to_lsn: details.fork.kept_to_lsn,
         records_end_lsn: checker.records_end(),
