@@ -28,6 +28,7 @@ use super::error::ApiError;
 use super::fence;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
+use super::walproposer;
 use crate::consensus::history::TermHistory;
 use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
@@ -60,7 +61,11 @@ impl FromRef<Node> for Arc<Peers> {
 
 /// The routes, over the timelines of this node, what it knows of the others, and its part in proposing, if it has one.
 pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<Candidate>>) -> Router {
-    let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry)));
+    let exposition = Exposition::safekeeper(Arc::clone(&registry));
+    let exposition = Arc::new(match &candidate {
+        Some(candidate) => exposition.with_proposer(walproposer::Source(candidate.proposer())),
+        None => exposition,
+    });
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
         .route("/v1/status", get(node_status))

@@ -251,8 +251,19 @@ impl Driver {
         self
     }
 
-    /// Holds office until it ends.
+    /// Holds office until it ends, and lets go of everything.
     pub(super) async fn run(mut self, mut inbox: Inbox, shutdown: &tokio_util::sync::CancellationToken) -> Ended {
+        self.serve(&mut inbox, shutdown).await
+    }
+
+    /// Holds office until it ends. The primary is let go of then; the safekeepers are when the driver is dropped.
+    pub(super) async fn serve(&mut self, inbox: &mut Inbox, shutdown: &tokio_util::sync::CancellationToken) -> Ended {
+        let ended = self.serve_all(inbox, shutdown).await;
+        self.upstream = None;
+        ended
+    }
+
+    async fn serve_all(&mut self, inbox: &mut Inbox, shutdown: &tokio_util::sync::CancellationToken) -> Ended {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut events = Vec::with_capacity(EVENT_BATCH);
