@@ -18,7 +18,7 @@
 //!
 //! Acceptors are known by their index in the list of addresses given at the start, and by node id once they greeted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
@@ -548,6 +548,7 @@ impl Proposer {
         let best = votes().max_by_key(|v| (last_term(v), v.flush_lsn));
         let (donor_history, donor_end) =
             best.map_or((Vec::new(), Lsn::INVALID), |vote| (vote.term_history.clone(), vote.flush_lsn));
+        let fence = votes().filter_map(|vote| vote.fence).max();
         let donor_timelines = best.and_then(|vote| vote.ancestry.as_ref());
         let start = if donor_end.is_valid() { donor_end } else { self.config.initial_start };
         if !start.is_valid() {
@@ -563,7 +564,9 @@ impl Proposer {
             };
         let stock = match self.config.stock.as_ref().map(|server| server.lead_from(start, donor_timelines)).transpose()
         {
-            Ok(stock) => stock,
+            // A majority elects, so where a majority has a fence it is among the votes, and comes to all who follow: also
+            // to those that were away when it was set, or lost their disk since.
+            Ok(stock) => stock.map(|primary| StockPrimary { fence, ..primary }),
             Err(divergence) => return vec![Effect::StepDown(divergence.into())],
         };
         self.truncate_lsn = horizon;
@@ -703,6 +706,16 @@ impl Proposer {
     /// Whether a majority of every member set follows.
     pub fn quorum_follows(&self) -> bool {
         self.quorum(|p| p.state == PeerState::Following)
+    }
+
+    /// Whether a majority of every member set follows, counting only those that are `heard`.
+    pub fn quorum_follows_and(&self, heard: impl Fn(PeerIndex) -> bool) -> bool {
+        let following = |(index, p): (usize, &Peer)| {
+            let counts = p.state == PeerState::Following && heard(PeerIndex(index));
+            p.node_id.filter(|_| counts)
+        };
+        let following: BTreeSet<NodeId> = self.peers.iter().enumerate().filter_map(following).collect();
+        self.quorum(|p| p.node_id.is_some_and(|node| following.contains(&node)))
     }
 
     fn quorum(&self, holds: impl Fn(&Peer) -> bool) -> bool {

@@ -23,6 +23,7 @@
 //! | [`walreceiver`] | routes of the walreceiver |
 
 pub mod error;
+mod fence;
 pub mod forks;
 mod request;
 mod retention_status;

@@ -11,6 +11,7 @@
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}/forks` | WAL that leaders cut off; more behind it, see [`super::forks`] |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
+//! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/fence` | fences off primaries, with `{"pg_timeline": n}` those up to that Postgres timeline; `{"clear": true}` lifts it, `{}` asks: `{"previous_term", "term", "flush_lsn", "commit_lsn", "pg_timeline"}` |
 
 use std::sync::Arc;
 
@@ -25,9 +26,11 @@ use pgproto::{Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Te
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
+use super::fence;
 use super::forks;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
+use super::walproposer;
 use crate::consensus::history::TermHistory;
 use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
@@ -37,7 +40,7 @@ use crate::propose::candidate::Candidate;
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
-type Timelines = State<Arc<Registry>>;
+pub(super) type Timelines = State<Arc<Registry>>;
 
 /// What the routes are about.
 #[derive(Clone)]
@@ -60,7 +63,11 @@ impl FromRef<Node> for Arc<Peers> {
 
 /// The routes, over the timelines of this node, what it knows of the others, and its part in proposing, if it has one.
 pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<Candidate>>) -> Router {
-    let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry)));
+    let exposition = Exposition::safekeeper(Arc::clone(&registry));
+    let exposition = Arc::new(match &candidate {
+        Some(candidate) => exposition.with_proposer(walproposer::Source(candidate.proposer())),
+        None => exposition,
+    });
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
         .route("/v1/status", get(node_status))
@@ -71,6 +78,7 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}", get(forks::details))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}/segments/{name}", get(forks::segment))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/fence", post(fence::fence))
         .with_state(Node { registry, peers });
     let router = match candidate {
         Some(candidate) => router.route("/v1/proposer", get(async move || Json(candidate.status()))),

@@ -13,25 +13,31 @@
 //!
 //! | File | What is in it |
 //! |---|---|
+//! | [`candidacy`] | when to stand for election |
 //! | [`candidate`] | proposing inside a safekeeper, by election among the members |
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | `slot_takeover` | gets the replication slot from a former leader |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
+//! | `fenced` | what to do while the primary is fenced off |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
+pub mod candidacy;
 pub mod candidate;
 pub mod checks;
 mod donor;
 mod driver;
+mod fenced;
 mod peer;
 pub mod primary;
+mod slot_takeover;
 mod standby_feedback;
 mod standby_names;
 pub mod status;
@@ -78,7 +84,7 @@ impl Settings {
 
 /// The name of a cluster's log unless another one was given: tenant and timeline are eight zero bytes and the identifier,
 /// so that every proposer of one cluster comes to the same and two clusters never share a log.
-fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
+pub(crate) fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
     let id = u128::from(system_id.0).to_be_bytes();
     TenantTimelineId::new(TenantId(id), TimelineId(id))
 }
@@ -109,7 +115,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         // Until the next driver reports: whoever looks in the pause must not see a leader.
         status.update(|report| (report.leading, report.streaming) = (false, false));
         match ended {
-            Ended::Shutdown => return Ok(()),
+            Ended::Shutdown(_) => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
             Ended::TimelineOver => continue,
@@ -119,6 +125,12 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
                 tracing::warn!("{OUTDATED}: looking for it");
                 status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
             }
+            Ended::FencedOff(reason) => {
+                let timeline = facts.stock.ancestry.current();
+                let promoted = fenced::wait(&settings, timeline, &reason, &status, &shutdown).await;
+                known = (!promoted).then_some(facts);
+                continue;
+            }
             Ended::SteppedDown(reason) => {
                 tracing::warn!(%reason, "stepping down");
                 known = Some(facts);
@@ -127,6 +139,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
                 tracing::warn!("the safekeepers have no log, and it isn't known where to begin one");
                 known = Some(facts);
             }
+            Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => known = Some(facts),
             Ended::Stalled => {
                 tracing::warn!("no majority could be brought to the start of this term: electing anew");
                 known = Some(facts);
