@@ -259,8 +259,8 @@ impl TimelineStatus {
             health: (&*timeline.health()).into(),
             members: members.members,
             retention: RetentionStatus::of(timeline),
-            forks: timeline.forks().iter().map(Into::into).collect(),
             fence: control.stock.fence.map(Into::into),
+            forks: timeline.forks().iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
     }

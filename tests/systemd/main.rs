@@ -105,7 +105,10 @@ fn each_daemon_says_when_it_is_ready_and_when_it_stops() {
             "--listen-http",
             &http.address(),
         ]);
-        let answers = || Ok(ensure!(http_get(&http.address(), "/v1/status")?.json()?["id"] == 1, "another one"));
+        let answers = || {
+            ensure!(http_get(&http.address(), "/v1/status")?.json()?["id"] == 1, "another one");
+            Ok(())
+        };
         supervised(scratch, "safekeeper", safekeeper, answers)?;
 
         let http = Port::reserve()?;
