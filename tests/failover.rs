@@ -105,6 +105,9 @@ fn prepare(scratch: &Scratch, cluster: &Cluster, standby: &Postgres, args: &[&st
     all.extend(args);
     let (code, json) = ctl(scratch, &cluster.safekeepers, &all)?;
     ensure!(code == 0, "{code}: {json:#}");
+    for step in json["steps"].as_array().context("steps")? {
+        println!("{}: {} s, {}", step["step"], step["seconds"], step["detail"]);
+    }
     json["result"]["lsn"].as_str().context("an LSN")?.parse().with_context(|| json.to_string())
 }
 
@@ -151,6 +154,8 @@ fn everything_acknowledged_is_on_the_standby_that_is_promoted() {
         is_refused(&again, 3, &["is a primary already", "timeline 2"])?;
         let old = ["failover", "prepare", "--pg-timeline", "1"];
         is_refused(&ctl(scratch, &cluster.safekeepers, &old)?, 3, &["newer than 1"])?;
+        let cancel = ctl(scratch, &cluster.safekeepers, &["failover", "cancel", "--yes"])?;
+        is_refused(&cancel, 3, &["a newer primary is at work"])?;
         new.sql()?.run("INSERT INTO after_the_failover SELECT 2")
     });
 }
@@ -258,7 +263,10 @@ fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
             child.kill()?;
             child.wait()?;
         }
-        prepare(scratch, &cluster, &new, &[])?;
+        // A safekeeper hangs, the one that the standby reads from: it is neither there nor gone.
+        cluster.safekeeper(0)?.daemon().pause()?;
+        prepare(scratch, &cluster, &new, &["--repoint"])?;
+        cluster.safekeeper(0)?.daemon().resume()?;
         new.promote()?;
         let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&cluster.primary, &new])?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
@@ -301,6 +309,22 @@ fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
         wait_status(&cluster.walproposer, "the walproposer to be refused", |status| {
             status["primary"]["error"].as_str().is_some_and(|error| error.contains("fenced"))
         })?;
+        let nodes = cluster.safekeepers.iter().map(Safekeeper::http_address).collect::<Vec<_>>().join(",");
+        let (code, json) = ctl(scratch, &cluster.safekeepers, &["status", "--nodes", &nodes])?;
+        let members = json["result"]["nodes"].as_array().context("nodes")?;
+        ensure!(code == 0 && members.len() == 3, "{code}: {json:#}");
+        for (index, member) in members.iter().enumerate() {
+            let timeline = &member["timelines"][0];
+            ensure!(member["node_id"] == index + 1 && timeline["fenced"] == 1 && timeline["led"] == false, "{json:#}");
+            ensure!(timeline["health"] == "sound" && timeline["pg_timeline"] == 1, "{json:#}");
+        }
+        cluster.safekeeper(2)?.kill()?;
+        let table = Command::new(env!("CARGO_BIN_EXE_safekeeperctl")).args(["status", "--nodes", &nodes]).output()?;
+        let table = String::from_utf8(table.stdout)?;
+        ensure!(table.lines().count() == 4 && table.contains("refused"), "{table}");
+        println!("{table}");
+        cluster.safekeeper(2)?.start()?;
+
         let (code, json) = ctl(scratch, &cluster.safekeepers, &["failover", "cancel", "--yes"])?;
         ensure!(code == 0 && json["result"]["missing"] == serde_json::json!([]), "{code}: {json:#}");
         cluster.primary.sql()?.run("INSERT INTO t SELECT 2")?;

@@ -23,12 +23,23 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::quorum::{self, FenceError, Fenced, Survey, SurveyError};
-use super::server::{Server, ServerError, ServerState};
+use super::server::{Server, ServerError};
+use super::steps::Step;
 use super::{Kind, Steps, replay};
 use crate::config::HostPort;
+use crate::consensus::membership::majority;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};
 use crate::propose::upstream::UpstreamError;
+
+/// How long safekeepers that are slow, or hang, are waited for once a majority has everything.
+const LAGGARD_GRACE: Duration = Duration::from_secs(1);
+
+/// Between two looks at an election under way.
+const SYNC_LOOK: Duration = Duration::from_millis(100);
+
+/// Between two lines about an election that takes long.
+const TELL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What to prepare.
 #[derive(Clone, Debug)]
@@ -195,6 +206,17 @@ pub enum FailoverError {
          by hand, then run this again"
     )]
     Repoint(ServerError),
+    /// There is a new primary.
+    #[error(
+        "the safekeepers have WAL of Postgres timeline {log}: a newer primary is at work, and the fence of timeline {fenced} \
+         and older ones doesn't hinder it. Nothing was changed. A former primary can come back as its standby: pg_rewind"
+    )]
+    TakenOver {
+        /// The log's timeline.
+        log: PgTimelineId,
+        /// What is fenced.
+        fenced: PgTimelineId,
+    },
     /// The fence isn't lifted on a majority.
     #[error("the fence is not lifted: {0}. Run this again once enough safekeepers are back")]
     NotLifted(FenceError),
@@ -209,7 +231,8 @@ impl FailoverError {
             | Self::AlreadyPromoted { .. }
             | Self::OtherCluster { .. }
             | Self::StandbyAhead { .. }
-            | Self::NewerPrimary { .. } => Kind::Refused,
+            | Self::NewerPrimary { .. }
+            | Self::TakenOver { .. } => Kind::Refused,
             Self::NotFenced(_) | Self::SyncTimedOut(_) | Self::StandbyBehind { .. } | Self::NotLifted(_) => {
                 Kind::TimedOut
             }
@@ -226,16 +249,17 @@ impl FailoverError {
 pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared, FailoverError> {
     let deadline = Instant::now() + options.timeout;
     let (survey, mut standby) = look(options, steps, deadline).await?;
-    let fenced = fence_timeline(options, &survey, standby.as_ref().map(|(_, state)| state))?;
+    let fenced = options.pg_timeline.unwrap_or_else(|| survey.ancestry().current());
     fence_off(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
     let end = one_end(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
     let standby = match &mut standby {
         None => None,
-        Some((server, _)) => {
+        Some(server) => {
             let wanted = replay::Wanted {
                 lsn: end.lsn,
                 ancestry: &end.ancestry,
                 safekeepers: &options.safekeepers,
+                having: &end.having,
                 ttid: options.ttid,
                 repoint: options.repoint,
             };
@@ -252,7 +276,7 @@ async fn look(
     options: &PrepareOptions,
     steps: &Steps,
     deadline: Instant,
-) -> Result<(Survey, Option<(Server, ServerState)>), FailoverError> {
+) -> Result<(Survey, Option<Server>), FailoverError> {
     let step = steps.begin("look", "asking the safekeepers and the standby");
     let standby = match &options.standby {
         Some(config) => {
@@ -266,20 +290,23 @@ async fn look(
         let (standby, timeline) = (server.name().to_owned(), state.timeline);
         return Err(FailoverError::AlreadyPromoted { standby, timeline });
     }
-    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline).await?;
+    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
     let log = survey.ancestry().current();
+    if let Some(lost) = options.pg_timeline.filter(|lost| *lost < log) {
+        return Err(FailoverError::NewerPrimary { log, lost });
+    }
     if let Some((server, state)) = &standby {
         let standby = server.name().to_owned();
         if state.system_id != survey.system_id {
             let (there, expected) = (state.system_id, survey.system_id);
             return Err(FailoverError::OtherCluster { standby, there, expected });
         }
-        if state.timeline > log {
+        if state.timeline > options.pg_timeline.unwrap_or(log) {
             return Err(FailoverError::StandbyAhead { standby, there: state.timeline, log });
         }
     }
     step.done(describe(&survey));
-    Ok((survey, standby))
+    Ok((survey, standby.map(|(server, _)| server)))
 }
 
 /// What the safekeepers said, in one line.
@@ -294,20 +321,6 @@ fn describe(survey: &Survey) -> String {
         text += &format!("; not {}", quorum::listed(&survey.silent));
     }
     text
-}
-
-/// The Postgres timeline of the primary that was lost.
-fn fence_timeline(
-    options: &PrepareOptions,
-    survey: &Survey,
-    standby: Option<&ServerState>,
-) -> Result<PgTimelineId, FailoverError> {
-    let log = survey.ancestry().current();
-    match options.pg_timeline {
-        Some(lost) if lost < log => Err(FailoverError::NewerPrimary { log, lost }),
-        Some(lost) => Ok(lost),
-        None => Ok(standby.map_or(log, |standby| log.max(standby.timeline))),
-    }
 }
 
 /// Fences off proposers of primaries on `pg_timeline` and older ones.
@@ -335,11 +348,22 @@ pub(super) async fn fence_off(
     Ok(report.done)
 }
 
+/// How far each safekeeper is in the election.
+fn states(status: &Status) -> String {
+    let states = status.view().safekeepers.into_iter().map(|one| match one.error {
+        Some(error) => format!("{} is {}: {error}", one.address, one.state),
+        None => format!("{} is {}", one.address, one.state),
+    });
+    states.collect::<Vec<_>>().join("; ")
+}
+
 /// Where the safekeepers' logs end, all of it committed.
 pub(super) struct End {
     pub(super) lsn: Lsn,
     pub(super) term: Term,
     pub(super) ancestry: Ancestry,
+    /// Safekeepers that have all of it.
+    pub(super) having: Vec<HostPort>,
 }
 
 /// Brings the safekeepers to one end, after `fenced` was fenced off.
@@ -352,30 +376,62 @@ pub(super) async fn one_end(
 ) -> Result<End, FailoverError> {
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
-    let synced = timeout_at(deadline, sync::run(Some(ttid), Arc::clone(&status), CancellationToken::new())).await;
-    let Ok(synced) = synced else {
-        let views = status.view().safekeepers;
-        let views = views.into_iter().map(|one| match one.error {
-            Some(error) => format!("{} is {}: {error}", one.address, one.state),
-            None => format!("{} is {}", one.address, one.state),
-        });
-        return Err(FailoverError::SyncTimedOut(views.collect::<Vec<_>>().join("; ")));
+    let Some((lsn, term)) = sync_until_enough(ttid, &status, &step, deadline).await? else {
+        return Err(SurveyError::Empty(ttid.to_string()).into());
     };
-    let synced = synced?;
-    let Some(lsn) = synced.lsn else { return Err(SurveyError::Empty(ttid.to_string()).into()) };
-    let survey = quorum::survey(safekeepers, Some(ttid), deadline).await?;
+    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
     let log = ancestry.current();
     if log > fenced {
         return Err(FailoverError::Overtaken { log, fenced });
     }
-    let following = synced.safekeepers.iter().filter(|one| one.commit_lsn == Some(lsn)).count();
-    step.done(format!(
-        "every acknowledged commit is below {lsn} on Postgres timeline {log}; {following} of {} safekeepers have all of it",
-        safekeepers.len()
-    ));
-    Ok(End { lsn, term: synced.term, ancestry })
+    let having = survey.members.iter().filter(|member| member.commit_lsn >= lsn);
+    let having: Vec<_> = having.map(|member| member.address.clone()).collect();
+    let count = format!("{} of {} safekeepers have all of it", having.len(), safekeepers.len());
+    step.done(format!("every acknowledged commit is below {lsn} on Postgres timeline {log}; {count}"));
+    Ok(End { lsn, term, ancestry, having })
+}
+
+/// Runs a sync until everybody who is reached has everything, or a majority has and the others take longer. Returns the
+/// end and the term; `None` if there is no WAL.
+async fn sync_until_enough(
+    ttid: TenantTimelineId,
+    status: &Arc<Status>,
+    step: &Step,
+    deadline: Instant,
+) -> Result<Option<(Lsn, Term)>, FailoverError> {
+    let synced = sync::run(Some(ttid), Arc::clone(status), CancellationToken::new());
+    tokio::pin!(synced);
+    let (mut told, mut told_at, mut enough_since) = (String::new(), Instant::now(), None);
+    loop {
+        if let Ok(synced) = timeout_at(deadline.min(Instant::now() + SYNC_LOOK), &mut synced).await {
+            let synced = synced?;
+            return Ok(synced.lsn.map(|lsn| (lsn, synced.term)));
+        }
+        let now = Instant::now();
+        match enough(status) {
+            Some(end) if *enough_since.get_or_insert(now) + LAGGARD_GRACE <= now => return Ok(Some(end)),
+            Some(_) => {}
+            None => enough_since = None,
+        }
+        if now >= deadline {
+            return Err(FailoverError::SyncTimedOut(states(status)));
+        }
+        if told_at + TELL_INTERVAL <= now && told != states(status) {
+            (told, told_at) = (states(status), now);
+            step.note(told.clone());
+        }
+    }
+}
+
+/// The end of the log and the term, once the leader, which proposes nothing of its own, has all of it committed in its
+/// term, and a majority knows that on disk. It is final then; what is left is to tell the others.
+fn enough(status: &Status) -> Option<(Lsn, Term)> {
+    let report = status.report();
+    let there = report.peers.iter().filter(|peer| peer.commit_lsn >= report.commit_lsn).count();
+    let enough = report.leading && report.commit_lsn.is_valid() && there >= majority(report.peers.len());
+    enough.then_some((report.commit_lsn, report.term))
 }
 
 /// What to undo.
@@ -408,8 +464,15 @@ pub struct Cancelled {
 pub async fn cancel(options: &CancelOptions, steps: &Steps) -> Result<Cancelled, FailoverError> {
     let deadline = Instant::now() + options.timeout;
     let step = steps.begin("look", "asking the safekeepers");
-    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline).await?;
-    step.done(describe(&survey));
+    let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
+    let (log, fenced) = (survey.ancestry().current(), survey.members.iter().filter_map(|member| member.fenced).max());
+    if let Some(fenced) = fenced.filter(|fenced| *fenced < log) {
+        return Err(FailoverError::TakenOver { log, fenced });
+    }
+    step.done(match fenced {
+        Some(fenced) => format!("primaries on Postgres timeline {fenced} and older are fenced off"),
+        None => format!("nothing is fenced off by those that answer; {}", describe(&survey)),
+    });
     let step = steps.begin("lift", "opening the safekeepers to the old primary");
     let retry = |report: &quorum::FenceReport| step.note(format!("not yet: {}", quorum::listed(&report.missing)));
     let lifted = quorum::fence(&options.safekeepers, survey.ttid, None, deadline, retry).await;

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use super::Kind;
-use crate::client::connection::{ConnectError, Row};
+use crate::client::connection::{ConnectError, Connection, Row};
 use crate::client::replication::{identify_system, segment_size, server_version_num};
 use crate::client::safekeeper;
 use crate::consensus::membership::majority;
@@ -54,6 +54,8 @@ pub struct Member {
     pub segment_size: SegmentSize,
     /// `PG_VERSION_NUM` of the server that writes; 0 = unknown.
     pub pg_version: u32,
+    /// Proposers of primaries on this Postgres timeline and older ones are refused there.
+    pub fenced: Option<PgTimelineId>,
     /// Other nodes that keep the log, as far as it knows.
     others: Vec<(Option<NodeId>, HostPort)>,
 }
@@ -146,7 +148,7 @@ impl SurveyError {
     }
 }
 
-/// Asks all of `safekeepers` until a majority has answered.
+/// Asks all of `safekeepers` until a majority has answered. `on_retry` hears what it waits for.
 ///
 /// # Errors
 /// See [`SurveyError`]; too few answers by `deadline` is one of them.
@@ -154,8 +156,10 @@ pub async fn survey(
     safekeepers: &[HostPort],
     ttid: Option<TenantTimelineId>,
     deadline: Instant,
+    on_retry: impl Fn(String),
 ) -> Result<Survey, SurveyError> {
     let needed = majority(safekeepers.len());
+    let mut told = String::new();
     loop {
         let asked = ask_all(safekeepers, ANSWER_LIMIT, |address| look(address, ttid)).await;
         let (mut members, mut silent) = (Vec::new(), Vec::new());
@@ -182,9 +186,14 @@ pub async fn survey(
         if empty >= needed {
             return Err(SurveyError::Empty(ttid.map_or_else(|| "(not named)".to_owned(), |ttid| ttid.to_string())));
         }
+        let reasons = listed(&silent);
         if Instant::now() + RETRY_PAUSE >= deadline {
-            let (answered, total, reasons) = (members.len(), safekeepers.len(), listed(&silent));
+            let (answered, total) = (members.len(), safekeepers.len());
             return Err(SurveyError::NoMajority { answered, total, needed, reasons });
+        }
+        if reasons != told {
+            on_retry(format!("{} of {} answer, waiting for {needed}. {reasons}", members.len(), safekeepers.len()));
+            told = reasons;
         }
         sleep(RETRY_PAUSE).await;
     }
@@ -280,6 +289,7 @@ async fn look(address: HostPort, ttid: Option<TenantTimelineId>) -> Result<Membe
         commit_lsn,
         segment_size,
         pg_version,
+        fenced: fence_of(&mut connection).await?,
         others: Vec::new(),
     };
     let rows = connection.query("TIMELINE_MEMBERS").await?;
@@ -291,6 +301,14 @@ async fn look(address: HostPort, ttid: Option<TenantTimelineId>) -> Result<Membe
         }
     }
     Ok(member)
+}
+
+/// The fence that a safekeeper has; none if it is of a version without.
+async fn fence_of(connection: &mut Connection) -> Result<Option<PgTimelineId>, ConnectError> {
+    match connection.query("TIMELINE_FENCE").await {
+        Err(ConnectError::Server(error)) if error.code == SqlState::SYNTAX_ERROR => Ok(None),
+        rows => Ok(field(&rows?, 4).and_then(|text| text.parse().ok())),
+    }
 }
 
 /// What a safekeeper answered to the fence.
@@ -445,6 +463,7 @@ mod tests {
             commit_lsn: Lsn(1),
             segment_size: SegmentSize::DEFAULT,
             pg_version: 0,
+            fenced: None,
             others,
         }
     }
@@ -458,11 +477,11 @@ mod tests {
     fn a_majority_of_some_is_not_taken_for_a_majority_of_all() {
         let three = ["sk1:1", "sk2:1", "sk3:1"];
         let one = member(1, &[(Some(2), "sk2:1"), (Some(3), "sk3:1")]);
-        assert_eq!(complete(&three, &[one.clone()]), Ok(()));
-        assert!(complete(&["sk1:1"], &[one.clone()]).unwrap_err().contains("also sk2:1, sk3:1"));
+        assert_eq!(complete(&three, std::slice::from_ref(&one)), Ok(()));
+        assert!(complete(&["sk1:1"], std::slice::from_ref(&one)).unwrap_err().contains("also sk2:1, sk3:1"));
         // Nobody has reached the third since they were started.
         let one = member(1, &[(Some(2), "sk2:1"), (None, "sk3:1")]);
-        assert!(complete(&["sk1:1", "sk2:1"], &[one.clone()]).is_err());
+        assert!(complete(&["sk1:1", "sk2:1"], std::slice::from_ref(&one)).is_err());
         // One that was never reached by one of them was by another, or answers itself, also under another name.
         let two = member(2, &[(None, "sk1:1"), (Some(3), "sk3:1")]);
         assert_eq!(complete(&three, &[one.clone(), two]), Ok(()));

@@ -15,14 +15,22 @@ const INTERVAL: Duration = Duration::from_millis(25);
 /// Between two lines about its progress, unless something changed.
 const TELL_INTERVAL: Duration = Duration::from_secs(5);
 
+/// A standby that lacks WAL and has received none for so long reads from a safekeeper that hangs.
+const STALL_LIMIT: Duration = Duration::from_secs(3);
+
+/// Limit of a connection attempt in the connection string that a standby is given: libpq tries the next host then.
+const READER_CONNECT_SECONDS: u32 = 3;
+
 /// What a standby must have.
 pub(super) struct Wanted<'a> {
     /// Up to here.
     pub(super) lsn: Lsn,
     /// The timelines of the safekeepers' log.
     pub(super) ancestry: &'a Ancestry,
-    /// Where it can get it.
+    /// All safekeepers.
     pub(super) safekeepers: &'a [HostPort],
+    /// Those that have it.
+    pub(super) having: &'a [HostPort],
     /// The log, if readers must name it.
     pub(super) ttid: Option<TenantTimelineId>,
     /// Whether it may be made to stream from them.
@@ -38,7 +46,7 @@ pub(super) async fn wait(
 ) -> Result<ServerState, FailoverError> {
     let step = steps.begin("replay", format!("waiting until {} has replayed up to {}", server.name(), wanted.lsn));
     let (mut told, mut told_at, mut may_repoint) = (String::new(), Instant::now(), wanted.repoint);
-    let mut at = Lsn::INVALID;
+    let (mut at, mut received, mut got_on) = (Lsn::INVALID, Lsn::INVALID, Instant::now());
     loop {
         let why = match server.state().await {
             Ok(state) if !state.in_recovery => {
@@ -55,11 +63,16 @@ pub(super) async fn wait(
             }
             Ok(state) => {
                 at = state.replayed;
-                if may_repoint && state.received < wanted.lsn && !from_safekeeper(&state, wanted.safekeepers) {
+                if state.received != received {
+                    (received, got_on) = (state.received, Instant::now());
+                }
+                let stalled = got_on.elapsed() >= STALL_LIMIT;
+                let elsewhere = !from_safekeeper(&state, wanted.safekeepers);
+                if may_repoint && state.received < wanted.lsn && (elsewhere || stalled) {
                     may_repoint = false;
                     repoint(server, wanted, &step).await.map_err(FailoverError::Repoint)?;
                 }
-                obstacle(&state, wanted)
+                obstacle(&state, wanted, stalled)
             }
             Err(error) => error.to_string(),
         };
@@ -76,7 +89,7 @@ pub(super) async fn wait(
 }
 
 /// What keeps a standby, and what to do about it.
-fn obstacle(state: &ServerState, wanted: &Wanted<'_>) -> String {
+fn obstacle(state: &ServerState, wanted: &Wanted<'_>, stalled: bool) -> String {
     if state.paused {
         return "replay is paused; SELECT pg_wal_replay_resume() on it goes on".to_owned();
     }
@@ -93,6 +106,9 @@ fn obstacle(state: &ServerState, wanted: &Wanted<'_>) -> String {
             "it streams from {}:{}, which is none of the safekeepers; point its primary_conninfo at them, or give --repoint",
             receiver.host, receiver.port
         ),
+        Some(receiver) if stalled => {
+            format!("it gets nothing from {}:{}; end its WAL receiver, or give --repoint", receiver.host, receiver.port)
+        }
         Some(receiver) => format!("its WAL receiver is {}", receiver.status),
     }
 }
@@ -109,7 +125,10 @@ async fn repoint(server: &mut Server, wanted: &Wanted<'_>, step: &Step) -> Resul
     let row = server.row("SELECT current_setting('primary_conninfo'), current_setting('primary_slot_name')").await?;
     let text = |index: usize| row.get(index).and_then(Clone::clone).unwrap_or_default();
     let (before, slot) = (text(0), text(1));
-    let conninfo = reader_conninfo(&before, wanted.safekeepers, wanted.ttid);
+    // First those that have all of it.
+    let others = wanted.safekeepers.iter().filter(|at| !wanted.having.contains(at));
+    let hosts: Vec<_> = wanted.having.iter().chain(others).cloned().collect();
+    let conninfo = reader_conninfo(&before, &hosts, wanted.ttid);
     // One statement each: ALTER SYSTEM can't run in a transaction.
     server.run(&format!("ALTER SYSTEM SET primary_conninfo = {}", literal(&conninfo))).await?;
     if !slot.is_empty() {
@@ -128,6 +147,7 @@ fn reader_conninfo(before: &str, safekeepers: &[HostPort], ttid: Option<TenantTi
     let hosts: Vec<_> = safekeepers.iter().map(|at| at.host.as_str()).collect();
     let ports: Vec<_> = safekeepers.iter().map(|at| at.port.to_string()).collect();
     let mut text = format!("host={} port={}", quoted(&hosts.join(",")), ports.join(","));
+    text += &format!(" connect_timeout={READER_CONNECT_SECONDS}");
     text += &format!(" user={}", quoted(before.get_user().unwrap_or("postgres")));
     if let Some(name) = before.get_application_name() {
         text += &format!(" application_name={}", quoted(name));
@@ -165,14 +185,13 @@ async fn check_branch(
         at,
         lsn: wanted.lsn,
     };
-    if state.timeline > ours.current() {
-        return Err(diverged(state.timeline.to_string()));
-    }
     match server.ancestry().await {
         Ok(Some(theirs)) if theirs.agrees_below(ours, at) => Ok(()),
         Ok(Some(theirs)) => Err(diverged(names(&theirs))),
         // Only one history leads to timeline 1.
-        _ if ours.current() == pgproto::PgTimelineId::FIRST => Ok(()),
+        _ if state.timeline == pgproto::PgTimelineId::FIRST => Ok(()),
+        // It left the log's timeline, and it isn't known where.
+        _ if state.timeline > ours.current() => Err(diverged(state.timeline.to_string())),
         Ok(None) => {
             step.note(
                 "its timelines can't be compared with the safekeepers', as no replication connection is allowed; if two \
@@ -195,7 +214,7 @@ mod tests {
     fn readers_keep_their_name() {
         let safekeepers = ["a:1", "b:2"].map(|text| text.parse().unwrap());
         let before = "host=old port=5432 user=rep application_name='my standby' password='a b'";
-        let expected = "host='a,b' port=1,2 user='rep' application_name='my standby' password='a b'";
+        let expected = "host='a,b' port=1,2 connect_timeout=3 user='rep' application_name='my standby' password='a b'";
         assert_eq!(reader_conninfo(before, &safekeepers, None), expected);
         let conninfo: tokio_postgres::Config = expected.parse().unwrap();
         assert_eq!(conninfo.get_ports(), [1, 2]);

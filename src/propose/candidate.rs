@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use super::candidacy::{Decision, SILENCE_LIMIT, Situation, View, hears_nobody};
 use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
-use super::status::{Report, Status, StatusView};
+use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
 use super::{OUTDATED, Settings, checks, fenced};
 use crate::config::HostPort;
@@ -123,6 +123,7 @@ pub struct ProposerView {
 /// This member's part in proposing the primary's WAL.
 #[derive(Debug)]
 pub struct Candidate {
+    own: NodeId,
     status: Arc<Status>,
     standing: Arc<Mutex<(Role, Option<NodeId>)>>,
     /// Cancelled: stand no more.
@@ -145,6 +146,7 @@ impl Candidate {
     ) -> io::Result<Arc<Self>> {
         let status = Arc::new(Status::new(settings.safekeepers.clone()));
         let candidate = Arc::new(Self {
+            own: registry.node_id(),
             status: Arc::clone(&status),
             standing: Arc::default(),
             retire: shutdown.child_token(),
@@ -189,7 +191,9 @@ impl Candidate {
     pub fn status(&self) -> ProposerView {
         let (role, leader) = *self.standing.lock();
         let proposer = self.status.view();
-        let role = if role == Role::Campaigning && proposer.state == "leading" { Role::Leading } else { role };
+        if role == Role::Campaigning && proposer.state == "leading" {
+            return ProposerView { role: Role::Leading, leader: Some(self.own), proposer };
+        }
         ProposerView { role, leader, proposer }
     }
 
@@ -271,8 +275,12 @@ impl Task {
 
     fn stands(&self, role: Role, leader: Option<NodeId>) {
         *self.standing.lock() = (role, leader);
-        let standing_by = matches!(role, Role::StandingBy | Role::Resigned);
-        self.status.update(|report| report.standing_by = standing_by);
+        let aside = match role {
+            Role::Leading | Role::Campaigning => None,
+            Role::StandingBy | Role::Resigned => Some(Aside::StandingBy),
+            Role::WaitingForPrimary | Role::Fenced | Role::NeedsOperator => Some(Aside::WithoutPrimary),
+        };
+        self.status.update(|report| report.aside = aside);
     }
 
     /// Waits until it's on this member to campaign. `None`: it is to retire.

@@ -22,7 +22,7 @@ pub(super) struct Checked {
 pub(super) async fn check(switchover: &mut Switchover<'_>) -> Result<Checked, SwitchoverError> {
     let Switchover { from, to, options, steps, deadline } = switchover;
     let step = steps.begin("check", "looking at both servers, the proposer and the safekeepers");
-    let survey = quorum::survey(&options.safekeepers, options.ttid, *deadline).await?;
+    let survey = quorum::survey(&options.safekeepers, options.ttid, *deadline, |text| step.note(text)).await?;
     let from_state = match from.state().await {
         Err(error) if error.is_gone() => None,
         state => Some(state.map_err(unfit)?),

@@ -288,6 +288,7 @@ impl Switchover<'_> {
             lsn: end.lsn,
             ancestry: &end.ancestry,
             safekeepers,
+            having: &end.having,
             ttid: self.options.ttid,
             repoint: false,
         };
@@ -305,7 +306,7 @@ impl Switchover<'_> {
         let step = self.steps.begin("proof", "looking for the shutdown checkpoint at the end of the safekeepers' log");
         let until = self.deadline.min(Instant::now() + PROOF_LIMIT);
         loop {
-            let survey = quorum::survey(&self.options.safekeepers, Some(ttid), until).await;
+            let survey = quorum::survey(&self.options.safekeepers, Some(ttid), until, |text| step.note(text)).await;
             let found = match survey {
                 Ok(survey) => self.shutdown_checkpoint(&survey).await,
                 Err(error) => Err(error.to_string()),
@@ -378,7 +379,7 @@ impl Switchover<'_> {
             sleep(INTERVAL).await;
         }
         let state = self.to.state().await.map_err(|error| self.not_acknowledged(&error))?;
-        let survey = quorum::survey(&self.options.safekeepers, Some(ttid), self.deadline).await;
+        let survey = quorum::survey(&self.options.safekeepers, Some(ttid), self.deadline, |_| ()).await;
         let log = survey.map_err(|error| self.not_acknowledged(&error))?.ancestry().current();
         if log != state.timeline {
             let reason =
