@@ -32,7 +32,7 @@ async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
 
 /// The stream of the primary's own timeline.
 async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
-    upstream::follow(settings, facts, facts.stock.ancestry.current(), start).await
+    upstream::follow(settings, facts, facts.stock.ancestry.current(), start, false).await
 }
 
 fn runtime() -> Result<Runtime> {

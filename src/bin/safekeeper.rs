@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
@@ -17,6 +18,9 @@ use safekeeper::timeline::registry::Registry;
 use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
+
+/// How long a stop waits until proposing is handed over.
+const HAND_OVER_LIMIT: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let Loaded::<SafekeeperSettings> { settings, warnings } =
@@ -52,6 +56,15 @@ async fn recover(data_dir: &DataDir) -> anyhow::Result<()> {
     }
     anyhow::ensure!(damaged == 0, "{damaged} of {} timelines are damaged", timelines.len());
     Ok(())
+}
+
+/// Stops everything when it is asked for, once somebody else can propose: that takes the peers.
+async fn stop(asked: CancellationToken, candidate: Option<Arc<Candidate>>, shutdown: CancellationToken) {
+    asked.cancelled().await;
+    if let Some(candidate) = candidate {
+        candidate.resign(HAND_OVER_LIMIT).await;
+    }
+    shutdown.cancel();
 }
 
 #[tokio::main]
@@ -98,12 +111,19 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
         http = %settings.listen_http, "safekeeper is ready"
     );
     let shutdown = CancellationToken::new();
-    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let asked = CancellationToken::new();
+    tokio::spawn(daemon::cancel_on_signal(asked.clone()));
     let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
     tokio::spawn(Arc::clone(&peers).run());
     let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
-    let candidate = candidacy
-        .map(|candidacy| Candidate::start(Arc::clone(&registry), Arc::clone(&peers), candidacy, shutdown.clone()));
+    let candidate = match candidacy {
+        Some(settings) => {
+            let (registry, peers) = (Arc::clone(&registry), Arc::clone(&peers));
+            Some(Candidate::start(registry, peers, settings, &shutdown).context("cannot start the proposer")?)
+        }
+        None => None,
+    };
+    tokio::spawn(stop(asked, candidate.clone(), shutdown.clone()));
     let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate);
     let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
     server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;

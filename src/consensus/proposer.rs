@@ -18,7 +18,7 @@
 //!
 //! Acceptors are known by their index in the list of addresses given at the start, and by node id once they greeted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{Hash, Hasher};
 
 use bytes::Bytes;
@@ -703,6 +703,16 @@ impl Proposer {
     /// Whether a majority of every member set follows.
     pub fn quorum_follows(&self) -> bool {
         self.quorum(|p| p.state == PeerState::Following)
+    }
+
+    /// Whether a majority of every member set follows, counting only those that are `heard`.
+    pub fn quorum_follows_and(&self, heard: impl Fn(PeerIndex) -> bool) -> bool {
+        let following = |(index, p): (usize, &Peer)| {
+            let counts = p.state == PeerState::Following && heard(PeerIndex(index));
+            p.node_id.filter(|_| counts)
+        };
+        let following: BTreeSet<NodeId> = self.peers.iter().enumerate().filter_map(following).collect();
+        self.quorum(|p| p.node_id.is_some_and(|node| following.contains(&node)))
     }
 
     fn quorum(&self, holds: impl Fn(&Peer) -> bool) -> bool {

@@ -84,7 +84,10 @@ pub struct LeaderReport {
     pub term: Term,
     /// How long ago that was promised, in milliseconds; absent when it was before the node started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub term_age_ms: Option<u64>,
+    pub voted_ms: Option<u64>,
+    /// The leader of that term came there: its campaign is over.
+    #[serde(default)]
+    pub elected: bool,
     /// How long the leader of that term has been silent there, in milliseconds; absent when none is connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub silent_ms: Option<u64>,

@@ -11,7 +11,7 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, sleep_until, timeout};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::exchange::{Exchange, Sender, TimelineReport};
+use super::exchange::{Exchange, LeaderReport, Resigned, Sender, TimelineReport};
 use super::report::{self, Fingerprint};
 use super::{Contact, Peers, TELL_INTERVAL};
 use crate::client::connection::{ConnectError, Connection};
@@ -38,10 +38,20 @@ const OWN_INTERVAL: Duration = Duration::from_secs(60);
 /// Longest name of an availability zone that is remembered.
 const MAX_ZONE: usize = 64;
 
-/// Somebody waits for what the peer knows of a timeline after it was told what is known here.
+/// Somebody waits for an answer.
 struct Question {
-    timeline: Arc<Timeline>,
+    about: About,
     answer: oneshot::Sender<Result<Answer, String>>,
+}
+
+/// What a question is about.
+pub(super) enum About {
+    /// What the peer knows of a timeline after it was told what is known here.
+    Timeline(Arc<Timeline>),
+    /// Who leads a timeline, which needn't be here.
+    Leader(TenantTimelineId),
+    /// Nothing: the peer is told that this node leads no longer.
+    Resigned(Resigned),
 }
 
 /// What is at the other end.
@@ -51,6 +61,29 @@ pub(super) struct Answer {
     pub(super) node: NodeId,
     /// What it knows of the timeline; `None` if it doesn't have it.
     pub(super) report: Option<TimelineReport>,
+    /// Who leads the timeline, if that was the question. One that doesn't understand it says nothing.
+    pub(super) leader: Option<LeaderReport>,
+}
+
+/// What came back in one turn.
+struct Heard {
+    node: NodeId,
+    reports: Vec<TimelineReport>,
+    leaders: Vec<LeaderReport>,
+}
+
+impl Heard {
+    fn answer(&self, about: &About) -> Answer {
+        let (mut report, mut leader) = (None, None);
+        match about {
+            About::Timeline(timeline) => {
+                report = self.reports.iter().find(|report| report.ttid == timeline.ttid()).cloned();
+            }
+            About::Leader(ttid) => leader = self.leaders.iter().find(|leader| leader.ttid == *ttid).cloned(),
+            About::Resigned(_) => {}
+        }
+        Answer { node: self.node, report, leader }
+    }
 }
 
 /// The way to one address.
@@ -110,13 +143,34 @@ impl Link {
         self.hurry.notify_one();
     }
 
-    /// Tells the peer of a timeline now, and returns what it knows then.
-    pub(super) async fn ask(&self, timeline: &Arc<Timeline>) -> Result<Answer, String> {
+    /// Asks the peer now. Of a timeline it is told first, and says what it knows then.
+    pub(super) async fn ask(&self, about: About) -> Result<Answer, String> {
         let (answer, reply) = oneshot::channel();
-        let question = Question { timeline: Arc::clone(timeline), answer };
+        let question = Question { about, answer };
         let gone = || "this safekeeper is stopping".to_owned();
         self.questions.send(question).await.map_err(|_| gone())?;
         reply.await.map_err(|_| gone())?
+    }
+}
+
+/// What goes with the first message of a turn.
+#[derive(Default)]
+struct Errand {
+    who_leads: Vec<TenantTimelineId>,
+    resigned: Option<Resigned>,
+}
+
+impl Errand {
+    fn of(questions: &[Question]) -> Self {
+        let mut errand = Self::default();
+        for question in questions {
+            match &question.about {
+                About::Leader(ttid) if !errand.who_leads.contains(ttid) => errand.who_leads.push(*ttid),
+                About::Resigned(resigned) => errand.resigned = Some(*resigned),
+                _ => {}
+            }
+        }
+        errand
     }
 }
 
@@ -163,20 +217,18 @@ impl Task {
 
     /// Tells what changed and what was asked for, and passes the answers on.
     async fn turn(&mut self, shared: Vec<Arc<Timeline>>, questions: Vec<Question>) {
-        let asked = questions.iter().map(|question| Arc::clone(&question.timeline)).collect();
-        let told = self.tell(shared, asked).await;
+        let told = self.tell(shared, &questions).await;
         metrics::peer_exchange(told.is_ok());
         match told {
-            Ok((node, answers)) => {
+            Ok(heard) => {
                 if self.contact.failure.take().is_some() || self.contact.heard.is_none() {
                     tracing::info!(peer = %self.address, "talking to another safekeeper");
                 }
                 self.contact.heard = Some(Instant::now());
                 self.backoff.progress();
                 for question in questions {
-                    let ttid = question.timeline.ttid();
-                    let report = answers.iter().find(|report| report.ttid == ttid).cloned();
-                    let _ = question.answer.send(Ok(Answer { node, report }));
+                    let answer = heard.answer(&question.about);
+                    let _ = question.answer.send(Ok(answer));
                 }
             }
             Err(error) => {
@@ -194,12 +246,14 @@ impl Task {
         }
     }
 
-    async fn tell(
-        &mut self,
-        shared: Vec<Arc<Timeline>>,
-        asked: Vec<Arc<Timeline>>,
-    ) -> Result<(NodeId, Vec<TimelineReport>), ConnectError> {
-        let mut answers = Vec::new();
+    async fn tell(&mut self, shared: Vec<Arc<Timeline>>, questions: &[Question]) -> Result<Heard, ConnectError> {
+        let asked = questions.iter().filter_map(|question| match &question.about {
+            About::Timeline(timeline) => Some(Arc::clone(timeline)),
+            _ => None,
+        });
+        let asked: Vec<_> = asked.collect();
+        let (mut reports_heard, mut leaders) = (Vec::new(), Vec::new());
+        let mut errand = Errand::of(questions);
         let changed = self.changed(&shared);
         let wanted: BTreeMap<TenantTimelineId, Arc<Timeline>> =
             asked.iter().chain(&changed).map(|timeline| (timeline.ttid(), Arc::clone(timeline))).collect();
@@ -220,20 +274,23 @@ impl Task {
                 reports.push(report);
                 wanted.next();
             }
-            let answer = self.exchange(reports).await?;
+            let Errand { who_leads, resigned } = std::mem::take(&mut errand);
+            let message = Exchange { timelines: reports, who_leads, resigned, ..Exchange::of(self.peers.sender()) };
+            let answer = self.exchange(message).await?;
             if self.is_new_life(&answer.from) {
                 self.told.clear();
             }
             self.told.extend(fingerprints);
             self.contact.sender = Some(remembered(answer.from.clone()));
             let of_interest = |report: &&TimelineReport| asked.iter().any(|timeline| timeline.ttid() == report.ttid);
-            answers.extend(answer.timelines.iter().filter(of_interest).cloned());
+            reports_heard.extend(answer.timelines.iter().filter(of_interest).cloned());
+            leaders.extend(answer.leaders);
             self.peers.take_in(&answer.from, answer.timelines);
             for timeline in &shared {
                 timeline.members().unchanged(answer.from.node_id);
             }
             if wanted.peek().is_none() {
-                return Ok((answer.from.node_id, answers));
+                return Ok(Heard { node: answer.from.node_id, reports: reports_heard, leaders });
             }
         }
     }
@@ -253,10 +310,9 @@ impl Task {
     }
 
     /// One message, one answer.
-    async fn exchange(&mut self, timelines: Vec<TimelineReport>) -> Result<Exchange, ConnectError> {
+    async fn exchange(&mut self, message: Exchange) -> Result<Exchange, ConnectError> {
         let malformed =
             |error: serde_json::Error| ConnectError::Protocol(format!("malformed message of a peer: {error}"));
-        let message = Exchange { timelines, ..Exchange::of(self.peers.sender()) };
         let json = serde_json::to_string(&message).map_err(malformed)?;
         let command = format!("PEER_EXCHANGE '{}'", json.replace('\'', "''"));
         let ask = async {

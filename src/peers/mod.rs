@@ -30,9 +30,11 @@
 //! | `mod.rs` | [`Peers`]: who the peers are, agreeing with them |
 //! | [`exchange`] | the messages, and the list of members that clients may ask for |
 //! | `link` | the task that talks to one address |
+//! | [`leaders`] | who leads a timeline: asking the others, and what they are told |
 //! | `report` | what is told of a timeline, and what is made of that |
 
 pub mod exchange;
+pub mod leaders;
 mod link;
 mod report;
 
@@ -47,7 +49,8 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use self::exchange::{Exchange, Sender, TimelineMember, TimelineMembers, TimelineReport};
-use self::link::{Answer, Link};
+use self::leaders::Leaders;
+use self::link::{About, Answer, Link};
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
@@ -59,6 +62,9 @@ const SETTLE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long to wait for what peers know of a slot that isn't known here.
 const ASK_LIMIT: Duration = Duration::from_secs(2);
+
+/// Timelines whose leader is told in one answer: a node proposes for one.
+const MAX_ASKED: usize = 16;
 
 /// Addresses that are talked to. The leaders of many timelines may name many.
 const MAX_LINKS: usize = 256;
@@ -99,6 +105,7 @@ pub struct Peers {
     options: PeerOptions,
     life: u64,
     links: Mutex<BTreeMap<HostPort, Arc<Link>>>,
+    leaders: Leaders,
     shutdown: CancellationToken,
 }
 
@@ -107,7 +114,8 @@ impl Peers {
     pub fn new(registry: Arc<Registry>, options: PeerOptions, shutdown: CancellationToken) -> Arc<Self> {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let life = u64::try_from(since_1970.as_nanos()).unwrap_or_default();
-        Arc::new(Self { registry, options, life, links: Mutex::default(), shutdown })
+        let leaders = Leaders::default();
+        Arc::new(Self { registry, options, life, links: Mutex::default(), leaders, shutdown })
     }
 
     /// Keeps talking to the peers of all timelines until the shutdown.
@@ -125,6 +133,8 @@ impl Peers {
     /// Sees to it that there is a link to each peer, which knows what to tell it, and none to anybody else.
     fn follow_timelines(self: &Arc<Self>) {
         let mut shared: BTreeMap<HostPort, Vec<Arc<Timeline>>> = BTreeMap::new();
+        // Whoever stands for election talks to the others before there is a timeline.
+        shared.extend(self.leaders.members().into_iter().map(|address| (address, Vec::new())));
         for timeline in self.registry.list() {
             let addresses = self.addresses(&timeline);
             self.complete(&timeline, &addresses);
@@ -222,7 +232,7 @@ impl Peers {
         for link in links {
             let timeline = Arc::clone(timeline);
             answers.spawn(async move {
-                let answer = timeout(SETTLE_LIMIT, link.ask(&timeline)).await;
+                let answer = timeout(SETTLE_LIMIT, link.ask(About::Timeline(timeline))).await;
                 (link, answer.unwrap_or_else(|_| Err("no answer in time".to_owned())))
             });
         }
@@ -248,7 +258,7 @@ impl Peers {
         let mut answers = JoinSet::new();
         for link in self.links_of(timeline).0 {
             let timeline = Arc::clone(timeline);
-            answers.spawn(async move { link.ask(&timeline).await });
+            answers.spawn(async move { link.ask(About::Timeline(timeline)).await });
         }
         let all = async { while answers.join_next().await.is_some() {} };
         // What didn't come is not known.
@@ -264,10 +274,14 @@ impl Peers {
     pub fn answer(&self, json: &str) -> Result<String, MalformedExchange> {
         let exchange: Exchange = serde_json::from_str(json)?;
         let asked: Vec<_> = exchange.timelines.iter().map(|report| report.ttid).collect();
+        let leaders = exchange.who_leads.iter().take(MAX_ASKED).map(|ttid| self.leader(*ttid)).collect();
+        if let Some(resigned) = exchange.resigned {
+            self.leaders.heard_of(resigned);
+        }
         self.take_in(&exchange.from, exchange.timelines);
         let known = asked.into_iter().filter_map(|ttid| self.registry.get(ttid).ok());
         let timelines = known.map(|timeline| report::of(&timeline)).collect();
-        Ok(serde_json::to_string(&Exchange { timelines, ..Exchange::of(self.sender()) })?)
+        Ok(serde_json::to_string(&Exchange { timelines, leaders, ..Exchange::of(self.sender()) })?)
     }
 
     /// Takes in what a node says of timelines that are here.

@@ -149,7 +149,7 @@ fn sql_error(error: &tokio_postgres::Error) -> String {
 }
 
 /// Connects, lets `question` do its work, disconnects.
-async fn ask<T, E: Into<AskError>>(
+pub(super) async fn ask<T, E: Into<AskError>>(
     primary: &Config,
     question: impl AsyncFnOnce(&Client) -> Result<T, E>,
 ) -> Result<T, AskError> {

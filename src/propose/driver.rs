@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use pgproto::walproposer::{AcceptorMessage, MAX_SEND_SIZE};
-use pgproto::{Lsn, PgTimelineId};
+use pgproto::{Lsn, NodeId, PgTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
@@ -46,6 +46,12 @@ const TERM_START_LIMIT: Duration = Duration::from_secs(30);
 /// readers of the safekeepers wait for it, never a commit; under load it saves half of all messages.
 const COMMIT_NEWS_DELAY: Duration = Duration::from_millis(5);
 
+/// How long a proposer that was asked to stop waits until what it received is committed.
+const FINISH_LIMIT: Duration = Duration::from_secs(1);
+
+/// A majority that was heard within this time follows: heartbeats are answered every second.
+const HEARD_LATELY: Duration = Duration::from_secs(2);
+
 /// Events from safekeepers handled before anything else is looked at.
 const EVENT_BATCH: usize = 64;
 
@@ -68,8 +74,47 @@ pub(super) enum Ended {
     Synced(Lsn),
     /// The primary can't be followed; an operator is needed.
     Fatal(UpstreamError),
-    /// Asked to stop.
-    Shutdown,
+    /// Somebody else campaigned since this was decided on, in this term.
+    Overtaken(Term),
+    /// Not elected in time, as [`Limits::election`] has it.
+    NotElected,
+    /// No majority was heard for [`Limits::majority`]: another one may have been elected.
+    Alone,
+    /// Asked to stop. A leader names the follower that has the most WAL, if it has one that isn't on this node.
+    Shutdown(Option<NodeId>),
+}
+
+/// Why another candidate may do better.
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::SteppedDown(reason) => reason.fmt(f),
+            Self::Fatal(error) => error.fmt(f),
+            Self::TimelineOver => f.write_str("the Postgres timeline of the term has ended"),
+            Self::PrimaryChanged => f.write_str("the primary changed"),
+            Self::Outdated => f.write_str("the safekeepers have WAL of a newer Postgres timeline"),
+            Self::Stalled => f.write_str("no majority could be brought to the start of the term"),
+            Self::NoLog => f.write_str("the safekeepers have no log, and it isn't known where to begin one"),
+            Self::Synced(lsn) => write!(f, "the safekeepers are synced to {lsn}"),
+            Self::Overtaken(term) => write!(f, "somebody else campaigned in term {term} meanwhile"),
+            Self::NotElected => f.write_str("the campaign took too long: no majority answers"),
+            Self::Alone => f.write_str("no majority was heard for a while"),
+            Self::Shutdown(_) => f.write_str("asked to stop"),
+        }
+    }
+}
+
+/// When a term is given up, so that somebody else can lead. Without limits it goes on until another one takes over.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Limits {
+    /// To be elected.
+    pub(super) election: Option<Duration>,
+    /// The highest term that was promised to somebody before.
+    pub(super) known_term: Option<Term>,
+    /// Without hearing a majority, once elected.
+    pub(super) majority: Option<Duration>,
+    /// The node on which this proposer runs, which doesn't succeed itself.
+    pub(super) own_node: Option<NodeId>,
 }
 
 struct PeerSlot {
@@ -101,7 +146,13 @@ pub(super) struct Driver {
     buffer: WalBuffer,
     /// Where the Postgres timeline of this term ends, once that is known. The term ends when all of it is committed.
     timeline_end: Option<Lsn>,
+    limits: Limits,
+    began_at: Instant,
     elected_at: Option<Instant>,
+    /// When a majority was last heard.
+    majority_at: Instant,
+    /// When it was asked to stop.
+    stopping_at: Option<Instant>,
     /// Whether safekeepers that lack the timeline shall create it.
     may_create: Arc<AtomicBool>,
     /// When the followers last got on towards the start of the term, and the sum of their positions then.
@@ -162,7 +213,11 @@ impl Driver {
             peers: status.safekeepers().iter().map(slot).collect(),
             buffer: WalBuffer::new(Lsn::INVALID, buffer_size),
             timeline_end: None,
+            limits: Limits::default(),
+            began_at: now,
             elected_at: None,
+            majority_at: now,
+            stopping_at: None,
             may_create,
             got_on: (now, 0),
             farewell_at: None,
@@ -183,6 +238,12 @@ impl Driver {
         (driver, Inbox { peers: peers_inbox, donors: donors_inbox, upstream: upstream_inbox })
     }
 
+    /// Gives up when others had better lead.
+    pub(super) fn limited(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
     /// Holds office until it ends.
     pub(super) async fn run(mut self, mut inbox: Inbox, shutdown: &tokio_util::sync::CancellationToken) -> Ended {
         let mut tick = tokio::time::interval(TICK);
@@ -193,7 +254,10 @@ impl Driver {
             let lacks_primary = self.lacks_primary();
             let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
-                () = shutdown.cancelled() => Err(Ended::Shutdown),
+                () = shutdown.cancelled(), if self.stopping_at.is_none() => {
+                    self.stopping_at = Some(Instant::now());
+                    Ok(())
+                }
                 _ = inbox.peers.recv_many(&mut events, EVENT_BATCH) => self.on_peer_events(&mut events),
                 event = next_upstream(&mut self.upstream, read_primary) => self.on_upstream(event).await,
                 Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
@@ -210,6 +274,9 @@ impl Driver {
                 self.lost_upstream(&error);
             }
             self.publish();
+            if self.is_finished() {
+                return Ended::Shutdown(self.successor());
+            }
             if self.timeline_end.is_some_and(|end| self.proposer.commit_lsn() >= end) {
                 return Ended::TimelineOver;
             }
@@ -221,10 +288,37 @@ impl Driver {
         }
     }
 
+    /// Whether it was asked to stop, and all that was received is committed or won't be soon.
+    fn is_finished(&self) -> bool {
+        let Some(stopping_at) = self.stopping_at else { return false };
+        let committed = self.upstream.is_none() || self.proposer.commit_lsn() >= self.buffer.end();
+        committed || stopping_at.elapsed() >= FINISH_LIMIT || !self.majority_is_heard(HEARD_LATELY)
+    }
+
+    /// The follower on another node that has the most WAL.
+    fn successor(&self) -> Option<NodeId> {
+        self.elected_at?;
+        let follower = |index: &PeerIndex| {
+            let (slot, node) = (self.peers.get(index.0)?, self.proposer.node_id(*index)?);
+            let follows = self.proposer.peer_state(*index) == PeerState::Following;
+            let counts = follows && slot.heard.elapsed() < HEARD_LATELY && Some(node) != self.limits.own_node;
+            counts.then(|| (self.proposer.peer_flush_lsn(*index), std::cmp::Reverse(node)))
+        };
+        let best = (0..self.peers.len()).map(PeerIndex).filter_map(|index| follower(&index)).max();
+        best.map(|(_, std::cmp::Reverse(node))| node)
+    }
+
+    /// Whether a majority follows and was heard within `time`.
+    fn majority_is_heard(&self, time: Duration) -> bool {
+        let heard = |index: PeerIndex| self.peers.get(index.0).is_some_and(|slot| slot.heard.elapsed() < time);
+        self.proposer.quorum_follows_and(heard)
+    }
+
     /// Whether a connection to the primary is wanted and not under way. Of a timeline that has ended there is nothing more
     /// to come.
     fn lacks_primary(&self) -> bool {
-        let wanted = self.primary.is_some() && self.elected_at.is_some() && self.timeline_end.is_none();
+        let goes_on = self.timeline_end.is_none() && self.stopping_at.is_none();
+        let wanted = self.primary.is_some() && self.elected_at.is_some() && goes_on;
         wanted && self.upstream.is_none() && !self.connecting
     }
 
@@ -273,6 +367,7 @@ impl Driver {
                 if let AcceptorMessage::AppendResponse(response) = &message {
                     self.standbys.heard(index.0, response.hs_feedback);
                 }
+                self.check_overtaken(&message)?;
                 let effects = self.proposer.handle(index, message);
                 self.apply(effects)
             }
@@ -281,6 +376,19 @@ impl Driver {
                 self.review_creation();
                 if self.is_outdated() { Err(Ended::Outdated) } else { Ok(()) }
             }
+        }
+    }
+
+    /// A safekeeper that promised a higher term than was known when this campaign was decided on has voted since: it would
+    /// depose whoever was elected, or soon is.
+    fn check_overtaken(&self, message: &AcceptorMessage) -> Result<(), Ended> {
+        match (message, self.limits.known_term) {
+            (AcceptorMessage::Greeting(greeting), Some(known))
+                if self.proposer.term() == Term(0) && greeting.term > known =>
+            {
+                Err(Ended::Overtaken(greeting.term))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -299,6 +407,7 @@ impl Driver {
                     tracing::info!(%term, %start, %pg_timeline, "elected: this proposer leads");
                     metrics::elected();
                     self.elected_at = Some(Instant::now());
+                    self.status.update(|status| status.primary_lost_at = self.elected_at);
                     self.got_on = (Instant::now(), 0);
                     self.review_creation();
                     self.buffer = WalBuffer::new(start, self.buffer_size);
@@ -490,7 +599,18 @@ impl Driver {
         if let Err(error) = self.report(now).await {
             self.lost_upstream(&error);
         }
-        if self.stalled(now) { Err(Ended::Stalled) } else { Ok(()) }
+        if self.stalled(now) { Err(Ended::Stalled) } else { self.check_limits(now) }
+    }
+
+    fn check_limits(&mut self, now: Instant) -> Result<(), Ended> {
+        if self.elected_at.is_none() || self.majority_is_heard(HEARD_LATELY) {
+            self.majority_at = now;
+        }
+        let over = |since: Instant, limit: Option<Duration>| limit.is_some_and(|limit| now - since > limit);
+        if self.elected_at.is_none() && over(self.began_at, self.limits.election) {
+            return Err(Ended::NotElected);
+        }
+        if over(self.majority_at, self.limits.majority) { Err(Ended::Alone) } else { Ok(()) }
     }
 
     /// Tells the primary that we are there, and what hot standbys need.
@@ -532,8 +652,10 @@ impl Driver {
         while self.tasks.try_join_next().is_some() {}
         let (facts, events) = (Arc::clone(&self.facts), self.upstream_events.clone());
         let (start, timeline) = (self.buffer.end(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
+        // Somebody else's stream may be ended only by who leads, and knows it.
+        let take_slot = self.majority_is_heard(HEARD_LATELY);
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings, &facts, timeline, start).await;
+            let result = upstream::follow(&settings, &facts, timeline, start, take_slot).await;
             let _ = events.send(result).await;
         });
     }
@@ -545,7 +667,9 @@ impl Driver {
                 tracing::info!(from = %upstream.position(), "streaming from the primary");
                 self.upstream = Some(upstream);
                 self.standbys.begin();
-                self.status.update(|status| (status.primary_error, status.primary_retry_at) = (None, None));
+                self.status.update(|status| {
+                    (status.primary_error, status.primary_retry_at, status.primary_lost_at) = (None, None, None);
+                });
                 Ok(())
             }
             Ok(_) => Ok(()),
@@ -571,6 +695,8 @@ impl Driver {
         self.status.update(|status| {
             status.primary_error = Some(error.to_string());
             status.primary_retry_at = self.upstream_retry.next_retry_at();
+            let lost_at = status.primary_lost_at.unwrap_or_else(Instant::now);
+            status.primary_lost_at = error.is_of_the_way().then_some(lost_at);
         });
     }
 
@@ -578,6 +704,10 @@ impl Driver {
     /// larger than the buffer: once a majority was sent all there is, only more WAL can bring the next commit. How much that
     /// can be is bounded by what the majority takes without acknowledging it.
     fn reads_on(&self) -> bool {
+        self.stopping_at.is_none() && self.has_room()
+    }
+
+    fn has_room(&self) -> bool {
         !self.buffer.is_full() || self.proposer.quorum_was_sent(self.buffer.end())
     }
 

@@ -13,10 +13,12 @@
 //!
 //! | File | What is in it |
 //! |---|---|
+//! | [`candidacy`] | when to stand for election |
 //! | [`candidate`] | proposing inside a safekeeper, by election among the members |
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | `slot_takeover` | gets the replication slot from a former leader |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
@@ -26,12 +28,14 @@
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
+pub mod candidacy;
 pub mod candidate;
 pub mod checks;
 mod donor;
 mod driver;
 mod peer;
 pub mod primary;
+mod slot_takeover;
 mod standby_feedback;
 mod standby_names;
 pub mod status;
@@ -109,7 +113,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         // Until the next driver reports: whoever looks in the pause must not see a leader.
         status.update(|report| (report.leading, report.streaming) = (false, false));
         match ended {
-            Ended::Shutdown => return Ok(()),
+            Ended::Shutdown(_) => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
             Ended::TimelineOver => continue,
@@ -127,6 +131,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
                 tracing::warn!("the safekeepers have no log, and it isn't known where to begin one");
                 known = Some(facts);
             }
+            Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => known = Some(facts),
             Ended::Stalled => {
                 tracing::warn!("no majority could be brought to the start of this term: electing anew");
                 known = Some(facts);

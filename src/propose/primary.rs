@@ -203,7 +203,7 @@ pub(super) fn describe(primary: &tokio_postgres::Config) -> String {
 }
 
 /// The same connection string with one host.
-fn only_host(primary: &tokio_postgres::Config, (host, port): &Address) -> tokio_postgres::Config {
+pub(super) fn only_host(primary: &tokio_postgres::Config, (host, port): &Address) -> tokio_postgres::Config {
     let mut only = tokio_postgres::Config::new();
     only.user(primary.get_user().unwrap_or(DEFAULT_USER)).port(*port);
     match host {

@@ -52,6 +52,8 @@ pub struct Report {
     pub buffer_limit_bytes: u64,
     /// WAL is flowing from the primary.
     pub streaming: bool,
+    /// Since when a leader doesn't reach the primary.
+    pub primary_lost_at: Option<Instant>,
     /// What last went wrong with the primary, while it isn't streaming.
     pub primary_error: Option<String>,
     /// When the next try to reach the primary is made, while it isn't streaming.

@@ -107,8 +107,10 @@ async fn sync(
         match driver.run(inbox, shutdown).await {
             Ended::Synced(lsn) => return Ok(report(Some(lsn))),
             Ended::NoLog => return Ok(report(None)),
-            Ended::Shutdown => return Err(SyncError::Interrupted),
-            Ended::Stalled => tracing::warn!("no majority could be brought to the start of this term: electing anew"),
+            Ended::Shutdown(_) => return Err(SyncError::Interrupted),
+            Ended::Stalled | Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => {
+                tracing::warn!("no majority could be brought to the start of this term: electing anew")
+            }
             Ended::SteppedDown(reason) => lose(&reason)?,
             // One that wasn't reached before has WAL of a newer Postgres timeline.
             Ended::Outdated | Ended::TimelineOver | Ended::PrimaryChanged => {

@@ -13,9 +13,9 @@ use pgproto::pg_timeline::Branch;
 use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
 use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
-use super::Settings;
 use super::primary::{self, PrimaryFacts, Server, create_slot, text};
 use super::throttle::AckThrottle;
+use super::{Settings, slot_takeover};
 use crate::client::connection::{ConnectError, Connection, Row};
 use crate::client::replication::quoted;
 use crate::consensus::timelines::Divergence;
@@ -109,6 +109,11 @@ impl UpstreamError {
         matches!(self, Self::Promoted(_) | Self::PromotedTwice(_) | Self::Upgraded(_))
     }
 
+    /// Whether the primary couldn't be reached, which another one might.
+    pub fn is_of_the_way(&self) -> bool {
+        matches!(self, Self::Connection(_) | Self::OnlyStandbys | Self::FormerPrimary { .. })
+    }
+
     /// Whether only an operator can help.
     pub fn is_fatal(&self) -> bool {
         matches!(
@@ -148,6 +153,9 @@ pub struct Upstream {
     throttle: AckThrottle,
     /// When the last message came.
     heard: Instant,
+    /// The primary has answered a report. One that comes before it counts us as streaming releases no commits, and there may
+    /// be no reason for another.
+    answered: bool,
     /// Where the stream stands.
     stage: Stage,
 }
@@ -163,14 +171,16 @@ enum Stage {
     Told(Branch),
 }
 
-/// Begins to stream `timeline` from `start`.
+/// Begins to stream `timeline` from `start`. With `take_slot` whoever has our slot under our name is sent away: for a
+/// leader that a majority follows, which makes the other one a former leader.
 pub async fn follow(
     settings: &Settings,
     facts: &PrimaryFacts,
     timeline: PgTimelineId,
     start: Lsn,
+    take_slot: bool,
 ) -> Result<Upstream, UpstreamError> {
-    let Server { mut connection, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
+    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
     }
@@ -206,6 +216,12 @@ pub async fn follow(
         create_slot(&mut connection, &settings.slot).await?;
         started = connection.start_stream(&command).await;
     }
+    if take_slot && slot_takeover::is_in_use(&started) {
+        let primary = primary::only_host(&settings.primary, &address);
+        if slot_takeover::end_holder(&primary, &settings.slot, &settings.application_name).await {
+            started = slot_takeover::retry(&mut connection, &command).await;
+        }
+    }
     let stage = match started {
         Ok(None) => Stage::Streaming,
         Ok(Some(rows)) => Stage::Told(rows.first().and_then(next_timeline).ok_or_else(|| unclear(&rows))?),
@@ -215,8 +231,16 @@ pub async fn follow(
         Err(ConnectError::Server(error)) => return Err(refused(start, error)),
         Err(error) => return Err(error.into()),
     };
-    let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
-    Ok(Upstream { connection, position: start, primary_flush_lsn: flush_lsn, commit_lsn, throttle, heard, stage })
+    Ok(Upstream {
+        connection,
+        position: start,
+        primary_flush_lsn: flush_lsn,
+        commit_lsn: Lsn::INVALID,
+        throttle: AckThrottle::default(),
+        heard: Instant::now(),
+        answered: false,
+        stage,
+    })
 }
 
 /// What follows the Postgres timeline whose stream has ended.
@@ -331,6 +355,10 @@ impl Upstream {
             }
             ServerMessage::Keepalive { end, reply_requested, .. } => {
                 self.primary_flush_lsn = self.primary_flush_lsn.max(end);
+                if !std::mem::replace(&mut self.answered, true) {
+                    // So that everything is reported again.
+                    self.throttle = AckThrottle::default();
+                }
                 if reply_requested {
                     self.throttle.asked(Instant::now());
                 }
@@ -363,7 +391,7 @@ impl Upstream {
         let lsn = self.commit_lsn;
         let (write, flush, apply) = (lsn, lsn, lsn);
         let timestamp = crate::clock::since_2000();
-        let reply_requested = self.heard.elapsed() >= ASK_AFTER;
+        let reply_requested = !self.answered || self.heard.elapsed() >= ASK_AFTER;
         let status = StandbyStatus { write, flush, apply, timestamp, reply_requested };
         self.connection.send_copy_data(|body| status.encode(body)).await?;
         self.throttle.reported(lsn, Instant::now());
@@ -376,6 +404,7 @@ mod tests {
     use bytes::BytesMut;
     use pgproto::backend::{Column, encode};
     use pgproto::pg_timeline::parse_history;
+    use pgproto::replication::message::put_keepalive;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
@@ -424,7 +453,7 @@ mod tests {
                 ttid: None,
                 buffer_size: 1 << 20,
             };
-            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000)).await.map(drop) };
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), false).await.map(drop) };
             match tokio::join!(followed, server).0 {
                 Ok(()) => assert!(same),
                 Err(error) => assert!(!same && error.needs_new_term(), "{error}"),
@@ -450,7 +479,9 @@ mod tests {
         let (primary, ours) = tokio::io::duplex(1024);
         let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
         let (connection, stage) = (Connection::over(ours), Stage::Streaming);
-        (primary, Upstream { connection, position, primary_flush_lsn: position, commit_lsn, throttle, heard, stage })
+        let primary_flush_lsn = position;
+        let answered = true;
+        (primary, Upstream { connection, position, primary_flush_lsn, commit_lsn, throttle, heard, answered, stage })
     }
 
     /// What a primary says when the timeline ends (spec: postgres clients 4.6).
@@ -486,6 +517,25 @@ mod tests {
         let mut said = Vec::new();
         primary.read_to_end(&mut said).await.unwrap();
         assert_eq!(said, b"c\0\0\0\x04", "CopyDone and nothing else");
+    }
+
+    /// The primary releases no commit on a report that comes before it counts the stream as such, and with nothing new to
+    /// commit there was none until a second later.
+    #[tokio::test]
+    async fn what_is_committed_before_a_stream_begins_is_reported_again_once_the_primary_answers() {
+        let (mut primary, mut upstream) = streaming(Lsn(8));
+        upstream.answered = false;
+        upstream.acknowledge(Lsn(8)).await.unwrap();
+        let mut report = [0; 5 + 34];
+        primary.read_exact(&mut report).await.unwrap();
+        assert_eq!(report[38], 1, "an answer is asked for");
+        let mut keepalive = BytesMut::new();
+        put_keepalive(&mut keepalive, Lsn(8), 0, false);
+        primary.write_all(&keepalive).await.unwrap();
+        assert!(matches!(upstream.next().await, Ok(UpstreamEvent::Idle)));
+        upstream.acknowledge(Lsn(8)).await.unwrap();
+        primary.read_exact(&mut report).await.unwrap();
+        assert_eq!((report[5], report[38]), (b'r', 0), "once is enough");
     }
 
     #[tokio::test]

@@ -246,12 +246,12 @@ impl Timeline {
     /// Who leads, as far as this node knows.
     pub fn leadership(&self) -> Leadership {
         let (term, since) = *self.term_since.lock();
-        let term_age = since.map(|since| since.elapsed());
-        Leadership { term, term_age, silent: self.push_sessions.silence_of(term) }
+        let (voted, elected) = (since.map(|since| since.elapsed()), self.push_sessions.was_elected(term));
+        Leadership { term, voted, elected, silent: self.push_sessions.silence_of(term) }
     }
 
     /// Wakes when a leader comes or goes.
-    pub fn watch_leadership(&self) -> watch::Receiver<()> {
+    pub fn watch_leadership(&self) -> watch::Receiver<Term> {
         self.push_sessions.watch()
     }
 

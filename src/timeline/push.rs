@@ -90,7 +90,7 @@ impl PushSession {
         if let Some(term) = elected {
             self.listed.streaming.store(true, Ordering::Relaxed);
             self.listed.heard(term);
-            self.timeline.push_sessions.changed();
+            self.timeline.push_sessions.elected(term);
         }
         Ok(reply)
     }
@@ -155,10 +155,12 @@ impl ListedSession {
 pub struct Leadership {
     /// The highest term this node has promised to follow.
     pub term: Term,
-    /// How long ago it was promised; `None`: before this process began.
-    pub term_age: Option<Duration>,
-    /// How long the leader of that term has been silent; `None` when it isn't connected here, or nobody was elected yet. One
-    /// with nothing to say is heard every second.
+    /// How long ago it promised that; `None`: before this process began.
+    pub voted: Option<Duration>,
+    /// The leader of that term came here, in the life of this process.
+    pub elected: bool,
+    /// How long the leader of that term has been silent; `None` when none is connected here. One with nothing to say is heard
+    /// every second.
     pub silent: Option<Duration>,
 }
 
@@ -177,12 +179,13 @@ pub struct PushStatus {
 /// The proposers connected to a timeline.
 pub struct PushSessions {
     list: Mutex<BTreeMap<u32, Arc<ListedSession>>>,
-    changes: watch::Sender<()>,
+    /// The highest term whose leader came here, in the life of this process. Wakes also when a proposer is gone.
+    elected: watch::Sender<Term>,
 }
 
 impl Default for PushSessions {
     fn default() -> Self {
-        Self { list: Mutex::default(), changes: watch::Sender::new(()) }
+        Self { list: Mutex::default(), elected: watch::Sender::new(Term(0)) }
     }
 }
 
@@ -201,12 +204,17 @@ impl PushSessions {
 
     fn remove(&self, listed: &Arc<ListedSession>) {
         self.list.lock().remove(&listed.conn_id);
-        self.changed();
+        self.elected.send_modify(|_| {});
     }
 
-    /// Wakes who watches for leaders that come and go.
-    fn changed(&self) {
-        self.changes.send_replace(());
+    /// The leader of `term` is here.
+    fn elected(&self, term: Term) {
+        self.elected.send_modify(|known| *known = term.max(*known));
+    }
+
+    /// Whether the leader of `term` came here.
+    pub(super) fn was_elected(&self, term: Term) -> bool {
+        *self.elected.borrow() >= term
     }
 
     /// How long the leader of `term` has been silent, if it is connected.
@@ -217,8 +225,8 @@ impl PushSessions {
     }
 
     /// Wakes when a proposer was elected, and when one is gone.
-    pub(super) fn watch(&self) -> watch::Receiver<()> {
-        self.changes.subscribe()
+    pub(super) fn watch(&self) -> watch::Receiver<Term> {
+        self.elected.subscribe()
     }
 
     /// Has all proposers told what a page server reports.
