@@ -15,12 +15,14 @@
 //! | `serve` | connections: accept, bound, shut down |
 //! | `request` | what all requests have in common: ids, bodies, logging |
 //! | [`error`] | failures as responses |
+//! | [`drain`] | taking a node out |
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `status` | routes of a program with nothing to manage |
 //! | `timeline_status` | the JSON form of a timeline |
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
 
+pub mod drain;
 pub mod error;
 mod request;
 mod retention_status;

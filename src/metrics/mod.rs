@@ -14,6 +14,7 @@ mod journal;
 mod readers;
 mod retention;
 mod safekeeper;
+mod shutdown;
 mod timelines;
 pub mod walproposer;
 pub mod walreceiver;
@@ -24,6 +25,8 @@ use prometheus::{
     CounterVec, Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
+
+use crate::shutdown::Shutdown;
 
 pub use journal::JournalSample;
 pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
@@ -54,13 +57,14 @@ pub struct Exposition {
 
 impl Exposition {
     /// What a safekeeper exposes; `timelines` is asked at every scrape.
-    pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static) -> Self {
+    pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static, shutdown: Shutdown) -> Self {
         let mut exposition = Self::process("safekeeper");
         safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
         retention::collectors().into_iter().for_each(|collector| exposition.add(collector));
         exposition.add(Box::new(retention::HoldCollector::new(timelines.clone())));
         exposition.add(Box::new(journal::JournalCollector::new(timelines.clone())));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));
+        exposition.add(Box::new(shutdown::ShutdownCollector::new(shutdown)));
         exposition
     }
 

@@ -2,6 +2,7 @@
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
+use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -56,19 +57,37 @@ async fn run_one(command: &str, context: &HookContext) -> std::io::Result<ExitSt
         .process_group(0)
         .spawn()?;
     let output = tokio::spawn(log_output(command.to_owned(), child.stdout.take(), child.stderr.take()));
-    let mut group = Group(Some(child));
+    let mut group = Group::of(child);
     let status = group.wait().await?;
     let _ = timeout(OUTPUT_GRACE, output).await;
     Ok(status)
+}
+
+/// The process group of the command that runs, for a hard stop; 0 while there is none.
+static RUNNING: AtomicI32 = AtomicI32::new(0);
+
+/// Kills the command that runs, and its children: the process is about to end without a further word.
+pub fn kill_running() {
+    if let Some(group) = Pid::from_raw(RUNNING.swap(0, Ordering::Relaxed)) {
+        // It may have ended by itself just now.
+        let _ = kill_process_group(group, Signal::KILL);
+    }
 }
 
 /// A command and its children. Killed on drop.
 struct Group(Option<Child>);
 
 impl Group {
+    fn of(child: Child) -> Self {
+        let id = child.id().and_then(|id| i32::try_from(id).ok());
+        RUNNING.store(id.unwrap_or_default(), Ordering::Relaxed);
+        Self(Some(child))
+    }
+
     async fn wait(&mut self) -> std::io::Result<ExitStatus> {
         let Some(child) = &mut self.0 else { return Ok(ExitStatus::default()) };
         let status = child.wait().await?;
+        RUNNING.store(0, Ordering::Relaxed);
         self.0 = None;
         Ok(status)
     }
@@ -84,11 +103,7 @@ impl Drop for Group {
     }
 }
 
-async fn log_output(
-    command: String,
-    stdout: Option<impl AsyncRead + Unpin>,
-    stderr: Option<impl AsyncRead + Unpin>,
-) {
+async fn log_output(command: String, stdout: Option<impl AsyncRead + Unpin>, stderr: Option<impl AsyncRead + Unpin>) {
     tokio::join!(log_lines(&command, stdout), log_lines(&command, stderr));
 }
 
@@ -157,9 +172,7 @@ mod tests {
         };
         drop(running);
         // Gone, or a corpse that nobody has fetched yet.
-        let alive = || {
-            std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"))
-        };
+        let alive = || std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z"));
         let patience = std::time::Instant::now();
         while alive() {
             assert!(patience.elapsed() < Duration::from_secs(60), "process {pid} lives on");

@@ -26,15 +26,8 @@ pub enum Step {
 
 impl Step {
     /// All of them, in their order.
-    pub const ALL: [Step; 7] = [
-        Step::Running,
-        Step::Refusing,
-        Step::Finishing,
-        Step::Saving,
-        Step::HandingOver,
-        Step::Hooks,
-        Step::Done,
-    ];
+    pub const ALL: [Step; 7] =
+        [Step::Running, Step::Refusing, Step::Finishing, Step::Saving, Step::HandingOver, Step::Hooks, Step::Done];
 
     /// As it is shown.
     pub const fn name(self) -> &'static str {

@@ -118,6 +118,17 @@ impl Shutdown {
         self.next(done.unwrap_or_else(given_up));
     }
 
+    /// The work is over, whoever wanted that, and nothing more is to be done in the steps that are left.
+    pub fn finish(&self) {
+        let now = Instant::now();
+        {
+            let mut machine = self.0.machine.lock();
+            machine.ask(Asked::ByRequest, "the work is done", now);
+            while machine.next(None, now).is_some() {}
+        }
+        self.publish();
+    }
+
     /// The present step.
     pub fn step(&self) -> Step {
         *self.0.step.borrow()

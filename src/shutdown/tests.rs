@@ -105,9 +105,9 @@ proptest! {
     }
 }
 
-#[tokio::test(start_paused = true)]
+#[tokio::test]
 async fn parts_of_a_daemon_hear_of_each_step() {
-    let shutdown = Shutdown::new(LIMIT);
+    let shutdown = Shutdown::new(Duration::from_millis(100));
     let cancelled = |shutdown: &Shutdown| {
         [shutdown.refusing(), shutdown.finishing(), shutdown.saving(), shutdown.done()].map(|t| t.is_cancelled())
     };

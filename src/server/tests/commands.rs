@@ -281,13 +281,14 @@ async fn stopping_tells_every_kind_of_session() {
     let mut before_startup = server.dial().await;
     before_startup.send(&[0, 0, 0, 8, 0x04, 0xD2, 0x16, 0x2F]).await;
     assert_eq!(before_startup.byte().await, b'N');
-    server.shutdown.cancel();
+    server.begin_stop();
     waiting.fatal(SqlState::ADMIN_SHUTDOWN).await;
     greeting_awaited.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
     assert_eq!(reader.next().await, BackendMessage::CommandComplete("COPY 0".into()), "as a walsender says it");
     assert_eq!(reader.try_next().await, None);
     pageserver.fatal(SqlState::ADMIN_SHUTDOWN).await;
     before_startup.fatal(SqlState::CANNOT_CONNECT_NOW).await;
+    assert_eq!(leader.ack().await.flush_lsn, log.position(), "what it sent is acknowledged");
     leader.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
     server.stop().await;
 }
