@@ -73,7 +73,7 @@ fn pause(commits: &[Commit], event: Instant, next: Option<Instant>) -> Duration 
     let first = at.partition_point(|at| *at < event).saturating_sub(1);
     let around = at.get(first..).unwrap_or_default().iter().take_while(|at| **at < end);
     let around: Vec<&Instant> = around.collect();
-    around.windows(2).map(|pair| *pair[1] - *pair[0]).max().unwrap_or_default()
+    around.iter().zip(around.iter().skip(1)).map(|(last, next)| **next - **last).max().unwrap_or_default()
 }
 
 /// A running system with load on it.
@@ -197,6 +197,11 @@ fn a_candidate_that_was_paused_or_is_new_leaves_the_leader_alone() {
         }
         system.cluster.wait_committed(system.cluster.primary.flush_lsn()?)?;
         ensure!(leader(&system.cluster)? == before, "somebody else leads, or it was elected again");
+        for (index, safekeeper) in system.cluster.safekeepers.iter().enumerate() {
+            let state = if index == before.0 { "leading" } else { "standing by" };
+            let metrics = http_get(&safekeeper.http_address(), "/metrics")?.ok()?;
+            ensure!(metrics.contains(&format!("walproposer_state{{state=\"{state}\"}} 1")), "{metrics}");
+        }
         system.finish()
     });
 }
@@ -279,5 +284,81 @@ fn a_leader_that_loses_the_primary_is_replaced_by_one_that_has_it() {
         system.ledger.wait_progress(DEADLINE, FEW)?;
         ensure!(leader(&system.cluster)? == after, "the old leader deposed the new one");
         system.finish()
+    });
+}
+
+/// The value of a metric of a member.
+fn metric(safekeeper: &Safekeeper, name: &str) -> Result<u64> {
+    let metrics = http_get(&safekeeper.http_address(), "/metrics")?.ok()?;
+    let line = metrics.lines().find_map(|line| line.strip_prefix(name)).with_context(|| name.to_owned())?;
+    line.trim().parse().with_context(|| format!("{name}{line}"))
+}
+
+#[test]
+fn nobody_campaigns_while_nobody_has_a_primary() {
+    scenario("election-down", |scratch| {
+        let mut system = Loaded::start(scratch, &ClusterOptions::default())?;
+        let before = leader(&system.cluster)?;
+        system.cluster.primary.stop(StopMode::Immediate)?;
+        // The pauses between these tries add up to more than a leader is given to reach the primary.
+        let safekeeper = system.cluster.safekeeper(before.0)?;
+        wait_for(DEADLINE, "the leader to try again and again", || {
+            let tries = metric(safekeeper, "walproposer_reconnects_total{target=\"primary\"}")?;
+            ensure!(tries >= 8, "{tries} tries");
+            Ok(())
+        })?;
+        system.cluster.primary.start()?;
+        system.ledger.wait_progress(DEADLINE, FEW)?;
+        ensure!(leader(&system.cluster)? == before, "there was an election, to no end");
+        system.finish()
+    });
+}
+
+#[test]
+fn a_member_that_was_cut_off_comes_back_quietly() {
+    scenario("election-quiet", |scratch| {
+        let options = ClusterOptions { proxied: true, ..ClusterOptions::default() };
+        let system = Loaded::start(scratch, &options)?;
+        let before = leader(&system.cluster)?;
+        let other = (before.0 + 1) % 3;
+        for third in (0..3).filter(|third| *third != other) {
+            system.cluster.network.cut(Place::Member(other), Place::Member(third));
+            system.cluster.network.cut(Place::Member(third), Place::Member(other));
+        }
+        let member = system.cluster.safekeepers.get(other).context("the member")?;
+        wait_for(DEADLINE, "the member to miss its leader", || {
+            let view = proposer(member)?;
+            ensure!(view.role == "standing_by" && view.leader.is_none(), "{} under {:?}", view.role, view.leader);
+            Ok(())
+        })?;
+        system.ledger.wait_progress(DEADLINE, FEW)?;
+        system.cluster.network.heal();
+        system.cluster.wait_committed(system.cluster.primary.flush_lsn()?)?;
+        ensure!(leader(&system.cluster)? == before, "it deposed the leader");
+        system.finish()
+    });
+}
+
+#[test]
+fn members_follow_a_promoted_standby() {
+    scenario("election-promotion", |scratch| {
+        let mut cluster = start(scratch, &ClusterOptions { further_servers: 1, ..ClusterOptions::default() })?;
+        let new = cluster.add_standby(scratch, "standby")?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        let before = leader(&cluster)?;
+        let end = cluster.primary.flush_lsn()?;
+        cluster.primary.kill9()?;
+        cluster.wait_replayed(&new, end)?;
+        new.promote()?;
+        // Each commit waits for the safekeepers.
+        new.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
+        let after = leader(&cluster)?;
+        ensure!(after.0 == before.0, "who leads goes on with the new primary");
+        cluster.safekeeper(after.0)?.kill()?;
+        new.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
+        ensure!(leader(&cluster)?.0 != after.0);
+        ensure!(new.sql()?.value("SELECT count(*) FROM t")? == "3000");
+        cluster.safekeeper(after.0)?.start()?;
+        cluster.wait_committed(new.flush_lsn()?)
     });
 }

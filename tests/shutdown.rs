@@ -80,8 +80,7 @@ fn no_client_notices_rolling_restarts_of_members_that_propose() {
 fn roll(scratch: &Scratch, proposing: Proposing) -> Result<()> {
     let mut cluster = start(scratch, proposing, &[])?;
     cluster.primary.pgbench_init(scratch, 1)?;
-    let mut standby =
-        Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
+    let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
     standby.start()?;
     let mut receiver = ReceiveWal::start(scratch, "receiver", &cluster.readers_conninfo("receiver"), &[])?;
     let ledger = Ledger::start(&cluster.primary, 2)?;
@@ -119,9 +118,9 @@ fn roll(scratch: &Scratch, proposing: Proposing) -> Result<()> {
     cluster.wait_replayed(&standby, end)?;
     ensure!(standby.daemon().pid() == standby_pid, "the standby was restarted");
     let (reference, dir) = (cluster.primary.wal_dir(), receiver.dir().to_owned());
-    receiver.daemon().wait_until(DEADLINE, "pg_receivewal to have all", || {
-        compare_wal(&reference, &dir, end).map(drop)
-    })?;
+    receiver
+        .daemon()
+        .wait_until(DEADLINE, "pg_receivewal to have all", || compare_wal(&reference, &dir, end).map(drop))?;
     let during = |(from, to): &(Instant, Instant)| {
         let around: Vec<Commit> = commits.iter().filter(|c| c.at >= *from && c.at <= *to).copied().collect();
         longest_pause(&around)

@@ -334,3 +334,35 @@ fn the_primarys_settings_are_judged() {
         Ok(())
     });
 }
+
+/// The primary doesn't notice by itself that the former leader is gone. Its role needs no rights but replication.
+#[test]
+fn a_new_leader_gets_the_slot_from_a_connection_that_holds_it() {
+    scenario("upstream-takeover", |scratch| {
+        let server = started(scratch, &[SYNCHRONOUS])?;
+        server.sql()?.run("SET synchronous_commit = local; CREATE ROLE follower REPLICATION LOGIN")?;
+        let conninfo = server.conninfo().replace("user=postgres", "user=follower");
+        let (runtime, mine) = (runtime()?, settings(&conninfo)?);
+        let facts = runtime.block_on(facts(&mine))?;
+        let timeline = facts.stock.ancestry.current();
+        let begin = |settings: &Settings, take_slot| {
+            runtime.block_on(upstream::follow(settings, &facts, timeline, facts.initial_start, take_slot))
+        };
+        let mut former = begin(&mine, false)?;
+        ensure!(matches!(begin(&mine, false), Err(UpstreamError::SlotInUse { .. })));
+        let other = Settings { application_name: "somebody_else".to_owned(), ..mine.clone() };
+        ensure!(
+            matches!(begin(&other, true), Err(UpstreamError::SlotInUse { .. })),
+            "a slot of another name was taken"
+        );
+        let taken = begin(&mine, true)?;
+        ensure!(taken.position() == facts.initial_start);
+        let lost = loop {
+            if let Err(error) = runtime.block_on(former.next()) {
+                break error;
+            }
+        };
+        ensure!(!lost.is_fatal(), "{lost}");
+        Ok(())
+    });
+}

@@ -24,6 +24,7 @@
 
 pub mod drain;
 pub mod error;
+mod fence;
 mod request;
 mod retention_status;
 pub mod safekeeper;

@@ -12,6 +12,7 @@
 //! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
+//! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/fence` | fences off primaries, with `{"pg_timeline": n}` those up to that Postgres timeline; `{"clear": true}` lifts it, `{}` asks: `{"previous_term", "term", "flush_lsn", "commit_lsn", "pg_timeline"}` |
 
 use std::sync::Arc;
 
@@ -27,8 +28,10 @@ use serde::{Deserialize, Serialize};
 
 use super::drain::{self, NodeStatus};
 use super::error::ApiError;
+use super::fence;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
+use super::walproposer;
 use crate::consensus::history::TermHistory;
 use crate::consensus::membership;
 use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
@@ -75,7 +78,11 @@ pub fn router(
     candidate: Option<Arc<Candidate>>,
     shutdown: Shutdown,
 ) -> Router {
-    let exposition = Arc::new(Exposition::safekeeper(Arc::clone(&registry), shutdown.clone()));
+    let exposition = Exposition::safekeeper(Arc::clone(&registry), shutdown.clone());
+    let exposition = Arc::new(match &candidate {
+        Some(candidate) => exposition.with_proposer(walproposer::Source(candidate.proposer())),
+        None => exposition,
+    });
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
         .route("/v1/status", get(node_status))
@@ -84,6 +91,7 @@ pub fn router(
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/fence", post(fence::fence))
         .with_state(Node { registry, peers, shutdown });
     let router = match candidate {
         Some(candidate) => router.route("/v1/proposer", get(async move || Json(candidate.status()))),
@@ -115,7 +123,7 @@ async fn list_timelines(State(registry): Timelines) -> Json<Vec<TenantTimelineId
 }
 
 /// Looks up the timeline that a path names.
-fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
+pub(super) fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
     let tenant_id: TenantId = parse_id(tenant, "tenant_id")?;
     let timeline_id: TimelineId = parse_id(timeline, "timeline_id")?;
     Ok(registry.get(TenantTimelineId::new(tenant_id, timeline_id))?)

@@ -19,7 +19,8 @@ pub fn router(status: Arc<Status>) -> Router {
     super::status::router(exposition, move || status.view())
 }
 
-struct Source(Arc<Status>);
+/// The proposer for metrics.
+pub(super) struct Source(pub(super) Arc<Status>);
 
 impl ProposerSource for Source {
     fn sample(&self) -> ProposerSample {

@@ -70,10 +70,15 @@ impl Exposition {
 
     /// What a walproposer exposes; `proposer` is asked at every scrape.
     pub fn walproposer(proposer: impl walproposer::ProposerSource + 'static) -> Self {
-        let mut exposition = Self::process("walproposer");
-        walproposer::collectors().into_iter().for_each(|collector| exposition.add(collector));
-        exposition.add(Box::new(walproposer::ProposerCollector::new(proposer)));
-        exposition
+        Self::process("walproposer").with_proposer(proposer)
+    }
+
+    /// What a safekeeper exposes beside that when it may propose itself.
+    #[must_use]
+    pub fn with_proposer(mut self, proposer: impl walproposer::ProposerSource + 'static) -> Self {
+        walproposer::collectors().into_iter().for_each(|collector| self.add(collector));
+        self.add(Box::new(walproposer::ProposerCollector::new(proposer)));
+        self
     }
 
     /// What a walreceiver exposes; `receiver` is asked at every scrape.

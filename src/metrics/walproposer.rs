@@ -97,7 +97,7 @@ pub trait ProposerSource: Send + Sync {
 }
 
 /// Values of the label `state` of `walproposer_state`.
-pub const PROPOSER_STATES: [&str; 3] = ["waiting for primary", "campaigning", "leading"];
+pub const PROPOSER_STATES: [&str; 4] = ["waiting for primary", "standing by", "campaigning", "leading"];
 
 /// Values of the label `state` of `walproposer_safekeeper_state`.
 pub const SAFEKEEPER_STATES: [&str; 4] = ["offline", "greeting", "voting", "following"];

@@ -16,6 +16,9 @@ use super::exchange::{LeaderReport, Proposing, Resigned};
 use super::link::About;
 use super::{Peers, milliseconds};
 
+/// For those that would have answered a moment later: a candidate that isn't heard of is reckoned without.
+const GRACE: Duration = Duration::from_millis(20);
+
 /// What this node says of its own proposing.
 pub type OwnProposing = Box<dyn Fn() -> Option<Proposing> + Send + Sync>;
 
@@ -82,8 +85,8 @@ impl Peers {
         }
     }
 
-    /// Asks those at `members`, without this node, who leads. Ends when all have answered, when `enough` says so of the answers
-    /// so far, or after `limit`. Each node answers once, however many addresses it has.
+    /// Asks those at `members`, without this node, who leads. Ends when all have answered, soon after `enough` says so of the
+    /// answers so far, or after `limit`. Each node answers once, however many addresses it has.
     pub async fn ask_who_leads(
         self: &Arc<Self>,
         members: &[HostPort],
@@ -91,10 +94,13 @@ impl Peers {
         limit: Duration,
         enough: impl Fn(&[(NodeId, LeaderReport)]) -> bool,
     ) -> Vec<(NodeId, LeaderReport)> {
-        let deadline = Instant::now() + limit;
+        let mut deadline = Instant::now() + limit;
         let mut asked = self.ask_all(members, || About::Leader(ttid));
         let mut answers: Vec<(NodeId, LeaderReport)> = Vec::new();
-        while !enough(&answers) {
+        loop {
+            if enough(&answers) {
+                deadline = deadline.min(Instant::now() + GRACE);
+            }
             let Ok(Some(answer)) = timeout_at(deadline, asked.join_next()).await else { break };
             let Ok(Ok((node, Some(leader)))) = answer else { continue };
             if node != self.registry.node_id() && !answers.iter().any(|(known, _)| *known == node) {

@@ -318,13 +318,14 @@ impl Task {
         let json = serde_json::to_string(&message).map_err(malformed)?;
         let command = format!("PEER_EXCHANGE '{}'", json.replace('\'', "''"));
         let ask = async {
-            let mut connection = match self.connection.take() {
-                Some(connection) => connection,
-                None => {
-                    let name = format!("safekeeper_{}", self.peers.registry.node_id());
-                    safekeeper::connect(&self.address, None, Some(&name)).await?
-                }
-            };
+            // One that was there may be of a node that was restarted since. To hear the same twice does no harm.
+            if let Some(mut connection) = self.connection.take()
+                && let Ok(rows) = connection.query(&command).await
+            {
+                return Ok((connection, rows));
+            }
+            let name = format!("safekeeper_{}", self.peers.registry.node_id());
+            let mut connection = safekeeper::connect(&self.address, None, Some(&name)).await?;
             let rows = connection.query(&command).await?;
             Ok::<_, ConnectError>((connection, rows))
         };

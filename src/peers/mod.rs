@@ -13,7 +13,7 @@
 //! ```
 //!
 //! Told are the slots of each timeline, temporary slots and who uses slots, and how far the WAL is. A timeline of which nothing
-//! changed is told again only now and then.
+//! changed is told again only now and then. Who stands for election asks who leads, and who resigns says so.
 //!
 //! # PROMISES
 //!

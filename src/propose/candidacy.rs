@@ -27,7 +27,7 @@ pub const SILENCE_LIMIT: Duration = Duration::from_secs(3);
 pub const PRIMARY_LIMIT: Duration = Duration::from_secs(3);
 
 /// How long a vote may still elect somebody. An election is a matter of milliseconds, a little more on a slow disk.
-const CAMPAIGN_TIME: Duration = Duration::from_secs(1);
+const CAMPAIGN_TIME: Duration = Duration::from_millis(500);
 
 /// Between the first candidate and the next: enough for an election, so that the next one finds a leader.
 const RANK_DELAY: Duration = Duration::from_millis(150);
@@ -112,6 +112,11 @@ impl Situation<'_> {
         }
     }
 
+    /// Whether the leader that handed over named this member.
+    pub fn is_successor(&self) -> bool {
+        self.resigned().is_some_and(|resigned| resigned.successor == Some(self.own))
+    }
+
     /// Whether the member hears a leader that is to be left alone.
     fn hears_leader(&self, report: &LeaderReport) -> bool {
         let resigned = self.resigned().is_some_and(|resigned| report.term <= resigned.term);
@@ -158,7 +163,7 @@ impl Situation<'_> {
     /// How long the office must have been vacant before this member campaigns.
     fn delay(&self) -> Duration {
         let successor = self.resigned().and_then(|resigned| resigned.successor);
-        if successor == Some(self.own) {
+        if self.is_successor() {
             return Duration::ZERO;
         }
         let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);

@@ -28,9 +28,9 @@ use tokio_util::sync::CancellationToken;
 use super::candidacy::{Decision, SILENCE_LIMIT, Situation, View, hears_nobody};
 use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
-use super::status::{Report, Status, StatusView};
+use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
-use super::{OUTDATED, Settings, checks};
+use super::{OUTDATED, Settings, checks, fenced};
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
@@ -115,7 +115,7 @@ pub struct ProposerView {
     pub role: Role,
     /// Who leads, as far as this node knows.
     pub leader: Option<NodeId>,
-    /// The proposer of this node; what it tells is of its last term of office.
+    /// The proposer of this node.
     #[serde(flatten)]
     pub proposer: StatusView,
 }
@@ -123,6 +123,7 @@ pub struct ProposerView {
 /// This member's part in proposing the primary's WAL.
 #[derive(Debug)]
 pub struct Candidate {
+    own: NodeId,
     status: Arc<Status>,
     standing: Arc<Mutex<(Role, Option<NodeId>)>>,
     /// Cancelled: stand no more.
@@ -145,6 +146,7 @@ impl Candidate {
     ) -> io::Result<Arc<Self>> {
         let status = Arc::new(Status::new(settings.safekeepers.clone()));
         let candidate = Arc::new(Self {
+            own: registry.node_id(),
             status: Arc::clone(&status),
             standing: Arc::default(),
             retire: shutdown.child_token(),
@@ -189,7 +191,9 @@ impl Candidate {
     pub fn status(&self) -> ProposerView {
         let (role, leader) = *self.standing.lock();
         let proposer = self.status.view();
-        let role = if role == Role::Campaigning && proposer.state == "leading" { Role::Leading } else { role };
+        if role == Role::Campaigning && proposer.state == "leading" {
+            return ProposerView { role: Role::Leading, leader: Some(self.own), proposer };
+        }
         ProposerView { role, leader, proposer }
     }
 
@@ -271,6 +275,12 @@ impl Task {
 
     fn stands(&self, role: Role, leader: Option<NodeId>) {
         *self.standing.lock() = (role, leader);
+        let aside = match role {
+            Role::Leading | Role::Campaigning => None,
+            Role::StandingBy | Role::Resigned => Some(Aside::StandingBy),
+            Role::WaitingForPrimary | Role::Fenced | Role::NeedsOperator => Some(Aside::WithoutPrimary),
+        };
+        self.status.update(|report| report.aside = aside);
     }
 
     /// Waits until it's on this member to campaign. `None`: it is to retire.
@@ -312,7 +322,8 @@ impl Task {
                 jitter,
             };
             let decision = if succeeds { Decision::Campaign } else { situation.decide() };
-            let pause = self.lost.wait(Instant::now());
+            let chosen = situation.is_successor();
+            let pause = if chosen { Duration::ZERO } else { self.lost.wait(Instant::now()) };
             let again = match decision {
                 Decision::Campaign if pause.is_zero() || succeeds => {
                     vacant_since.get_or_insert_with(Instant::now);
@@ -335,7 +346,7 @@ impl Task {
                         self.last_leader = leader.or(self.last_leader);
                     }
                     if leader.is_some() {
-                        self.lost.progress();
+                        self.lost = Backoff::new(LOST_PAUSE.0, LOST_PAUSE.1);
                     }
                     again
                 }
@@ -461,12 +472,15 @@ impl Task {
             own_node: Some(self.own),
         };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
-        let (driver, inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
-        let began = Instant::now();
-        let ended = driver.limited(limits).run(inbox, &self.retire).await;
+        let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
+        let (mut driver, began) = (driver.limited(limits), Instant::now());
+        // Its connections stay until the others were told how it ended, so that they don't take it for dead.
+        let ended = driver.serve(&mut inbox, &self.retire).await;
         let report = self.status.report();
-        self.status.update(|report| {
-            (report.leading, report.streaming, report.primary_lost_at) = (false, false, None);
+        // Of a term that is over nothing is to be told.
+        self.status.update(|over| {
+            let Report { ttid, term, .. } = *over;
+            *over = Report { ttid, term, ..Report::default() };
         });
         let led = report.leading;
         self.known_term = self.known_term.max(report.term);
@@ -498,6 +512,14 @@ impl Task {
                 self.status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
                 self.facts = None;
                 Next::Pause(Role::Fenced, HELPLESS_PAUSE)
+            }
+            Ended::FencedOff(reason) => {
+                self.stands(Role::Fenced, None);
+                let timeline = facts.stock.ancestry.current();
+                if fenced::wait(&self.settings, timeline, &reason, &self.status, &self.retire).await {
+                    self.facts = None;
+                }
+                Next::StandBy
             }
             Ended::Fatal(error) => {
                 tracing::error!(%error, "an operator has to put this right before WAL of the primary is proposed");

@@ -27,6 +27,15 @@ pub struct PeerReport {
     pub next_retry_at: Option<Instant>,
 }
 
+/// Why a member neither campaigns nor leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aside {
+    /// Another member leads, or shall.
+    StandingBy,
+    /// There is no primary to be followed.
+    WithoutPrimary,
+}
+
 /// The proposer as a whole.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
@@ -36,6 +45,8 @@ pub struct Report {
     pub term: Term,
     /// Whether the term is won.
     pub leading: bool,
+    /// What a member of those that elect one does while it neither campaigns nor leads.
+    pub aside: Option<Aside>,
     /// The Postgres timeline of this term's WAL, once the term is won.
     pub pg_timeline: Option<PgTimelineId>,
     /// What hot standbys that read from the safekeepers need kept on the primary.
@@ -66,6 +77,8 @@ impl Report {
     /// A short name for what is going on, for status and metrics.
     pub fn state_name(&self) -> &'static str {
         match (self.ttid, self.leading) {
+            _ if self.aside == Some(Aside::StandingBy) => "standing by",
+            _ if self.aside == Some(Aside::WithoutPrimary) => "waiting for primary",
             (None, _) => "waiting for primary",
             (_, true) => "leading",
             (_, false) => "campaigning",
@@ -83,7 +96,7 @@ pub struct Status {
 /// The report in the form `/v1/status` shows.
 #[derive(Debug, Serialize)]
 pub struct StatusView {
-    /// `leading`, `campaigning`, or `waiting for primary`.
+    /// `leading`, `campaigning`, `waiting for primary`, or, of a member of those that elect one, `standing by`.
     pub state: &'static str,
     /// Tenant and timeline on the safekeepers.
     pub timeline: Option<TenantTimelineId>,

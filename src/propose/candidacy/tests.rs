@@ -76,7 +76,7 @@ fn a_vote_that_was_given_has_its_time() {
     let mut voted = view(3);
     (voted.report.term, voted.report.voted_ms) = (Term(6), Some(0));
     assert!(stands_by(&situation(&[view(2), voted.clone()])));
-    voted.report.voted_ms = Some(1000);
+    voted.report.voted_ms = Some(500);
     assert_eq!(situation(&[view(2), voted.clone()]).decide(), Decision::Campaign, "it came to nothing");
     (voted.report.voted_ms, voted.report.elected) = (Some(0), true);
     let mut late = voted.clone();
