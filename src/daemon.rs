@@ -95,7 +95,7 @@ async fn supervise(shutdown: &Shutdown, mut signals: Signals) -> io::Result<()> 
             }
             Ok(()) = steps.changed() => {
                 let step = *steps.borrow_and_update();
-                tell_manager_of(step, deadline);
+                tell_manager_of(step, shutdown.deadline());
             }
             () = until(deadline) => hard_stop(shutdown, "not done in time"),
         }
@@ -121,16 +121,15 @@ pub fn ready(status: &str) {
     tell_manager(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// Tells the service manager, if there is one, what the daemon is at.
-pub fn status(status: &str) {
-    tell_manager(&[NotifyState::Status(status)]);
-}
-
 /// A step of the shutdown has begun. The manager shall wait until the deadline, whatever its own settings are.
 fn tell_manager_of(step: Step, deadline: Option<Instant>) {
     let left = deadline.map_or(Duration::ZERO, |deadline| deadline.saturating_duration_since(Instant::now()));
     let wait = u32::try_from((left + MANAGER_MARGIN).as_micros()).unwrap_or(u32::MAX);
-    let status = format!("stopping: {}", step.purpose());
+    // The first step of all daemons; what is special about that of a safekeeper needs no word.
+    let status = match step {
+        Step::Refusing => "stopping".to_owned(),
+        later => format!("stopping: {}", later.purpose()),
+    };
     tell_manager(&[NotifyState::Stopping, NotifyState::ExtendTimeoutUsec(wait), NotifyState::Status(&status)]);
 }
 

@@ -1,6 +1,7 @@
 //! Nodes that are taken out on purpose: restarts that no client notices, what happens to whoever is stuck, and that being cut
 //! off on the way out loses nothing.
 
+use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -167,6 +168,11 @@ fn a_leaving_node_sends_clients_on_and_shows_its_steps_until_a_second_signal() {
         cluster.safekeeper(0)?.stop()?;
         cluster.safekeeper(0)?.add_args(&["--shutdown-hook", "true", "--shutdown-hook", &hook]);
         cluster.safekeeper(0)?.add_args(&["--shutdown-timeout", "10min"]);
+        let socket = scratch.path().join("notify");
+        let manager = UnixDatagram::bind(&socket)?;
+        manager.set_nonblocking(true)?;
+        let launch = cluster.safekeeper(0)?.daemon().launch_mut();
+        *launch = launch.clone().env("NOTIFY_SOCKET", &socket);
         cluster.safekeeper(0)?.start()?;
         wait_caught_up(&cluster, 0)?;
         let running = status(cluster.safekeeper(0)?)?;
@@ -206,7 +212,19 @@ fn a_leaving_node_sends_clients_on_and_shows_its_steps_until_a_second_signal() {
         node.signal(Signal::TERM)?;
         let ended = node.stop(Signal::QUIT, DEADLINE)?;
         ensure!(ended.code() == Some(1), "{ended}");
-        wait_gone(pid)
+        wait_gone(pid)?;
+        let mut told = String::new();
+        let mut message = [0; 4096];
+        while let Ok(length) = manager.recv(&mut message) {
+            told.push_str(std::str::from_utf8(message.get(..length).unwrap_or_default())?);
+        }
+        let mut rest = told.as_str();
+        // 10 minutes and a little, in the first message: the rest of the time in later ones is less.
+        for word in ["READY=1", "STOPPING=1", "EXTEND_TIMEOUT_USEC=60", "STATUS=stopping: shutdown hooks run"] {
+            let at = rest.find(word).with_context(|| format!("the service manager was not told {word}:\n{told}"))?;
+            rest = rest.get(at..).unwrap_or_default();
+        }
+        Ok(())
     });
 }
 

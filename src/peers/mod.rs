@@ -341,9 +341,10 @@ impl Peers {
         }
     }
 
-    /// Whether a node said in its present life that it is about to stop.
+    /// Whether a node said in its present life that it is about to stop. What is known of it may be of the life before: a later one
+    /// has a higher number.
     fn is_leaving(&self, known: &Sender) -> bool {
-        known.leaving || self.left.lock().get(&known.node_id) == Some(&known.life)
+        known.leaving || self.left.lock().get(&known.node_id).is_some_and(|left| *left >= known.life)
     }
 
     fn sender(&self) -> Sender {

@@ -69,12 +69,13 @@ impl Step {
 
     /// Which part of the whole time has passed, in percent, when the step is given up for the sake of the later ones. A reader that
     /// takes nothing must not cost the chance to save and to hand over, which take no second when the disk and the others are well.
-    const fn given_up_at(self) -> u32 {
+    /// `None`: only the deadline ends it, with a hard stop.
+    const fn given_up_at(self) -> Option<u32> {
         match self {
-            Step::Running | Step::Done | Step::Hooks => 100,
-            Step::Refusing | Step::Finishing => 50,
-            Step::Saving => 70,
-            Step::HandingOver => 85,
+            Step::Running | Step::Hooks | Step::Done => None,
+            Step::Refusing | Step::Finishing => Some(50),
+            Step::Saving => Some(70),
+            Step::HandingOver => Some(85),
         }
     }
 }
@@ -193,9 +194,9 @@ impl Machine {
         self.begun.as_ref().map(|begun| begun.at + self.limit)
     }
 
-    /// When `step` is given up, at the latest; `None` as long as the shutdown hasn't begun.
+    /// When `step` is given up, at the latest; `None` if it isn't, and as long as the shutdown hasn't begun.
     pub fn limit_of(&self, step: Step) -> Option<Instant> {
-        let share = self.limit.saturating_mul(step.given_up_at()) / 100;
+        let share = self.limit.saturating_mul(step.given_up_at()?) / 100;
         self.begun.as_ref().map(|begun| begun.at + share)
     }
 

@@ -78,7 +78,7 @@ impl Shutdown {
     pub fn ask(&self, asked: Asked, reason: &str) -> Demand {
         let demand = self.0.machine.lock().ask(asked, reason, Instant::now());
         if demand == Demand::Begin {
-            tracing::info!(reason, "stopping: {}", Step::Refusing.purpose());
+            tracing::info!(reason, "stopping");
             self.publish();
         }
         demand

@@ -192,13 +192,13 @@ impl TestServer {
     pub(super) fn begin_stop(&self) {
         self.shutdown.ask(Asked::ByRequest, "a test");
         self.shutdown.next(None);
-        self.shutdown.in_hand().close();
     }
 
     pub(super) async fn stop(self) {
         if !self.shutdown.has_begun() {
             self.begin_stop();
         }
+        self.shutdown.in_hand().close();
         tokio::time::timeout(PATIENCE, self.shutdown.in_hand().wait()).await.unwrap();
         self.shutdown.finish();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap();
