@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bytes::Bytes;
-use pgproto::walproposer::{AppendRequest, ProposerElected, ProposerMessage, TermLsn, VoteRequest};
+use pgproto::walproposer::{AppendRequest, ProposerElected, ProposerMessage, Proposes, TermLsn, VoteRequest};
 use pgproto::{Generation, Lsn, NodeId, SegmentSize, TenantId, TenantTimelineId, Term, TimelineId};
 use safekeeper::consensus::state::{ControlState, ServerInfo};
 use safekeeper::lanes::{Lane, Lanes};
@@ -104,7 +104,7 @@ impl Proposer {
         let ttid = TenantTimelineId::new(TenantId([7; 16]), TimelineId(timeline_id));
         let server = ServerInfo { pg_version: PG_VERSION, system_id: SYSTEM_ID, wal_seg_size };
         let timeline = registry.get_or_create(ControlState::new(ttid, server)).await?;
-        let session = PushSession::open(&timeline, u32::try_from(number)?)?;
+        let session = PushSession::open(&timeline, u32::try_from(number)?, Proposes::Untold)?;
         session.handle(ProposerMessage::VoteRequest(VoteRequest { generation: GENERATION, term: TERM })).await?;
         let elected = ProposerElected {
             generation: GENERATION,

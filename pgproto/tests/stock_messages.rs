@@ -5,8 +5,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::ProtocolVersion::{V2, V3, V3Stock};
 use pgproto::walproposer::{
-    AcceptorMessage, HistoryFile, MAX_HISTORY_FILE, MAX_MESSAGE_SIZE, MAX_TERM_HISTORY, ProposerElected,
-    ProposerMessage, ProtocolVersion, StockPrimary, TermLsn, VoteRequest, VoteResponse,
+    AcceptorMessage, Fence, HistoryFile, MAX_HISTORY_FILE, MAX_MESSAGE_SIZE, MAX_TERM_HISTORY, ProposerElected,
+    ProposerMessage, Proposes, ProtocolVersion, StockPrimary, TermLsn, VoteRequest, VoteResponse,
 };
 use pgproto::{Ancestry, DecodeError, Generation, HostPort, Lsn, PgTimelineId, Term};
 use proptest::prelude::*;
@@ -32,6 +32,7 @@ fn primary() -> StockPrimary {
         safekeepers: vec![HostPort { host: "sk1".to_owned(), port: 5454 }],
         timeline: PgTimelineId(2),
         history: vec![HistoryFile { timeline: PgTimelineId(2), content: Bytes::from_static(SECOND) }],
+        fence: None,
     }
 }
 
@@ -54,6 +55,7 @@ fn vote(ancestry: Option<Ancestry>) -> AcceptorMessage {
         truncate_lsn: Lsn(8),
         term_history: vec![],
         ancestry,
+        fence: None,
     })
 }
 
@@ -96,6 +98,47 @@ fn a_block_cut_short_is_an_error_wherever_it_ends() {
     let whole = encode_reply(&vote(Some(second())), V3Stock);
     for length in 0..whole.len() {
         assert!(AcceptorMessage::decode(whole.slice(..length), V3Stock).is_err(), "{length} bytes");
+    }
+}
+
+/// The bytes of a fence at the end of either message.
+const FENCE: &[u8] = b"\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x00\x09";
+
+#[test]
+fn a_fence_stands_at_the_end_of_both_messages_when_there_is_one() {
+    let fence = Some(Fence { pg_timeline: PgTimelineId(3), term: Term(9) });
+    let fenced = elected(Some(StockPrimary { fence, ..primary() }));
+    let bytes = encode(&fenced, V3Stock);
+    assert_eq!(bytes, [&encode(&elected(Some(primary())), V3Stock)[..], FENCE].concat());
+    assert_eq!(ProposerMessage::decode(bytes, V3Stock), Ok(fenced.clone()));
+    assert_eq!(encode(&fenced, V3), encode(&elected(None), V3), "not agreed on");
+
+    let AcceptorMessage::VoteResponse(plain) = vote(Some(second())) else { panic!() };
+    let fenced = AcceptorMessage::VoteResponse(VoteResponse { fence, ..plain });
+    let bytes = encode_reply(&fenced, V3Stock);
+    assert_eq!(bytes, [&encode_reply(&vote(Some(second())), V3Stock)[..], FENCE].concat());
+    assert_eq!(AcceptorMessage::decode(bytes.clone(), V3Stock), Ok(fenced.clone()));
+    for missing in 1..FENCE.len() {
+        let cut = bytes.slice(..bytes.len() - missing);
+        assert!(AcceptorMessage::decode(cut, V3Stock).is_err(), "{missing} bytes missing");
+    }
+    assert_eq!(encode_reply(&fenced, V3), encode_reply(&vote(None), V3), "not agreed on");
+    let mut zero = bytes.to_vec();
+    zero[bytes.len() - 9] = 0;
+    assert!(AcceptorMessage::decode(zero.into(), V3Stock).is_err(), "there is no timeline 0");
+}
+
+#[test]
+fn a_fence_admits_who_proposes_nothing_or_is_beyond_it() {
+    let fence = Fence { pg_timeline: PgTimelineId(3), term: Term(9) };
+    for (proposes, admitted) in [
+        (Proposes::Untold, false),
+        (Proposes::Nothing, true),
+        (Proposes::WalOf(PgTimelineId(1)), false),
+        (Proposes::WalOf(PgTimelineId(3)), false),
+        (Proposes::WalOf(PgTimelineId(4)), true),
+    ] {
+        assert_eq!(fence.admits(proposes), admitted, "{proposes:?}");
     }
 }
 
@@ -146,6 +189,7 @@ fn the_longest_elected_is_as_long_as_a_message_may_be() {
         server_version: "1".repeat(255),
         safekeepers: vec![HostPort { host: "h".repeat(1023), port: 1 }; 32],
         history: files.collect(),
+        fence: Some(Fence { pg_timeline: PgTimelineId(u32::MAX), term: Term(u64::MAX) }),
         ..primary()
     };
     let longest = ProposerMessage::Elected(ProposerElected {
@@ -186,6 +230,7 @@ prop_compose! {
             safekeepers: hosts.into_iter().map(|(host, port)| HostPort { host, port }).collect(),
             timeline: PgTimelineId(timeline),
             history: files.into_iter().map(file).collect(),
+            fence: None,
         }
     }
 }

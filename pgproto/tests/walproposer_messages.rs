@@ -193,6 +193,7 @@ fn vote_given() -> AcceptorMessage {
         truncate_lsn: Lsn(0x539),
         term_history: history(&[(2, Lsn(0x539))]),
         ancestry: None,
+        fence: None,
     })
 }
 
@@ -247,6 +248,7 @@ fn acceptor_messages_match_the_vectors() {
         truncate_lsn: S,
         term_history: history(&[(2, S)]),
         ancestry: None,
+        fence: None,
     });
     let append_refused = AcceptorMessage::AppendResponse(AppendResponse {
         generation: Generation(7),
@@ -510,6 +512,7 @@ fn any_acceptor_message() -> impl Strategy<Value = AcceptorMessage> {
                     truncate_lsn,
                     term_history,
                     ancestry: None,
+                    fence: None,
                 };
                 AcceptorMessage::VoteResponse(response)
             }

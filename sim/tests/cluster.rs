@@ -4,12 +4,16 @@ use safekeeper_sim::cluster::{self, Options, Sabotage, Stats};
 
 /// Runs `count` histories from seed `from` on; none may violate anything.
 fn run(from: u64, count: u64) -> Stats {
+    run_with(from, count, Options::default())
+}
+
+fn run_with(from: u64, count: u64, options: Options) -> Stats {
     let mut sum = Stats::default();
     for seed in from..from + count {
-        let outcome = cluster::run(seed, Options::default());
+        let outcome = cluster::run(seed, options);
         sum.add(&outcome.stats);
         if let Some(violation) = outcome.violation {
-            panic!("seed {seed}: {violation}\nagain: {}", cluster::replay_command(seed, Sabotage::None));
+            panic!("seed {seed}: {violation}\nagain: {}", cluster::replay_command(seed, options));
         }
     }
     sum
@@ -46,6 +50,12 @@ fn histories_5() {
 #[test]
 fn histories_6() {
     run(5 * PART, PART);
+}
+
+#[test]
+fn histories_with_fences() {
+    let sum = run_with(0, PART, Options { fences: true, ..Options::default() });
+    assert!(sum.fences >= PART, "{} fences", sum.fences);
 }
 
 /// A failed sync, then a full journal: less was found than had been acknowledged.
@@ -102,8 +112,9 @@ fn histories_have_all_there_is_to_survive() {
 
 /// How many seeds it takes until a cluster that is broken on purpose is found out, and what is said about it.
 fn found_out(sabotage: Sabotage) -> String {
-    let most = 50;
-    let found = (0..most).find_map(|seed| cluster::run(seed, Options { sabotage, ..Options::default() }).violation);
+    let (most, fences) = (50, sabotage == Sabotage::ForgetTheFence);
+    let options = Options { sabotage, fences, ..Options::default() };
+    let found = (0..most).find_map(|seed| cluster::run(seed, options).violation);
     found.unwrap_or_else(|| panic!("{sabotage:?} goes unnoticed for {most} seeds"))
 }
 
@@ -121,6 +132,12 @@ fn acknowledgements_before_the_sync_are_found_out() {
 fn nodes_that_vote_twice_are_found_out() {
     let violation = found_out(Sabotage::VoteTwice);
     assert!(violation.contains("voted twice") || violation.contains("won twice"), "{violation}");
+}
+
+#[test]
+fn a_fence_that_is_forgotten_is_found_out() {
+    let violation = found_out(Sabotage::ForgetTheFence);
+    assert!(violation.contains("fenced off"), "{violation}");
 }
 
 #[test]

@@ -548,6 +548,7 @@ impl Proposer {
         let best = votes().max_by_key(|v| (last_term(v), v.flush_lsn));
         let (donor_history, donor_end) =
             best.map_or((Vec::new(), Lsn::INVALID), |vote| (vote.term_history.clone(), vote.flush_lsn));
+        let fence = votes().filter_map(|vote| vote.fence).max();
         let donor_timelines = best.and_then(|vote| vote.ancestry.as_ref());
         let start = if donor_end.is_valid() { donor_end } else { self.config.initial_start };
         if !start.is_valid() {
@@ -563,7 +564,9 @@ impl Proposer {
             };
         let stock = match self.config.stock.as_ref().map(|server| server.lead_from(start, donor_timelines)).transpose()
         {
-            Ok(stock) => stock,
+            // A majority elects, so where a majority has a fence it is among the votes, and comes to all who follow: also
+            // to those that were away when it was set, or lost their disk since.
+            Ok(stock) => stock.map(|primary| StockPrimary { fence, ..primary }),
             Err(divergence) => return vec![Effect::StepDown(divergence.into())],
         };
         self.truncate_lsn = horizon;

@@ -1,6 +1,6 @@
 //! What an acceptor must not forget: the state behind the control file.
 
-use pgproto::walproposer::Configuration;
+use pgproto::walproposer::{Configuration, Fence};
 use pgproto::{Ancestry, HostPort, Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
 
 use super::history::TermHistory;
@@ -26,6 +26,8 @@ pub struct StockInfo {
     pub server_version: String,
     /// All safekeepers of this log as the leader knows them; empty = unknown.
     pub safekeepers: Vec<HostPort>,
+    /// Primaries that nobody may propose for any more. A promise, as the term is.
+    pub fence: Option<Fence>,
 }
 
 /// Everything about one timeline that is durable beside its WAL (spec: semantics 2.1).

@@ -41,6 +41,7 @@ impl StockServer {
             safekeepers: self.safekeepers.clone(),
             timeline,
             history: self.history_of(timeline),
+            fence: None,
         })
     }
 

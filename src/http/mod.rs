@@ -22,6 +22,7 @@
 //! | [`walreceiver`] | routes of the walreceiver |
 
 pub mod error;
+mod fence;
 mod request;
 mod retention_status;
 pub mod safekeeper;

@@ -10,6 +10,7 @@
 //! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
+//! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/fence` | fences off primaries, with `{"pg_timeline": n}` those up to that Postgres timeline; `{"clear": true}` lifts it, `{}` asks: `{"previous_term", "term", "flush_lsn", "commit_lsn", "pg_timeline"}` |
 
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ use pgproto::{Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Te
 use serde::{Deserialize, Serialize};
 
 use super::error::ApiError;
+use super::fence;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
 use super::walproposer;
@@ -36,7 +38,7 @@ use crate::propose::candidate::Candidate;
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
-type Timelines = State<Arc<Registry>>;
+pub(super) type Timelines = State<Arc<Registry>>;
 
 /// What the routes are about.
 #[derive(Clone)]
@@ -71,6 +73,7 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/fence", post(fence::fence))
         .with_state(Node { registry, peers });
     let router = match candidate {
         Some(candidate) => router.route("/v1/proposer", get(async move || Json(candidate.status()))),
@@ -107,7 +110,7 @@ async fn list_timelines(State(registry): Timelines) -> Json<Vec<TenantTimelineId
 }
 
 /// Looks up the timeline that a path names.
-fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
+pub(super) fn find(registry: &Registry, (tenant, timeline): &(String, String)) -> Result<Arc<Timeline>, ApiError> {
     let tenant_id: TenantId = parse_id(tenant, "tenant_id")?;
     let timeline_id: TimelineId = parse_id(timeline, "timeline_id")?;
     Ok(registry.get(TenantTimelineId::new(tenant_id, timeline_id))?)

@@ -240,6 +240,44 @@ async fn the_term_is_raised_and_never_lowered() {
 }
 
 #[tokio::test]
+async fn primaries_are_fenced_off_and_let_in_again() {
+    let server = safekeeper_server().await;
+    let path = format!("{}/fence", timeline_path());
+    assert_eq!(server.post(&path, "{}").await.status, 404);
+    server.post("/v1/tenant/timeline", &create_request().to_string()).await;
+    assert_eq!(server.get(&timeline_path()).await.json().get("fence"), None);
+    let start = create_request()["start_lsn"].clone();
+    for (body, previous, term, pg_timeline) in [
+        (json!({}), 0, 0, Value::Null),
+        (json!({"pg_timeline": 2}), 0, 1, json!(2)),
+        (json!({"pg_timeline": 1}), 1, 1, json!(2)),
+        (json!({"pg_timeline": 3, "term": 7}), 1, 7, json!(3)),
+        (json!({"pg_timeline": null, "clear": false}), 7, 7, json!(3)),
+    ] {
+        let answer = server.post(&path, &body.to_string()).await;
+        let expected = json!({
+            "previous_term": previous, "term": term, "flush_lsn": start, "commit_lsn": start, "pg_timeline": pg_timeline,
+        });
+        assert_eq!(answer.json(), expected, "{body}");
+    }
+    assert_eq!(server.get(&timeline_path()).await.json()["fence"], json!({"pg_timeline": 3, "term": 7}));
+    let lifted = server.post(&path, r#"{"clear": true}"#).await.json();
+    assert_eq!((&lifted["pg_timeline"], &lifted["term"]), (&Value::Null, &json!(7)));
+    assert_eq!(server.get(&timeline_path()).await.json().get("fence"), None);
+    for body in [
+        json!({"pg_timeline": 0}),
+        json!({"pg_timeline": 1, "clear": true}),
+        json!({"term": 9}),
+        json!({"timeline": 1}),
+        json!({"pg_timeline": -1}),
+        json!({"pg_timeline": 1, "term": u64::MAX}),
+    ] {
+        let answer = server.post(&path, &body.to_string()).await;
+        assert_eq!(answer.status, 400, "{body}: {}", answer.body);
+    }
+}
+
+#[tokio::test]
 async fn a_fault_is_shown() {
     let server = safekeeper_server().await;
     server.post("/v1/tenant/timeline", &create_request().to_string()).await;

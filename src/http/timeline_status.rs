@@ -9,6 +9,7 @@ use pgproto::walproposer::{Configuration, TermLsn};
 use pgproto::{Lsn, PgTimelineId, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 use serde::Serialize;
 
+use super::fence::FenceReport;
 use super::retention_status::RetentionStatus;
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
@@ -49,6 +50,9 @@ pub(super) struct TimelineStatus {
     members: Vec<TimelineMember>,
     /// What WAL is kept for. Not in Neon's.
     retention: RetentionStatus,
+    /// Primaries that are fenced off; absent while none is. Not in Neon's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fence: Option<FenceReport>,
     /// Why the timeline takes no writes; absent while it does. Not in Neon's.
     #[serde(skip_serializing_if = "Option::is_none")]
     failure: Option<String>,
@@ -284,6 +288,7 @@ impl TimelineStatus {
             members: members.members,
             retention: RetentionStatus::of(timeline),
             forks: timeline.forks().into_iter().map(Into::into).collect(),
+            fence: control.stock.fence.map(Into::into),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
     }

@@ -30,7 +30,7 @@ use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
 use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
-use super::{OUTDATED, PRIMARY_PAUSE, Settings, checks};
+use super::{OUTDATED, PRIMARY_PAUSE, Settings, checks, fenced};
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
@@ -509,6 +509,14 @@ impl Task {
                 self.status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
                 self.facts = None;
                 Next::Pause(Role::Fenced, HELPLESS_PAUSE)
+            }
+            Ended::FencedOff(reason) => {
+                self.stands(Role::Fenced, None);
+                let timeline = facts.stock.ancestry.current();
+                if fenced::wait(&self.settings, timeline, &reason, &self.status, &self.retire).await {
+                    self.facts = None;
+                }
+                Next::StandBy
             }
             Ended::Fatal(error) => {
                 tracing::error!(%error, "an operator has to put this right before WAL of the primary is proposed");

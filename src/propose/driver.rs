@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use pgproto::walproposer::{AcceptorMessage, MAX_SEND_SIZE};
+use pgproto::walproposer::{AcceptorMessage, MAX_SEND_SIZE, Proposes};
 use pgproto::{Lsn, NodeId, PgTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -66,6 +66,8 @@ pub(super) enum Ended {
     PrimaryChanged,
     /// A majority of the safekeepers has WAL of a newer Postgres timeline than the primary is on.
     Outdated,
+    /// A majority of the safekeepers refuses the primary because it was fenced off; what one of them said.
+    FencedOff(String),
     /// No majority reached the term start in time.
     Stalled,
     /// The safekeepers have no log, and none is to be begun.
@@ -93,6 +95,7 @@ impl std::fmt::Display for Ended {
             Self::TimelineOver => f.write_str("the Postgres timeline of the term has ended"),
             Self::PrimaryChanged => f.write_str("the primary changed"),
             Self::Outdated => f.write_str("the safekeepers have WAL of a newer Postgres timeline"),
+            Self::FencedOff(reason) => f.write_str(reason),
             Self::Stalled => f.write_str("no majority could be brought to the start of the term"),
             Self::NoLog => f.write_str("the safekeepers have no log, and it isn't known where to begin one"),
             Self::Synced(lsn) => write!(f, "the safekeepers are synced to {lsn}"),
@@ -196,11 +199,15 @@ impl Driver {
         let (upstream_events, upstream_inbox) = mpsc::channel(1);
         let may_create = Arc::new(AtomicBool::new(false));
         let mut tasks = JoinSet::new();
+        let proposes = match &primary {
+            Some(_) => Proposes::WalOf(facts.stock.ancestry.current()),
+            None => Proposes::Nothing,
+        };
         for (index, address) in status.safekeepers().iter().enumerate() {
             tasks.spawn(peer::run(
                 PeerIndex(index),
                 address.clone(),
-                Arc::clone(&facts),
+                (Arc::clone(&facts), proposes),
                 Arc::clone(&may_create),
                 peer_events.clone(),
             ));
@@ -385,7 +392,7 @@ impl Driver {
             Event::Disconnected(index, down) => {
                 self.disconnected(index, Some(down));
                 self.review_creation();
-                if self.is_outdated() { Err(Ended::Outdated) } else { Ok(()) }
+                self.is_refused().map_or(Ok(()), Err)
             }
         }
     }
@@ -475,12 +482,17 @@ impl Driver {
         self.may_create.store((begins || led) && !self.proposer.has_configuration(), Ordering::Release);
     }
 
-    /// A majority doesn't let us in because its WAL is of a newer Postgres timeline: there is another primary. One of them
-    /// may have been told by a proposer that then failed.
-    fn is_outdated(&self) -> bool {
-        let knows_newer =
-            |slot: &&PeerSlot| slot.link.is_none() && slot.down.as_ref().is_some_and(|down| down.newer_timeline);
-        self.peers.iter().filter(knows_newer).count() >= majority(self.peers.len())
+    /// A majority doesn't let us in: its WAL is of a newer Postgres timeline, there is another primary; or ours was fenced
+    /// off. A few may have been told by a proposer or an operator that then failed.
+    fn is_refused(&self) -> Option<Ended> {
+        let downs = || self.peers.iter().filter(|slot| slot.link.is_none()).filter_map(|slot| slot.down.as_ref());
+        let enough = |count: usize| count >= majority(self.peers.len());
+        if enough(downs().filter(|down| down.newer_timeline).count()) {
+            return Some(Ended::Outdated);
+        }
+        let fenced = downs().find(|down| down.fenced_off)?;
+        let refused = downs().filter(|down| down.fenced_off || down.newer_timeline).count();
+        enough(refused).then(|| Ended::FencedOff(fenced.reason.clone()))
     }
 
     /// A lost connection and each new reason for not getting one are worth a warning, the same reason again is not.

@@ -23,6 +23,7 @@
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
+//! | `fenced` | what to do while the primary is fenced off |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
 //! | [`status`] | what is shown to operators |
@@ -33,6 +34,7 @@ pub mod candidate;
 pub mod checks;
 mod donor;
 mod driver;
+mod fenced;
 mod peer;
 pub mod primary;
 mod slot_takeover;
@@ -125,6 +127,12 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
             Ended::Outdated => {
                 tracing::warn!("{OUTDATED}: looking for it");
                 status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
+            }
+            Ended::FencedOff(reason) => {
+                let timeline = facts.stock.ancestry.current();
+                let promoted = fenced::wait(&settings, timeline, &reason, &status, &shutdown).await;
+                known = (!promoted).then_some(facts);
+                continue;
             }
             Ended::SteppedDown(reason) => {
                 tracing::warn!(%reason, "stepping down");

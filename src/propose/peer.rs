@@ -10,7 +10,9 @@ use std::time::Instant;
 
 use bytes::{BufMut, BytesMut};
 use pgproto::backend::{BackendMessage, SqlState};
-use pgproto::walproposer::{AcceptorMessage, ProposerMessage, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION};
+use pgproto::walproposer::{
+    AcceptorMessage, ProposerMessage, Proposes, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
+};
 use pgproto::{SystemId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
@@ -56,6 +58,8 @@ pub(super) struct PeerDown {
     pub(super) lacks_timeline: bool,
     /// It answers, and its WAL is of a newer Postgres timeline than the primary's.
     pub(super) newer_timeline: bool,
+    /// It answers, and what is proposed is fenced off there.
+    pub(super) fenced_off: bool,
     pub(super) next_retry_at: Option<Instant>,
 }
 
@@ -96,7 +100,7 @@ impl Link {
 pub(super) async fn run(
     index: PeerIndex,
     address: HostPort,
-    facts: Arc<PrimaryFacts>,
+    (facts, proposes): (Arc<PrimaryFacts>, Proposes),
     may_create: Arc<AtomicBool>,
     events: mpsc::Sender<Event>,
 ) {
@@ -104,8 +108,10 @@ pub(super) async fn run(
     loop {
         tokio::time::sleep(backoff.wait(Instant::now())).await;
         let (mut lacks_timeline, mut newer_timeline) = (false, false);
-        let reason = match connect(&address, &facts, may_create.load(Ordering::Acquire)).await {
+        let fenced_off;
+        let reason = match connect(&address, &facts, proposes, may_create.load(Ordering::Acquire)).await {
             Err(error) => {
+                fenced_off = matches!(&error, ConnectError::Server(error) if error.code == SqlState::FENCED_OFF);
                 lacks_timeline = matches!(error, ConnectError::NoTimeline);
                 newer_timeline = matches!(error, ConnectError::NewerTimeline { .. });
                 error.to_string()
@@ -118,7 +124,7 @@ pub(super) async fn run(
                 if events.send(Event::Connected(index, link)).await.is_err() {
                     return;
                 }
-                let mut talk = Talk { index, events: &events, acknowledged: false };
+                let mut talk = Talk { index, events: &events, acknowledged: false, fenced_off: false };
                 let reason = tokio::select! {
                     reason = talk.run(connection, outgoing, &wants_room) => reason,
                     () = dropped.cancelled() => CLOSED_HERE.to_owned(),
@@ -126,22 +132,35 @@ pub(super) async fn run(
                 if talk.acknowledged {
                     backoff.progress();
                 }
+                fenced_off = talk.fenced_off;
                 reason
             }
         };
         backoff.failed(Instant::now());
-        let down = PeerDown { reason, lacks_timeline, newer_timeline, next_retry_at: backoff.next_retry_at() };
+        let down =
+            PeerDown { reason, lacks_timeline, newer_timeline, fenced_off, next_retry_at: backoff.next_retry_at() };
         if events.send(Event::Disconnected(index, down)).await.is_err() {
             return;
         }
     }
 }
 
-async fn connect(address: &HostPort, facts: &PrimaryFacts, may_create: bool) -> Result<Connection, ConnectError> {
+async fn connect(
+    address: &HostPort,
+    facts: &PrimaryFacts,
+    proposes: Proposes,
+    may_create: bool,
+) -> Result<Connection, ConnectError> {
     let mut connection = safekeeper::connect(address, facts.ttid, Some("walproposer")).await?;
     check_timeline(&mut connection, facts, may_create).await?;
-    let push =
-        format!("START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}', stock '{STOCK_VERSION}')");
+    let whose = match proposes {
+        Proposes::Untold => String::new(),
+        Proposes::Nothing => ", sync 'true'".to_owned(),
+        Proposes::WalOf(timeline) => format!(", primary_timeline '{timeline}'"),
+    };
+    let push = format!(
+        "START_WAL_PUSH (proto_version '3', allow_timeline_creation '{may_create}', stock '{STOCK_VERSION}'{whose})"
+    );
     connection.start_copy(&push).await?;
     if connection.parameter(STOCK_PARAMETER) != Some(STOCK_VERSION) {
         return Err(ConnectError::NoStock);
@@ -184,6 +203,7 @@ struct Talk<'a> {
     index: PeerIndex,
     events: &'a mpsc::Sender<Event>,
     acknowledged: bool,
+    fenced_off: bool,
 }
 
 impl Talk<'_> {
@@ -206,7 +226,10 @@ impl Talk<'_> {
         loop {
             let message = match reader.next().await {
                 Ok(BackendMessage::CopyData(body)) => AcceptorMessage::decode(body, ProtocolVersion::V3Stock),
-                Ok(BackendMessage::ErrorResponse(error)) => return error.to_string(),
+                Ok(BackendMessage::ErrorResponse(error)) => {
+                    self.fenced_off = error.code == SqlState::FENCED_OFF;
+                    return error.to_string();
+                }
                 Ok(BackendMessage::NoticeResponse(_)) => continue,
                 Ok(other) => return format!("unexpected message {other:?} in COPY mode"),
                 Err(error) => return error.to_string(),
@@ -324,7 +347,7 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = HostPort { host: "127.0.0.1".to_owned(), port: listener.local_addr().unwrap().port() };
         let old = tokio::spawn(stuck_safekeeper(listener, false));
-        let refused = connect(&address, &PrimaryFacts::of_a_new_server(Lsn(0x100_0000)), true).await;
+        let refused = connect(&address, &PrimaryFacts::of_a_new_server(Lsn(0x100_0000)), Proposes::Untold, true).await;
         assert!(matches!(refused.map(drop), Err(ConnectError::NoStock)));
         old.abort();
     }
@@ -337,7 +360,7 @@ mod tests {
         let mut tasks = tokio::task::JoinSet::new();
         tasks.spawn(stuck_safekeeper(listener, true));
         let facts = PrimaryFacts::of_a_new_server(Lsn(0x100_0000));
-        tasks.spawn(run(PeerIndex(0), address, facts, Arc::new(AtomicBool::new(true)), events));
+        tasks.spawn(run(PeerIndex(0), address, (facts, Proposes::Untold), Arc::new(AtomicBool::new(true)), events));
         let Some(Event::Connected(_, link)) = inbox.recv().await else { panic!("no connection") };
         // Full, and not emptied although asked to tell: the writer waits for the socket.
         loop {

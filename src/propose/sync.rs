@@ -116,6 +116,7 @@ async fn sync(
             Ended::Outdated | Ended::TimelineOver | Ended::PrimaryChanged => {
                 lose(&"a safekeeper knows of a newer Postgres timeline")?
             }
+            Ended::FencedOff(reason) => lose(&reason)?,
             Ended::Fatal(error) => lose(&error)?,
         }
         pause.failed(Instant::now());

@@ -12,6 +12,10 @@ use crate::storage::ReadError;
 use crate::timeline::TimelineError;
 use crate::timeline::registry::CreateTimelineError;
 
+/// What to do about a fence.
+const FENCED_OFF_HINT: &str = "Promote the standby: the new primary is let in by itself. Or lift the fence with \
+                               \"safekeeperctl failover cancel\".";
+
 /// Why something stopped, and with it what to do next.
 #[derive(Debug)]
 pub enum Interrupt {
@@ -86,7 +90,8 @@ impl From<TimelineError> for Interrupt {
             TimelineError::NoSpace { .. } => SqlState::DISK_FULL,
             TimelineError::ShuttingDown(_) => SqlState::ADMIN_SHUTDOWN,
         };
-        Self::fatal(code, error.to_string())
+        let fields = ErrorFields::fatal(code, error.to_string());
+        Interrupt::Fatal(if code == SqlState::FENCED_OFF { fields.with_hint(FENCED_OFF_HINT) } else { fields })
     }
 }
 
@@ -111,6 +116,7 @@ pub(super) fn unsound(error: AcceptorError) -> Interrupt {
 fn refusal_code(refusal: &AcceptorError) -> SqlState {
     match refusal {
         AcceptorError::BadWal(_) | AcceptorError::Faulty(_) | AcceptorError::Quarantined(_) => SqlState::DATA_CORRUPTED,
+        AcceptorError::FencedOff { .. } => SqlState::FENCED_OFF,
         alarming if alarming.is_alarming() => SqlState::DATA_CORRUPTED,
         AcceptorError::WrongTimeline(_)
         | AcceptorError::VersionMismatch { .. }

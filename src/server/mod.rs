@@ -43,6 +43,7 @@
 //! There is no authentication and no encryption yet: SSLRequest is answered with "no", everybody is let in.
 
 mod connection;
+mod fence;
 mod handshake;
 mod horizon;
 mod identify_system;

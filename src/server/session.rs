@@ -10,7 +10,9 @@ use super::connection::{MessageReader, MessageWriter};
 use super::handshake::{Client, NoTimeline, find_timeline};
 use super::interrupt::Interrupt;
 use super::listener::House;
-use super::{MAX_COMMAND_BODY, identify_system, members, show, slots, start_replication, status, timeline_history};
+use super::{
+    MAX_COMMAND_BODY, fence, identify_system, members, show, slots, start_replication, status, timeline_history,
+};
 use crate::metrics::{self, QueryKind};
 use crate::timeline::Timeline;
 use crate::timeline::slots::TemporarySlot;
@@ -102,6 +104,7 @@ impl Session {
             Command::TimelineHistory(timeline) => timeline_history::run(self, timeline),
             Command::StartReplication(request) => start_replication::run(self, request).await,
             Command::StartWalPush(request) => Err(Interrupt::Push(request)),
+            Command::TimelineFence(request) => fence::run(self, request).await,
             Command::TimelineMembers => members::run(self),
             Command::PeerExchange(json) => members::exchange(self, &json),
             Command::ReadReplicationSlot(name) => slots::read(self, &name).await,

@@ -43,6 +43,10 @@ pub(super) async fn run(session: &mut Session, request: StartWalPush) -> Interru
 }
 
 async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Interrupt> {
+    // The greeting would be refused as well, but to a proposer that is a connection it had and lost.
+    if let Some(Ok(timeline)) = session.client.named.map(|ttid| session.house.registry.get(ttid)) {
+        timeline.check_fence(request.proposes)?;
+    }
     let Session { house, client, reader, writer, .. } = session;
     let version = request.version;
     if version == ProtocolVersion::V3Stock {
@@ -61,7 +65,7 @@ async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Inter
     check_named(client.named, greeting.ttid)?;
     let timeline = find_or_create(&house.registry, &greeting, request.allow_timeline_creation).await?;
     let _counted = metrics::receiver();
-    let push = PushSession::open(&timeline, client.id)?;
+    let push = PushSession::open(&timeline, client.id, request.proposes)?;
     if let Some(reply) = push.handle(ProposerMessage::Greeting(greeting)).await? {
         put_reply(writer.out(), &reply, version);
     }

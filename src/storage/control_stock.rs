@@ -2,8 +2,11 @@
 //! PostgreSQL server's log needs beyond that ([`StockInfo`]), when there is something to tell.
 //!
 //! ```text
-//! [ "SKST" | u32 length | timelines | server version | safekeepers ] control file        everything little-endian
+//! [ "SKST" | u32 length | timelines | server version | safekeepers [ | fence ] ] control file     everything little-endian
 //! ```
+//!
+//! The fence (`u32` Postgres timeline, `u64` term) is there only when there is one. A safekeeper that knows of no fences
+//! refuses to read such a state: it wouldn't keep the promise.
 //!
 //! So the log of a Neon compute has nothing but Neon's format, which is also what all files and journals had before there
 //! were Postgres timelines.
@@ -11,7 +14,8 @@
 use bytes::{BufMut, Bytes};
 use pgproto::pg_timeline::Branch;
 use pgproto::read::Reader;
-use pgproto::{Ancestry, DecodeError, HostPort, PgTimelineId};
+use pgproto::walproposer::Fence;
+use pgproto::{Ancestry, DecodeError, HostPort, PgTimelineId, Term};
 
 use super::control_file::{ControlFile, ControlFileError, list, lsn, put_count, put_text, text};
 use crate::consensus::state::StockInfo;
@@ -70,6 +74,10 @@ fn put_stock(out: &mut Vec<u8>, stock: &StockInfo) {
         put_text(out, &address.host);
         out.put_u16_le(address.port);
     }
+    if let Some(Fence { pg_timeline, term }) = stock.fence {
+        out.put_u32_le(pg_timeline.0);
+        out.put_u64_le(term.0);
+    }
 }
 
 fn read_stock(body: &mut Reader) -> Result<StockInfo, DecodeError> {
@@ -81,7 +89,15 @@ fn read_stock(body: &mut Reader) -> Result<StockInfo, DecodeError> {
     let safekeepers = list(body, "safekeepers", |body| {
         Ok(HostPort { host: text(body, "host of a safekeeper")?, port: body.u16_le("port of a safekeeper")? })
     })?;
-    Ok(StockInfo { ancestry, server_version, safekeepers })
+    let fence = if body.remaining() > 0 { Some(read_fence(body)?) } else { None };
+    Ok(StockInfo { ancestry, server_version, safekeepers, fence })
+}
+
+fn read_fence(body: &mut Reader) -> Result<Fence, DecodeError> {
+    match PgTimelineId(body.u32_le("timeline of the fence")?) {
+        PgTimelineId(0) => Err(DecodeError::Invalid("timeline of the fence", "0".to_owned())),
+        pg_timeline => Ok(Fence { pg_timeline, term: Term(body.u64_le("term of the fence")?) }),
+    }
 }
 
 #[cfg(test)]
@@ -104,6 +120,7 @@ mod tests {
             ancestry: Ancestry::new(vec![branch(1, 0), branch(2, 0x300_0028)]).unwrap(),
             server_version: "15.18".to_owned(),
             safekeepers: vec![HostPort { host: "sk1".to_owned(), port: 5454 }],
+            fence: None,
         }
     }
 
@@ -135,10 +152,31 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_fence_stands_at_the_end_of_it() {
+        let fence = Some(Fence { pg_timeline: PgTimelineId(3), term: Term(0x102) });
+        let (with, without) = (control(StockInfo { fence, ..stock() }).encode_state(), control(stock()).encode_state());
+        let length = 8 + usize::from(with[4]);
+        assert_eq!(with[4], without[4] + 12);
+        assert_eq!(hex::encode(&with[length - 12..length]), "030000000201000000000000");
+        assert_eq!(with[length..], without[length - 12..]);
+        assert_eq!(ControlFile::decode_state(&with).unwrap().state.stock.fence, fence);
+        let fenced = control(StockInfo { fence, ..StockInfo::default() });
+        assert_eq!(
+            ControlFile::decode_state(&fenced.encode_state()).unwrap(),
+            fenced,
+            "of a log with nothing else to tell"
+        );
+        let mut zero = with;
+        zero[length - 12] = 0;
+        assert!(ControlFile::decode_state(&zero).is_err(), "no timeline 0 to fence off");
+    }
+
     proptest! {
         #[test]
-        fn any_bytes_are_a_state_or_an_error(at in 0..120_usize, byte: u8, body: Vec<u8>) {
-            let mut changed = control(stock()).encode_state();
+        fn any_bytes_are_a_state_or_an_error(at in 0..120_usize, byte: u8, body: Vec<u8>, fenced: bool) {
+            let fence = fenced.then_some(Fence { pg_timeline: PgTimelineId(3), term: Term(9) });
+            let mut changed = control(StockInfo { fence, ..stock() }).encode_state();
             changed[at] = byte;
             let _ = ControlFile::decode_state(&changed);
             let _ = ControlFile::decode_state(&[&b"SKST"[..], &body].concat());

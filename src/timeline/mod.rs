@@ -54,8 +54,10 @@ use bytes::Bytes;
 use parking_lot::Mutex;
 use pgproto::feedback::PageserverFeedback;
 use pgproto::pg_timeline::Branch;
-use pgproto::walproposer::Configuration;
+use pgproto::replication::command::TimelineFence;
+use pgproto::walproposer::{Configuration, Proposes};
 use pgproto::{Ancestry, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
+use serde::Serialize;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -116,6 +118,34 @@ impl Progress {
             peer_horizon_lsn: lazy.peer_horizon_lsn,
             remote_consistent_lsn: lazy.remote_consistent_lsn,
             quarantined: acceptor.health().check_not_quarantined().is_err(),
+        }
+    }
+}
+
+/// What a request about the fence came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Fenced {
+    /// The term before.
+    pub previous_term: Term,
+    /// The term now.
+    pub term: Term,
+    /// Durable end of whole records; `None` while there is no WAL.
+    pub flush_lsn: Option<Lsn>,
+    /// Known to be committed and durable here.
+    pub commit_lsn: Option<Lsn>,
+    /// Primaries up to this Postgres timeline are fenced off; `None`: nobody is.
+    pub pg_timeline: Option<PgTimelineId>,
+}
+
+impl Fenced {
+    fn of(acceptor: &Acceptor, previous_term: Term) -> Self {
+        let known = |lsn: Lsn| lsn.is_valid().then_some(lsn);
+        Self {
+            previous_term,
+            term: acceptor.term(),
+            flush_lsn: known(acceptor.flush_lsn()),
+            commit_lsn: known(acceptor.lazy_lsns().commit_lsn),
+            pg_timeline: acceptor.durable_state().stock.fence.map(|fence| fence.pg_timeline),
         }
     }
 }
@@ -398,6 +428,26 @@ impl Timeline {
     /// Raises the term to `to`, or by one; returns the term before and after. Fences any current leader.
     pub async fn bump_term(self: &Arc<Self>, to: Option<Term>) -> Result<(Term, Term), TimelineError> {
         self.ask(|reply| Command::BumpTerm { to, reply }).await
+    }
+
+    /// Fences off the primaries of a Postgres timeline and of all older ones, lifts the fence, or only tells; answers when
+    /// that is durable. See [`Acceptor::fence`].
+    pub async fn fence(self: &Arc<Self>, request: TimelineFence) -> Result<Fenced, TimelineError> {
+        let fenced = self.ask(|reply| Command::Fence { request, reply }).await?;
+        if request != TimelineFence::default() {
+            let Fenced { previous_term, term, pg_timeline, .. } = fenced;
+            let what = if request.clear { "the fence is lifted" } else { "primaries are fenced off" };
+            tracing::info!(ttid = %self.ttid, %previous_term, %term, up_to_pg_timeline = ?pg_timeline, "{what}");
+        }
+        Ok(fenced)
+    }
+
+    /// Whether a proposer is fenced off as things are now; the acceptor looks again at each of its messages.
+    pub fn check_fence(&self, proposes: Proposes) -> Result<(), TimelineError> {
+        match self.control.load().stock.fence {
+            Some(fence) if !fence.admits(proposes) => Err(AcceptorError::FencedOff { fence, proposes }.into()),
+            _ => Ok(()),
+        }
     }
 
     /// Adopts a configuration of a higher generation.

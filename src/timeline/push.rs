@@ -11,7 +11,7 @@ use std::time::Duration;
 use parking_lot::Mutex;
 use pgproto::Term;
 use pgproto::feedback::PageserverFeedback;
-use pgproto::walproposer::{AcceptorMessage, AppendRequest, AppendResponse, ProposerMessage};
+use pgproto::walproposer::{AcceptorMessage, AppendRequest, AppendResponse, ProposerMessage, Proposes};
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
@@ -31,6 +31,7 @@ pub enum Ack {
 
 /// What the writer knows of a connection.
 pub(super) struct Session {
+    pub(super) proposes: Proposes,
     acks: watch::Sender<Ack>,
 }
 
@@ -56,10 +57,10 @@ pub struct PushSession {
 }
 
 impl PushSession {
-    /// Opens a session for the connection `conn_id`; wakes the timeline's writer.
-    pub fn open(timeline: &Arc<Timeline>, conn_id: u32) -> Result<Self, TimelineError> {
+    /// Opens a session for the connection `conn_id` of a proposer that proposes that; wakes the timeline's writer.
+    pub fn open(timeline: &Arc<Timeline>, conn_id: u32, proposes: Proposes) -> Result<Self, TimelineError> {
         let mailbox = timeline.mailbox()?;
-        let session = Arc::new(Session { acks: watch::Sender::new(Ack::None) });
+        let session = Arc::new(Session { proposes, acks: watch::Sender::new(Ack::None) });
         let listed = timeline.push_sessions.add(conn_id);
         Ok(Self { timeline: Arc::clone(timeline), mailbox, session, listed })
     }
@@ -84,7 +85,7 @@ impl PushSession {
             _ => None,
         };
         let (reply, answer) = oneshot::channel();
-        let command = Command::Request { message, reply };
+        let command = Command::Request { proposes: self.session.proposes, message, reply };
         self.mailbox.send(command).await.map_err(|_| self.timeline.gone())?;
         let reply = answer.await.map_err(|_| self.timeline.gone())??;
         if let Some(term) = elected {

@@ -8,13 +8,14 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
-use pgproto::walproposer::{AcceptorMessage, AppendRequest, Configuration, ProposerMessage};
+use pgproto::replication::command::TimelineFence;
+use pgproto::walproposer::{AcceptorMessage, AppendRequest, Configuration, ProposerMessage, Proposes};
 use pgproto::{Lsn, SystemId, Term};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, timeout};
 
 use super::push::{Ack, Session};
-use super::{Seat, Timeline, TimelineError};
+use super::{Fenced, Seat, Timeline, TimelineError};
 use crate::consensus::acceptor::{Acceptor, AcceptorError, Action};
 use crate::consensus::health::Fault;
 use crate::metrics;
@@ -37,6 +38,7 @@ const ACKNOWLEDGED_FIRST: usize = 16 << 10;
 pub(super) enum Command {
     /// Greeting, vote request or elected: answered one by one.
     Request {
+        proposes: Proposes,
         message: ProposerMessage,
         reply: oneshot::Sender<Result<Option<AcceptorMessage>, TimelineError>>,
     },
@@ -48,6 +50,10 @@ pub(super) enum Command {
     BumpTerm {
         to: Option<Term>,
         reply: oneshot::Sender<Result<(Term, Term), TimelineError>>,
+    },
+    Fence {
+        request: TimelineFence,
+        reply: oneshot::Sender<Result<Fenced, TimelineError>>,
     },
     SwitchConfiguration {
         to: Configuration,
@@ -188,9 +194,9 @@ impl Task {
     async fn command(&mut self, command: Command) -> Result<(), StorageError> {
         match command {
             Command::Append { session, append } => return self.append(session, append).await,
-            Command::Request { message, reply } => {
+            Command::Request { proposes, message, reply } => {
                 let known = self.writer.acceptor.durable_state().server.system_id;
-                let result = self.writer.acceptor.handle(message);
+                let result = self.writer.acceptor.handle_from(proposes, message);
                 self.warn_of_other_system(known);
                 self.answer(result, reply, |_, message| message).await
             }
@@ -198,6 +204,17 @@ impl Task {
                 let before = self.writer.acceptor.term();
                 let result = self.writer.acceptor.bump_term(to);
                 self.answer(result, reply, |writer, _| (before, writer.acceptor.term())).await
+            }
+            Command::Fence { request, reply } => {
+                let before = self.writer.acceptor.term();
+                let result = match request {
+                    TimelineFence { clear: true, .. } => Ok(self.writer.acceptor.lift_fence()),
+                    TimelineFence { pg_timeline: Some(pg_timeline), term, .. } => {
+                        self.writer.acceptor.fence(pg_timeline, term)
+                    }
+                    TimelineFence { pg_timeline: None, .. } => Ok(Vec::new()),
+                };
+                self.answer(result, reply, |writer, _| Fenced::of(&writer.acceptor, before)).await
             }
             Command::SwitchConfiguration { to, reply } => {
                 let result = self.writer.acceptor.switch_configuration(to);
@@ -271,7 +288,7 @@ impl Task {
             session.acknowledge(Ack::Refused(error));
             return Ok(());
         }
-        let result = self.writer.acceptor.handle(ProposerMessage::Append(append));
+        let result = self.writer.acceptor.handle_from(session.proposes, ProposerMessage::Append(append));
         metrics::acceptor_message(result.is_ok());
         match result {
             Err(error) => session.acknowledge(Ack::Refused(self.refused(error))),
@@ -310,7 +327,11 @@ impl Task {
     fn acknowledge(&mut self) {
         let hs_feedback = self.timeline.readers.hot_standby_feedback();
         for (session, term) in self.writer.unacknowledged.drain(..) {
-            session.acknowledge(match self.writer.acceptor.append_response(term, hs_feedback) {
+            let acceptor = &self.writer.acceptor;
+            // It may have been fenced off since it appended.
+            let response =
+                acceptor.check_fence(session.proposes).and_then(|()| acceptor.append_response(term, hs_feedback));
+            session.acknowledge(match response {
                 Ok(response) => Ack::Response(response),
                 Err(error) => Ack::Refused(error.into()),
             });

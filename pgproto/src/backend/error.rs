@@ -80,6 +80,8 @@ impl SqlState {
     pub const CONFIGURATION_LIMIT_EXCEEDED: SqlState = SqlState(*b"53400");
     /// The node isn't in a state to do this.
     pub const OBJECT_NOT_IN_PREREQUISITE_STATE: SqlState = SqlState(*b"55000");
+    /// The primary whose WAL it is has been fenced off. Not PostgreSQL's; of its class 55, as the one above.
+    pub const FENCED_OFF: SqlState = SqlState(*b"55F01");
     /// Somebody else uses it.
     pub const OBJECT_IN_USE: SqlState = SqlState(*b"55006");
     /// What was under way took too long.

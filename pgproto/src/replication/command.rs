@@ -8,7 +8,8 @@
 //! CREATE_REPLICATION_SLOT name [TEMPORARY] PHYSICAL [ ( RESERVE_WAL [bool] ) | RESERVE_WAL ]
 //! DROP_REPLICATION_SLOT name [WAIT]
 //! START_REPLICATION [SLOT name] [PHYSICAL] X/X [TIMELINE tli] [ ( term = 'N' ) ]
-//! START_WAL_PUSH [ ( proto_version 'N', allow_timeline_creation 'bool', stock '1' ) ]
+//! START_WAL_PUSH [ ( proto_version 'N', allow_timeline_creation 'bool', stock '1', primary_timeline 'N' | sync 'bool' ) ]
+//! TIMELINE_FENCE [ ( pg_timeline 'N' [, term 'N'] | clear 'bool' ) ]
 //! TIMELINE_STATUS
 //! TIMELINE_MEMBERS
 //! PEER_EXCHANGE 'json'
@@ -21,7 +22,7 @@
 use super::lexer::{LexError, Lexer, Token};
 use crate::backend::{ErrorFields, SqlState};
 use crate::startup::parse_bool;
-use crate::walproposer::{ProtocolVersion, STOCK_VERSION};
+use crate::walproposer::{Proposes, ProtocolVersion, STOCK_VERSION};
 use crate::{Lsn, PgTimelineId, Term};
 
 /// What a client asks for.
@@ -57,6 +58,8 @@ pub enum Command {
     StartWalPush(StartWalPush),
     /// Positions of a timeline (Neon).
     TimelineStatus,
+    /// Fence off the primaries of a Postgres timeline and all older ones, lift that, or tell (ours).
+    TimelineFence(TimelineFence),
     /// Who keeps the timeline (ours; the answer is JSON).
     TimelineMembers,
     /// One safekeeper tells another what it knows (ours; JSON both ways).
@@ -85,13 +88,26 @@ pub struct StartWalPush {
     pub version: ProtocolVersion,
     /// Create the timeline from the greeting if it isn't there.
     pub allow_timeline_creation: bool,
+    /// Whose WAL it is.
+    pub proposes: Proposes,
 }
 
 impl Default for StartWalPush {
     /// What counts for options left out.
     fn default() -> Self {
-        Self { version: ProtocolVersion::V2, allow_timeline_creation: true }
+        Self { version: ProtocolVersion::V2, allow_timeline_creation: true, proposes: Proposes::Untold }
     }
+}
+
+/// Operands of TIMELINE_FENCE. Without any nothing is changed, and the answer tells how things are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TimelineFence {
+    /// The newest Postgres timeline to fence off, which isn't 0.
+    pub pg_timeline: Option<PgTimelineId>,
+    /// The least term to promise with it; at least the next one is.
+    pub term: Option<Term>,
+    /// Lift the fence. Not together with `pg_timeline`.
+    pub clear: bool,
 }
 
 /// Why a command was not understood.
@@ -170,6 +186,7 @@ impl Command {
         match keyword.as_str() {
             "IDENTIFY_SYSTEM" => operands()?.end(Command::IdentifySystem),
             "TIMELINE_STATUS" => operands()?.end(Command::TimelineStatus),
+            "TIMELINE_FENCE" => operands()?.timeline_fence(),
             "TIMELINE_MEMBERS" => operands()?.end(Command::TimelineMembers),
             "PEER_EXCHANGE" => operands()?.peer_exchange(),
             "SHOW" => operands()?.show(),
@@ -381,14 +398,20 @@ impl<'a> Parser<'a> {
 
     fn start_wal_push(mut self) -> Result<Command, CommandError> {
         let mut operands = StartWalPush::default();
-        let mut stock = false;
+        let (mut stock, mut sync) = (false, false);
         if self.eat_symbol('(')? {
             self.options(|parser, option| {
                 let value =
                     parser.option_value()?.ok_or(CommandError::Syntax { expected: "the value of an option" })?;
                 match option.as_str() {
                     "proto_version" => operands.version = parse_version(value)?,
-                    "allow_timeline_creation" => operands.allow_timeline_creation = parse_creation(value)?,
+                    "allow_timeline_creation" => {
+                        operands.allow_timeline_creation = parse_flag("allow_timeline_creation", value)?;
+                    }
+                    "primary_timeline" => {
+                        operands.proposes = Proposes::WalOf(parse_pg_timeline("primary_timeline", value)?);
+                    }
+                    "sync" => sync = parse_flag("sync", value)?,
                     // Of another version of the extension is known only that it isn't this one.
                     "stock" => stock = value == STOCK_VERSION,
                     // Neon's safekeeper ignores what it doesn't know, so that newer computes can connect.
@@ -400,7 +423,42 @@ impl<'a> Parser<'a> {
         if stock && operands.version == ProtocolVersion::V3 {
             operands.version = ProtocolVersion::V3Stock;
         }
+        if sync {
+            // Who follows a primary has WAL of its own to propose.
+            if operands.proposes != Proposes::Untold {
+                return Err(CommandError::InvalidOption { option: "sync", value: "true".to_owned() });
+            }
+            operands.proposes = Proposes::Nothing;
+        }
         self.end(Command::StartWalPush(operands))
+    }
+
+    fn timeline_fence(mut self) -> Result<Command, CommandError> {
+        let mut operands = TimelineFence::default();
+        if self.eat_symbol('(')? {
+            self.options(|parser, option| {
+                let value =
+                    parser.option_value()?.ok_or(CommandError::Syntax { expected: "the value of an option" })?;
+                match option.as_str() {
+                    "pg_timeline" => operands.pg_timeline = Some(parse_pg_timeline("pg_timeline", value)?),
+                    "term" => {
+                        let term = value.parse().map_err(|_| CommandError::InvalidOption { option: "term", value })?;
+                        operands.term = Some(Term(term));
+                    }
+                    "clear" => operands.clear = parse_flag("clear", value)?,
+                    // To ignore something here could mean to fence off less than was asked.
+                    _ => return Err(CommandError::UnknownOption(option)),
+                }
+                Ok(())
+            })?;
+        }
+        if operands.clear && (operands.pg_timeline.is_some() || operands.term.is_some()) {
+            return Err(CommandError::InvalidOption { option: "clear", value: "true".to_owned() });
+        }
+        if operands.term.is_some() && operands.pg_timeline.is_none() {
+            return Err(CommandError::Syntax { expected: "pg_timeline, which term goes with" });
+        }
+        self.end(Command::TimelineFence(operands))
     }
 }
 
@@ -412,11 +470,19 @@ fn parse_version(value: String) -> Result<ProtocolVersion, CommandError> {
     }
 }
 
-fn parse_creation(value: String) -> Result<bool, CommandError> {
+fn parse_flag(option: &'static str, value: String) -> Result<bool, CommandError> {
     match value.as_str() {
         "true" => Ok(true),
         "false" => Ok(false),
-        _ => Err(CommandError::InvalidOption { option: "allow_timeline_creation", value }),
+        _ => Err(CommandError::InvalidOption { option, value }),
+    }
+}
+
+fn parse_pg_timeline(option: &'static str, value: String) -> Result<PgTimelineId, CommandError> {
+    match value.parse() {
+        Ok(0) => Err(CommandError::InvalidTimeline),
+        Ok(timeline) => Ok(PgTimelineId(timeline)),
+        Err(_) => Err(CommandError::InvalidOption { option, value }),
     }
 }
 
@@ -515,8 +581,10 @@ mod tests {
 
     #[test]
     fn start_wal_push_options_have_defaults() {
-        let push =
-            |version, allow_timeline_creation| Command::StartWalPush(StartWalPush { version, allow_timeline_creation });
+        let push = |version, allow_timeline_creation| {
+            let proposes = Proposes::Untold;
+            Command::StartWalPush(StartWalPush { version, allow_timeline_creation, proposes })
+        };
         parses("START_WAL_PUSH", push(ProtocolVersion::V2, true));
         parses("START_WAL_PUSH ()", push(ProtocolVersion::V2, true));
         parses("START_WAL_PUSH (proto_version '3', allow_timeline_creation 'false')", push(ProtocolVersion::V3, false));
@@ -530,6 +598,49 @@ mod tests {
         refused("START_WAL_PUSH (proto_version)", SqlState::SYNTAX_ERROR);
         refused("START_WAL_PUSH (proto_version '3' allow_timeline_creation 'true')", SqlState::SYNTAX_ERROR);
         refused("START_WAL_PUSH (proto_version '3'", SqlState::SYNTAX_ERROR);
+    }
+
+    #[test]
+    fn a_proposer_says_what_it_proposes() {
+        let push = |proposes| {
+            let version = ProtocolVersion::V3Stock;
+            Command::StartWalPush(StartWalPush { version, allow_timeline_creation: true, proposes })
+        };
+        let of = |options: &str| format!("START_WAL_PUSH (proto_version '3', stock '1', {options})");
+        parses(&of("primary_timeline '7'"), push(Proposes::WalOf(PgTimelineId(7))));
+        parses(&of("sync 'true'"), push(Proposes::Nothing));
+        parses(&of("sync 'false'"), push(Proposes::Untold));
+        parses(&of("sync 'false', primary_timeline '7'"), push(Proposes::WalOf(PgTimelineId(7))));
+        refused(&of("sync 'true', primary_timeline '7'"), SqlState::INVALID_PARAMETER_VALUE);
+        refused(&of("primary_timeline '7', sync 'true'"), SqlState::INVALID_PARAMETER_VALUE);
+        refused(&of("primary_timeline '0'"), SqlState::SYNTAX_ERROR);
+        refused(&of("primary_timeline '4294967296'"), SqlState::INVALID_PARAMETER_VALUE);
+        refused(&of("primary_timeline '-1'"), SqlState::INVALID_PARAMETER_VALUE);
+        refused(&of("sync 'perhaps'"), SqlState::INVALID_PARAMETER_VALUE);
+        refused(&of("primary_timeline"), SqlState::SYNTAX_ERROR);
+    }
+
+    #[test]
+    fn fences_are_set_lifted_and_told() {
+        let fence = |timeline: Option<u32>, term: Option<u64>, clear| {
+            let (pg_timeline, term) = (timeline.map(PgTimelineId), term.map(Term));
+            Command::TimelineFence(TimelineFence { pg_timeline, term, clear })
+        };
+        parses("TIMELINE_FENCE", fence(None, None, false));
+        parses("TIMELINE_FENCE ();", fence(None, None, false));
+        parses("TIMELINE_FENCE (pg_timeline '3')", fence(Some(3), None, false));
+        parses("TIMELINE_FENCE (term '9', pg_timeline 3)", fence(Some(3), Some(9), false));
+        parses("TIMELINE_FENCE (clear 'true')", fence(None, None, true));
+        parses("TIMELINE_FENCE (clear 'false', pg_timeline '3')", fence(Some(3), None, false));
+        refused("TIMELINE_FENCE (clear 'true', pg_timeline '3')", SqlState::INVALID_PARAMETER_VALUE);
+        refused("TIMELINE_FENCE (clear 'true', term '3')", SqlState::INVALID_PARAMETER_VALUE);
+        refused("TIMELINE_FENCE (term '3')", SqlState::SYNTAX_ERROR);
+        refused("TIMELINE_FENCE (term 'x', pg_timeline '3')", SqlState::INVALID_PARAMETER_VALUE);
+        refused("TIMELINE_FENCE (pg_timeline '0')", SqlState::SYNTAX_ERROR);
+        refused("TIMELINE_FENCE (pg_timeline 'x')", SqlState::INVALID_PARAMETER_VALUE);
+        refused("TIMELINE_FENCE (pg_timeline)", SqlState::SYNTAX_ERROR);
+        refused("TIMELINE_FENCE (timeline '3')", SqlState::SYNTAX_ERROR);
+        refused("TIMELINE_FENCE 3", SqlState::SYNTAX_ERROR);
     }
 
     #[test]
@@ -564,7 +675,7 @@ mod tests {
 
         #[test]
         fn arbitrary_operands_never_panic(
-            keyword in prop::sample::select(&["SHOW", "START_REPLICATION", "START_WAL_PUSH", "CREATE_REPLICATION_SLOT"][..]),
+            keyword in prop::sample::select(&["SHOW", "START_REPLICATION", "START_WAL_PUSH", "TIMELINE_FENCE", "CREATE_REPLICATION_SLOT"][..]),
             operands in "[(),.;='\" A-Z0-9/_]{0,60}",
         ) {
             let _ = Command::parse(&format!("{keyword} {operands}"));

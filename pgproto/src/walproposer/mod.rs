@@ -31,7 +31,8 @@ mod v2;
 mod v3;
 
 pub use stock::{
-    HistoryFile, MAX_HISTORY_FILE, MAX_HISTORY_FILES, MAX_SERVER_VERSION, STOCK_PARAMETER, STOCK_VERSION, StockPrimary,
+    Fence, HistoryFile, MAX_HISTORY_FILE, MAX_HISTORY_FILES, MAX_SERVER_VERSION, Proposes, STOCK_PARAMETER,
+    STOCK_VERSION, StockPrimary,
 };
 
 /// Most WAL bytes in one AppendRequest or XLogData: 16 pages.
@@ -228,6 +229,8 @@ pub struct VoteResponse {
     /// The Postgres timelines of the log, cut at `flush_lsn`; `None` without a log (only in
     /// [`ProtocolVersion::V3Stock`]).
     pub ancestry: Option<Ancestry>,
+    /// The fence here, if there is one (only in [`ProtocolVersion::V3Stock`]).
+    pub fence: Option<Fence>,
 }
 
 /// What is durable here. `flush_lsn` 0 together with a higher term is a refusal.

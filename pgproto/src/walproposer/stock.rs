@@ -2,11 +2,13 @@
 //! sides agreed on it ([`super::ProtocolVersion::V3Stock`], `docs/push-extension.md`).
 //!
 //! ```text
-//! VoteResponse  + u16 count, count x { u32 timeline, u64 begin }          the log's timelines up to its end; 0: unknown
+//! VoteResponse  + u16 count, count x { u32 timeline, u64 begin },         the log's timelines up to its end; 0: unknown
+//!                 [ u32 timeline, u64 term ]                              its fence, if there is one
 //! Elected       + u32 pg_version, cstr server_version,
 //!                 u16 count, count x { cstr host, u16 port },             all safekeepers
 //!                 u32 timeline,                                           of the leader's own WAL
-//!                 u16 count, count x { u32 timeline, u32 length, bytes }  history files, ascending
+//!                 u16 count, count x { u32 timeline, u32 length, bytes }, history files, ascending
+//!                 [ u32 timeline, u64 term ]                              the voters' fence, if there is one
 //! ```
 
 use bytes::{BufMut, Bytes, BytesMut};
@@ -14,7 +16,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use super::{MAX_HOST_LENGTH, MAX_MEMBERS, put_cstr};
 use crate::pg_timeline::{AncestryError, Branch, MAX_BRANCHES, parse_history};
 use crate::read::Reader;
-use crate::{Ancestry, DecodeError, HostPort, Lsn, PgTimelineId};
+use crate::{Ancestry, DecodeError, HostPort, Lsn, PgTimelineId, Term};
 
 /// The ParameterStatus by which a safekeeper agrees to [`super::ProtocolVersion::V3Stock`]; sent only when asked for it.
 pub const STOCK_PARAMETER: &str = "safekeeper_stock";
@@ -41,6 +43,65 @@ const MIN_ADDRESS_SIZE: usize = 1 + 2;
 /// A timeline, and its begin or the length of its history file.
 const ENTRY_SIZE: usize = 4 + 8;
 
+/// A fence: its timeline, its term.
+const FENCE_SIZE: usize = 4 + 8;
+
+/// What a proposer says in `START_WAL_PUSH` that it proposes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Proposes {
+    /// It doesn't say: a compute of Neon, or an older walproposer.
+    #[default]
+    Untold,
+    /// Nothing of its own: it only brings the safekeepers to one LSN (`sync 'true'`).
+    Nothing,
+    /// WAL of a primary that is on this Postgres timeline now, whichever the log is on (`primary_timeline 'N'`).
+    WalOf(PgTimelineId),
+}
+
+/// Primaries on Postgres timeline `pg_timeline` or an older one are fenced off: nobody may propose their WAL any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Fence {
+    /// The newest timeline that is fenced off; not 0.
+    pub pg_timeline: PgTimelineId,
+    /// The term that came with the fence on the safekeeper where it was set first.
+    pub term: Term,
+}
+
+impl Fence {
+    /// Whether a proposer may vote, lead and append in spite of the fence.
+    pub fn admits(self, proposes: Proposes) -> bool {
+        match proposes {
+            Proposes::Untold => false,
+            Proposes::Nothing => true,
+            Proposes::WalOf(timeline) => timeline > self.pg_timeline,
+        }
+    }
+
+    /// The fence of both, either of which may be none: it only grows.
+    pub fn higher(one: Option<Self>, other: Option<Self>) -> Option<Self> {
+        one.max(other)
+    }
+}
+
+/// Appends a fence where one may stand: at the end of a message.
+pub(super) fn encode_fence(fence: Option<Fence>, out: &mut BytesMut) {
+    if let Some(Fence { pg_timeline, term }) = fence {
+        out.put_u32(pg_timeline.0);
+        out.put_u64(term.0);
+    }
+}
+
+/// Reads what [`encode_fence`] wrote. Senders that know of no fence end before it.
+pub(super) fn read_fence(body: &mut Reader) -> Result<Option<Fence>, DecodeError> {
+    if body.remaining() < FENCE_SIZE {
+        return Ok(None);
+    }
+    match PgTimelineId(body.u32("timeline of a fence")?) {
+        PgTimelineId(0) => Err(DecodeError::Invalid("timeline of a fence", "0".to_owned())),
+        pg_timeline => Ok(Some(Fence { pg_timeline, term: Term(body.u64("term of a fence")?) })),
+    }
+}
+
 /// The file in which PostgreSQL keeps where a timeline comes from.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct HistoryFile {
@@ -63,6 +124,8 @@ pub struct StockPrimary {
     pub timeline: PgTimelineId,
     /// History files of `timeline` and its ancestors as far as they exist, ascending.
     pub history: Vec<HistoryFile>,
+    /// The highest fence among those who elected the leader. It admits the leader, and who follows it has it too.
+    pub fence: Option<Fence>,
 }
 
 impl StockPrimary {
@@ -89,6 +152,7 @@ impl StockPrimary {
             out.put_u32(u32::try_from(file.content.len()).unwrap_or(u32::MAX));
             out.put_slice(&file.content);
         }
+        encode_fence(self.fence, out);
     }
 
     pub(super) fn read(body: &mut Reader) -> Result<Self, DecodeError> {
@@ -98,6 +162,7 @@ impl StockPrimary {
             safekeepers: read_safekeepers(body)?,
             timeline: PgTimelineId(body.u32("Postgres timeline")?),
             history: read_history_files(body)?,
+            fence: read_fence(body)?,
         })
     }
 }

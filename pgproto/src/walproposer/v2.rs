@@ -185,6 +185,7 @@ fn read_vote_response(body: &mut Reader) -> Result<VoteResponse, DecodeError> {
         truncate_lsn,
         term_history,
         ancestry: None,
+        fence: None,
     })
 }
 

@@ -2,7 +2,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::stock::{encode_ancestry, read_ancestry};
+use super::stock::{encode_ancestry, encode_fence, read_ancestry, read_fence};
 use super::{
     AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, MAX_HOST_LENGTH, MAX_MEMBERS,
     Member, ProposerElected, ProposerGreeting, ProposerMessage, StockPrimary, TAG_APPEND, TAG_ELECTED, TAG_GREETING,
@@ -105,6 +105,7 @@ pub(super) fn encode_acceptor(message: &AcceptorMessage, out: &mut BytesMut, sto
             put_history(out, &response.term_history);
             if stock {
                 encode_ancestry(response.ancestry.as_ref(), out);
+                encode_fence(response.fence, out);
             }
         }
         AcceptorMessage::AppendResponse(response) => {
@@ -169,6 +170,7 @@ fn read_vote_response(body: &mut Reader, stock: bool) -> Result<VoteResponse, De
         truncate_lsn: Lsn(body.u64("truncate_lsn")?),
         term_history: read_history(body)?,
         ancestry: if stock { read_ancestry(body)? } else { None },
+        fence: if stock { read_fence(body)? } else { None },
     })
 }
 

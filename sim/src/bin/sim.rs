@@ -32,6 +32,9 @@ struct Arguments {
     /// Print also what the product logs.
     #[arg(long)]
     log: bool,
+    /// An operator fences off one of the proposers, and lets it in again, again and again.
+    #[arg(long)]
+    fences: bool,
     /// Print the summary as JSON.
     #[arg(long)]
     json: bool,
@@ -69,11 +72,12 @@ fn run_all(arguments: &Arguments, from: u64, seeds: u64) -> (Stats, u64) {
             if seed >= until || stopped {
                 return stats;
             }
-            let outcome = cluster::run(seed, Options { print: arguments.trace, sabotage: arguments.sabotage });
+            let options = Options { print: arguments.trace, fences: arguments.fences, sabotage: arguments.sabotage };
+            let outcome = cluster::run(seed, options);
             stats.add(&outcome.stats);
             if let Some(violation) = outcome.violation {
                 failures.fetch_add(1, Ordering::Relaxed);
-                eprintln!("seed {seed}: {violation}\n  again: {}", cluster::replay_command(seed, arguments.sabotage));
+                eprintln!("seed {seed}: {violation}\n  again: {}", cluster::replay_command(seed, options));
             }
             if arguments.seed.is_some() {
                 eprintln!("trace hash {:016x}", outcome.trace_hash);

@@ -27,6 +27,7 @@
 
 mod chronicle;
 mod dice;
+mod fences;
 mod nemesis;
 mod network;
 mod node;
@@ -48,6 +49,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use dice::Dice;
+use fences::Operator;
 use nemesis::Nemesis;
 use network::{Host, Network};
 use node::Node;
@@ -71,6 +73,8 @@ const LIVENESS_BOUND: Duration = Duration::from_secs(120);
 pub struct Options {
     /// Print the trace to standard error.
     pub print: bool,
+    /// Whether an operator fences off proposers.
+    pub fences: bool,
     /// What is broken on purpose.
     pub sabotage: Sabotage,
 }
@@ -96,12 +100,13 @@ pub fn run(seed: u64, options: Options) -> Outcome {
 }
 
 /// The command that runs a seed again, with its trace.
-pub fn replay_command(seed: u64, sabotage: Sabotage) -> String {
-    let sabotage = match sabotage {
+pub fn replay_command(seed: u64, options: Options) -> String {
+    let fences = if options.fences { " --fences" } else { "" };
+    let sabotage = match options.sabotage {
         Sabotage::None => String::new(),
         other => format!(" --sabotage {}", other.name()),
     };
-    format!("scripts/verify sim --seed {seed} --trace{sabotage}")
+    format!("scripts/verify sim --seed {seed} --trace{fences}{sabotage}")
 }
 
 async fn history(seed: u64, options: Options) -> Outcome {
@@ -111,7 +116,7 @@ async fn history(seed: u64, options: Options) -> Outcome {
     let scenario = Scenario::of(&mut dice);
     note!(trace, "seed {seed}: {scenario:?}");
     let oracle = Oracle::new(scenario.initial_start, trace.clone());
-    let mut cluster = Cluster::new(&scenario, &dice, &oracle, &trace, options.sabotage);
+    let mut cluster = Cluster::new(&scenario, &dice, &oracle, &trace, options);
     tokio::select! {
         biased;
         () = oracle.violated().cancelled() => {}
@@ -122,11 +127,13 @@ async fn history(seed: u64, options: Options) -> Outcome {
     stats.simulated_ms = u64::try_from(began.elapsed().as_millis()).unwrap();
     stats.events = trace.events();
     (stats.elections, stats.committed_bytes, stats.bytes_read, stats.bytes_donated) = oracle.totals();
+    stats.fences = oracle.fences();
     Outcome { trace_hash: trace.hash(), stats, violation: oracle.violation() }
 }
 
 struct Cluster {
     nemesis: Nemesis,
+    operator: Option<Operator>,
     readers: JoinSet<()>,
     oracle: Oracle,
     trace: Trace,
@@ -135,7 +142,8 @@ struct Cluster {
 }
 
 impl Cluster {
-    fn new(scenario: &Scenario, dice: &Dice, oracle: &Oracle, trace: &Trace, sabotage: Sabotage) -> Self {
+    fn new(scenario: &Scenario, dice: &Dice, oracle: &Oracle, trace: &Trace, options: Options) -> Self {
+        let sabotage = options.sabotage;
         let network = Network::new(dice.fork(1), scenario.latency.clone(), trace.clone());
         let node =
             |number| Node::new(number, network.clone(), oracle.clone(), trace.clone(), scenario.journal, sabotage);
@@ -174,7 +182,13 @@ impl Cluster {
         };
         let inspector = reader(scenario.readers);
         let (oracle, trace) = (oracle.clone(), trace.clone());
-        Self { nemesis, readers, oracle, trace, inspector }
+        let operator = options.fences.then(|| Operator {
+            nodes: nemesis.nodes.clone(),
+            oracle: oracle.clone(),
+            trace: trace.clone(),
+            dice: dice.fork(3),
+        });
+        Self { nemesis, operator, readers, oracle, trace, inspector }
     }
 
     async fn live(&mut self) {
@@ -186,8 +200,18 @@ impl Cluster {
         for index in 0..self.nemesis.scenario.proposers {
             self.nemesis.proposers.start(index);
         }
-        self.nemesis.rage().await;
+        match &mut self.operator {
+            None => self.nemesis.rage().await,
+            Some(operator) => tokio::select! {
+                biased;
+                () = self.nemesis.rage() => {}
+                () = operator.run() => {}
+            },
+        }
         self.nemesis.end_all().await;
+        if let Some(operator) = &mut self.operator {
+            operator.lift().await;
+        }
         self.check_liveness().await;
         self.readers.abort_all();
         self.inspect().await;

@@ -174,7 +174,7 @@ struct State {
     /// One way.
     blocked: BTreeSet<(Host, Host)>,
     paused: BTreeMap<Host, Instant>,
-    listeners: BTreeMap<Host, mpsc::UnboundedSender<NodeEnd>>,
+    listeners: BTreeMap<Host, mpsc::UnboundedSender<(Host, NodeEnd)>>,
     connections: BTreeMap<u32, Connection>,
     next_connection: u32,
 }
@@ -202,8 +202,8 @@ impl Network {
         Self(Arc::new(Shared { state: Mutex::new(state), changed: Notify::new(), trace }))
     }
 
-    /// Begins to take connections for `host`.
-    pub fn listen(&self, host: Host) -> mpsc::UnboundedReceiver<NodeEnd> {
+    /// Begins to take connections for `host`; they come with who made them.
+    pub fn listen(&self, host: Host) -> mpsc::UnboundedReceiver<(Host, NodeEnd)> {
         let (listener, accept) = mpsc::unbounded_channel();
         self.0.state.lock().listeners.insert(host, listener);
         accept
@@ -232,7 +232,7 @@ impl Network {
         state.connections.insert(id, connection);
         drop(state);
         let server = NodeEnd { outgoing: server_out, incoming: server_in, broken: server_broken };
-        listener.send(server).ok()?;
+        listener.send((from, server)).ok()?;
         note!(self.0.trace, "{from} -> {to}  connected as {id}");
         Some(ClientEnd { outgoing: client_out, incoming: client_in, broken: client_broken })
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use parking_lot::Mutex;
-use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage};
+use pgproto::walproposer::{AcceptorMessage, ProposerGreeting, ProposerMessage, Proposes};
 use pgproto::{Lsn, NodeId, SegmentSize, Term};
 use safekeeper::consensus::health::Health;
 use safekeeper::consensus::state::{ControlState, ServerInfo};
@@ -189,15 +189,15 @@ impl Seen {
         &self.node.0
     }
 
-    async fn listen(self, mut accept: mpsc::UnboundedReceiver<NodeEnd>) {
+    async fn listen(self, mut accept: mpsc::UnboundedReceiver<(Host, NodeEnd)>) {
         let mut sessions = JoinSet::new();
         // Wakes the readers in the order in which they came, which a watch channel doesn't.
         let news = Arc::new(Notify::new());
         sessions.spawn(self.clone().tell_news(Arc::clone(&news)));
-        while let Some(end) = accept.recv().await {
+        while let Some((from, end)) = accept.recv().await {
             while sessions.try_join_next().is_some() {}
             let (seen, news) = (self.clone(), Arc::clone(&news));
-            sessions.spawn(async move { seen.serve(end, &news).await });
+            sessions.spawn(async move { seen.serve(from, end, &news).await });
         }
         // Killed: nobody can connect any more, and nobody who is connected is served.
         std::future::pending().await
@@ -236,12 +236,14 @@ impl Seen {
         self.shared().network.running(self.node.host()).await;
     }
 
-    async fn serve(self, mut end: NodeEnd, news: &Notify) {
+    async fn serve(self, from: Host, mut end: NodeEnd, news: &Notify) {
         let first = end.receive().await;
         self.ready().await;
         let (sender, receiver) = end.split();
         let served = match first {
-            Some(Request::Push(ProposerMessage::Greeting(greeting))) => self.push(greeting, &sender, receiver).await,
+            Some(Request::Push(ProposerMessage::Greeting(greeting))) => {
+                self.push(self.shared().sabotage.proposes(from), greeting, &sender, receiver).await
+            }
             Some(Request::Read { start, term }) => self.read(start, term, &sender, receiver, news).await,
             Some(_) => Err("a proposer's first message must be a greeting".to_owned()),
             None => Ok(()),
@@ -254,12 +256,13 @@ impl Seen {
     /// As `server::start_wal_push` does.
     async fn push(
         &self,
+        proposes: Proposes,
         greeting: ProposerGreeting,
         sender: &Sender<Reply>,
         receiver: Receiver<Request>,
     ) -> Result<(), String> {
         let timeline = self.find_or_create(&greeting).await?;
-        let push = PushSession::open(&timeline, 0).map_err(|error| error.to_string())?;
+        let push = PushSession::open(&timeline, 0, proposes).map_err(|error| error.to_string())?;
         let (replies, waiting) = mpsc::channel(16);
         self.request(&push, ProposerMessage::Greeting(greeting), &replies).await?;
         tokio::select! {

@@ -5,6 +5,7 @@
 //! |---|---|
 //! | a term is won once; a leader's log has all that was committed in earlier terms, and its history is true | elected |
 //! | what is committed is in the log of every later leader | committed |
+//! | a proposer that a majority fenced off commits nothing that the majority hadn't | committed |
 //! | readers see committed bytes only, and the right ones; so do laggards that are fed by a donor | shown |
 //! | a node votes once per term, its term never falls, its log never ends before what it told, unless a leader cut it | each reply |
 //! | a node's commit LSN is committed, and not above what it has | each reply and look |
@@ -21,6 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::chronicle::Chronicle;
 use super::dice::Dice;
+use super::fences;
+use super::network::Host;
 use super::trace::{Trace, note};
 
 /// Clones are the same oracle.
@@ -42,6 +45,9 @@ struct State {
     /// Where the timeline begins, for all.
     initial_start: Lsn,
     promises: BTreeMap<usize, Promises>,
+    /// While a majority keeps it out: the end of what the first proposer may commit.
+    fence: Option<Lsn>,
+    fences: u64,
     violation: Option<String>,
     bytes_read: u64,
     bytes_donated: u64,
@@ -96,6 +102,15 @@ impl State {
         self.chronicle.elected(history)?;
         let term = history.last().map_or(Term(0), |entry| entry.term);
         self.commits.range(..term).try_for_each(|(earlier, lsn)| self.check_agreement(term, *earlier, *lsn))
+    }
+
+    fn check_fence(&self, who: Host, lsn: Lsn) -> Result<(), String> {
+        match self.fence {
+            Some(end) if fences::concerns(who) && lsn > end => {
+                Err(format!("commits up to {lsn}, but a majority has it fenced off, and ended at {end} then"))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn committed_in(&mut self, term: Term, lsn: Lsn) -> Result<(), String> {
@@ -214,9 +229,23 @@ impl Oracle {
     }
 
     /// A proposer holds everything up to `lsn` for committed.
-    pub fn committed(&self, who: impl Display, term: Term, lsn: Lsn) {
-        let outcome = self.0.state.lock().committed_in(term, lsn);
+    pub fn committed(&self, who: Host, term: Term, lsn: Lsn) {
+        let mut state = self.0.state.lock();
+        let outcome = state.check_fence(who, lsn).and_then(|()| state.committed_in(term, lsn));
+        drop(state);
         self.check(who, outcome);
+    }
+
+    /// A majority keeps the first proposer out, and the furthest of its logs ended there; or that is over.
+    pub fn fenced(&self, end: Option<Lsn>) {
+        let mut state = self.0.state.lock();
+        state.fences += u64::from(end.is_some());
+        state.fence = end;
+    }
+
+    /// How often a majority was fenced.
+    pub fn fences(&self) -> u64 {
+        self.0.state.lock().fences
     }
 
     /// A reader got this.

@@ -3,8 +3,11 @@
 
 use pgproto::Generation;
 use pgproto::Lsn;
-use pgproto::walproposer::{AcceptorMessage, AppendResponse, ProposerMessage};
+use pgproto::walproposer::{AcceptorMessage, AppendResponse, ProposerMessage, Proposes};
 use safekeeper::timeline::Timeline;
+
+use super::fences;
+use super::network::Host;
 
 /// What is wrong with every node.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -18,6 +21,8 @@ pub enum Sabotage {
     AcknowledgeBeforeTheSync,
     /// A vote that the acceptor refuses, because it was given already, is given again.
     VoteTwice,
+    /// A proposer that is fenced off is let in again by the nodes that it comes back to.
+    ForgetTheFence,
     /// Readers see all that is durable, committed or not.
     ReadBeyondTheCommit,
 }
@@ -34,6 +39,10 @@ impl Sabotage {
     /// As on the command line.
     pub fn name(self) -> String {
         clap::ValueEnum::to_possible_value(&self).map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
+    pub(super) fn proposes(self, host: Host) -> Proposes {
+        if self == Self::ForgetTheFence { Proposes::Nothing } else { fences::proposes(host) }
     }
 
     pub(super) fn asked(self, message: &ProposerMessage) -> Asked {

@@ -43,6 +43,8 @@ pub struct Stats {
     pub slow_disks: u64,
     /// Spells of full disk.
     pub full_disks: u64,
+    /// Times a majority fenced off a proposer.
+    pub fences: u64,
     /// Bits flipped at rest.
     pub bit_flips: u64,
     /// Reads refused by nodes because of damage.
@@ -59,6 +61,6 @@ impl Stats {
         }
         sum!(histories simulated_ms events elections committed_bytes bytes_read bytes_donated node_crashes power_cuts
             node_starts failed_starts proposer_crashes pauses partitions connections_cut clock_jumps failed_operations
-            slow_disks full_disks bit_flips reads_refused nodes_at_fault);
+            slow_disks full_disks fences bit_flips reads_refused nodes_at_fault);
     }
 }

@@ -1,7 +1,7 @@
 //! What an acceptor checks before it does anything: everything that comes from a peer or from the disk.
 
 use pgproto::wal::RecordScanner;
-use pgproto::walproposer::{Configuration, ProposerGreeting, StockPrimary, TermLsn};
+use pgproto::walproposer::{Configuration, ProposerGreeting, Proposes, StockPrimary, TermLsn};
 use pgproto::{Ancestry, Generation, Lsn, Term};
 
 use super::{Acceptor, AcceptorError, LazyLsns, MAX_TERM_STEP};
@@ -50,6 +50,15 @@ impl Acceptor {
             "only committed WAL leaves the quorum"
         );
         assert!(self.durable.term >= self.durable.term_history.last_term(), "WAL comes only from terms joined");
+    }
+
+    /// Refuses a proposer that the fence doesn't admit, whatever its message: it shall not vote, lead, append, nor be
+    /// acknowledged what it appended before.
+    pub fn check_fence(&self, proposes: Proposes) -> Result<(), AcceptorError> {
+        match self.durable.stock.fence {
+            Some(fence) if !fence.admits(proposes) => Err(AcceptorError::FencedOff { fence, proposes }),
+            _ => Ok(()),
+        }
     }
 
     pub(super) fn check_identity(&self, greeting: &ProposerGreeting) -> Result<(), AcceptorError> {

@@ -1,9 +1,11 @@
 //! Why an acceptor refuses a message.
 
+use std::fmt;
 use std::sync::Arc;
 
 use pgproto::pg_timeline::AncestryError;
 use pgproto::wal::WalError;
+use pgproto::walproposer::{Fence, Proposes};
 use pgproto::{Generation, Lsn, NodeId, PgTimelineId, Term};
 
 use crate::consensus::health::Fault;
@@ -135,6 +137,18 @@ pub enum AcceptorError {
     /// A proposer that doesn't speak of Postgres timelines can't go on in a log with more than the first one.
     #[error("the log here is of Postgres timeline {0}, and the proposer doesn't say which one it writes on")]
     TimelineUntold(PgTimelineId),
+    /// The primary whose WAL it is was fenced off by an operator (or what stands for one).
+    #[error(
+        "Postgres timelines up to {timeline} are fenced off here since term {term} by a failover, and {who}: it gets no vote \
+         and no acknowledgement",
+        timeline = .fence.pg_timeline, term = .fence.term, who = Candidate(*.proposes)
+    )]
+    FencedOff {
+        /// What is fenced off.
+        fence: Fence,
+        /// What the proposer said of itself.
+        proposes: Proposes,
+    },
     /// An append must follow an accepted `Elected` of exactly its term.
     #[error("append of term {0} before that leader was accepted here")]
     NotElected(Term),
@@ -176,6 +190,19 @@ pub enum AcceptorError {
     /// The bytes are not WAL that can follow what is here.
     #[error("invalid WAL: {0}")]
     BadWal(#[from] WalError),
+}
+
+/// A proposer in words.
+struct Candidate(Proposes);
+
+impl fmt::Display for Candidate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Proposes::Untold => f.write_str("this proposer doesn't say which timeline its primary is on"),
+            Proposes::Nothing => f.write_str("this proposer has no primary"),
+            Proposes::WalOf(timeline) => write!(f, "the primary of this proposer is on timeline {timeline}"),
+        }
+    }
 }
 
 impl AcceptorError {

@@ -22,10 +22,10 @@ use bytes::Bytes;
 use pgproto::feedback::HotStandbyFeedback;
 use pgproto::wal::RecordScanner;
 use pgproto::walproposer::{
-    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, HistoryFile, ProposerElected,
-    ProposerGreeting, ProposerMessage, StockPrimary, VoteRequest, VoteResponse,
+    AcceptorGreeting, AcceptorMessage, AppendRequest, AppendResponse, Configuration, Fence, HistoryFile,
+    ProposerElected, ProposerGreeting, ProposerMessage, Proposes, StockPrimary, VoteRequest, VoteResponse,
 };
-use pgproto::{Lsn, NodeId, Term};
+use pgproto::{Lsn, NodeId, PgTimelineId, Term};
 
 pub use self::error::{AcceptorError, MAX_TERM_STEP};
 use super::health::{Fault, Health};
@@ -234,14 +234,21 @@ impl Acceptor {
         self.durable.term_history.last_term_at(self.flush_lsn())
     }
 
-    /// Handles one message of a proposer.
+    /// Handles one message of a proposer that doesn't say what it proposes.
     pub fn handle(&mut self, message: ProposerMessage) -> Result<Vec<Action>, AcceptorError> {
-        let result = match message {
+        self.handle_from(Proposes::Untold, message)
+    }
+
+    /// Handles one message of a proposer, given what that said of itself when it connected.
+    pub fn handle_from(&mut self, proposes: Proposes, message: ProposerMessage) -> Result<Vec<Action>, AcceptorError> {
+        // Before anything else. A fenced leader that learned the term from here, not that it is fenced off, would campaign
+        // anew, to the harm of those that a fence on a few nodes leaves it.
+        let result = self.check_fence(proposes).and_then(|()| match message {
             ProposerMessage::Greeting(greeting) => self.greeting(greeting),
             ProposerMessage::VoteRequest(request) => self.vote(request),
             ProposerMessage::Elected(elected) => self.elected(elected),
             ProposerMessage::Append(append) => self.append(append),
-        };
+        });
         if let Err(error) = &result
             && error.is_alarming()
         {
@@ -295,6 +302,7 @@ impl Acceptor {
             truncate_lsn: self.lazy.peer_horizon_lsn,
             term_history: self.durable.term_history.visible_at(flush_lsn).entries().to_vec(),
             ancestry: self.has_wal().then(|| self.durable.stock.ancestry.up_to(flush_lsn)),
+            fence: self.durable.stock.fence,
         })));
         Ok(actions)
     }
@@ -334,13 +342,14 @@ impl Acceptor {
             if !primary.history.is_empty() {
                 actions.push(Action::StoreHistory(primary.history));
             }
-            let StockPrimary { pg_version, server_version, safekeepers, .. } = primary;
+            let StockPrimary { pg_version, server_version, safekeepers, fence, .. } = primary;
             // Without a primary they aren't known, as in a mere sync of the safekeepers.
             if pg_version != 0 {
                 next.server.pg_version = pg_version;
             }
             let server_version = if server_version.is_empty() { next.stock.server_version } else { server_version };
-            next.stock = StockInfo { ancestry, server_version, safekeepers };
+            let fence = Fence::higher(next.stock.fence, fence);
+            next.stock = StockInfo { ancestry, server_version, safekeepers, fence };
         }
         self.adopt(next, start, &mut actions);
         Ok(actions)
@@ -353,7 +362,9 @@ impl Acceptor {
         let [timeline_start_lsn, local_start_lsn, commit_lsn] = [Lsn::INVALID; 3];
         let [backup_lsn, peer_horizon_lsn, remote_consistent_lsn] = [Lsn::INVALID; 3];
         self.lazy = LazyLsns { commit_lsn, backup_lsn, peer_horizon_lsn, remote_consistent_lsn };
-        let (term_history, stock) = (TermHistory::default(), StockInfo::default());
+        // What was promised isn't of the log.
+        let stock = StockInfo { fence: self.durable.stock.fence, ..StockInfo::default() };
+        let term_history = TermHistory::default();
         let next = ControlState { timeline_start_lsn, local_start_lsn, term_history, stock, ..self.durable.clone() };
         self.persist(next, actions);
         self.scanner = None;
@@ -486,6 +497,41 @@ impl Acceptor {
             self.raise_term(target, &mut actions);
         }
         Ok(actions)
+    }
+
+    /// Fences off the primaries of Postgres timeline `pg_timeline` and of all older ones, and whoever leads: the term rises
+    /// by one, or to `term` if that is higher. What is fenced off already stays so. When that is all that was asked for,
+    /// nothing changes and nobody is deposed, unless `term` is above the own.
+    ///
+    /// Fence and term become durable together. So when this is answered, no leader of an older term gets an acknowledgement
+    /// from here any more, and no primary up to `pg_timeline` gets a leader with a vote from here.
+    pub fn fence(&mut self, pg_timeline: PgTimelineId, term: Option<Term>) -> Result<Vec<Action>, AcceptorError> {
+        let own = self.durable.term;
+        let grows = self.durable.stock.fence.is_none_or(|fence| fence.pg_timeline < pg_timeline);
+        let least = if grows { own.next() } else { own };
+        let term = term.unwrap_or(least).max(least);
+        self.check_term_step(term)?;
+        // Whoever asked is told the end of the log, as with a vote (D3).
+        let mut actions = self.flush();
+        let mut next = self.durable.clone();
+        if term > own {
+            self.forget_leader();
+            next.term = term;
+        }
+        if grows {
+            next.stock.fence = Some(Fence { pg_timeline, term });
+        }
+        self.persist(next, &mut actions);
+        Ok(actions)
+    }
+
+    /// Lifts the fence. Terms promised stay promised.
+    pub fn lift_fence(&mut self) -> Vec<Action> {
+        let mut next = self.durable.clone();
+        next.stock.fence = None;
+        let mut actions = Vec::new();
+        self.persist(next, &mut actions);
+        actions
     }
 
     /// Adopts `configuration` if its generation is higher; returns whether it was.

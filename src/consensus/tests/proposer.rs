@@ -46,6 +46,7 @@ fn vote_in(generation: u32, term: u64, given: bool, flush: u64, history: &[(u64,
         truncate_lsn: Lsn(0),
         term_history: history.iter().copied().map(TermLsn::from).collect(),
         ancestry: None,
+        fence: None,
     })
 }
 

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::{
-    AcceptorMessage, Configuration, HistoryFile, ProposerMessage, StockPrimary, TermLsn, VoteResponse,
+    AcceptorMessage, Configuration, Fence, HistoryFile, ProposerMessage, StockPrimary, TermLsn, VoteResponse,
 };
 use pgproto::{Ancestry, Generation, HostPort, Lsn, PgTimelineId, SegmentSize, SystemId, TenantId, Term, TimelineId};
 
@@ -49,6 +49,16 @@ fn server(branches: &[(u32, u64)]) -> StockServer {
 
 /// Two safekeepers whose votes tell a log up to `end`, of these timelines.
 fn election(stock: StockServer, end: u64, log: Option<&[(u32, u64)]>) -> (Proposer, Vec<Effect>) {
+    election_behind((None, None), stock, end, log)
+}
+
+/// The same where the votes tell of these fences.
+fn election_behind(
+    fences: (Option<Fence>, Option<Fence>),
+    stock: StockServer,
+    end: u64,
+    log: Option<&[(u32, u64)]>,
+) -> (Proposer, Vec<Effect>) {
     let server =
         ServerInfo { pg_version: 150_018, system_id: SystemId(77), wal_seg_size: SegmentSize::new(1 << 20).unwrap() };
     let ttid = pgproto::TenantTimelineId::new(TenantId([1; 16]), TimelineId([2; 16]));
@@ -59,17 +69,20 @@ fn election(stock: StockServer, end: u64, log: Option<&[(u32, u64)]>) -> (Propos
     p.connected(B);
     p.handle(A, greeting(1, 5));
     p.handle(B, greeting(2, 5));
-    let vote = AcceptorMessage::VoteResponse(VoteResponse {
-        generation: Generation(0),
-        term: Term(6),
-        vote_given: true,
-        flush_lsn: Lsn(if log.is_some() { end } else { 0 }),
-        truncate_lsn: Lsn(0),
-        term_history: if log.is_some() { vec![TermLsn::from((5, START))] } else { vec![] },
-        ancestry: log.map(ancestry),
-    });
-    assert!(p.handle(A, vote.clone()).is_empty());
-    let effects = p.handle(B, vote);
+    let vote = |fence| {
+        AcceptorMessage::VoteResponse(VoteResponse {
+            generation: Generation(0),
+            term: Term(6),
+            vote_given: true,
+            flush_lsn: Lsn(if log.is_some() { end } else { 0 }),
+            truncate_lsn: Lsn(0),
+            term_history: if log.is_some() { vec![TermLsn::from((5, START))] } else { vec![] },
+            ancestry: log.map(ancestry),
+            fence,
+        })
+    };
+    assert!(p.handle(A, vote(fences.0)).is_empty());
+    let effects = p.handle(B, vote(fences.1));
     (p, effects)
 }
 
@@ -100,6 +113,25 @@ const ONE: &[(u32, u64)] = &[(1, 0)];
 const TWO: &[(u32, u64)] = &[(1, 0), (2, SWITCH)];
 const THREE: &[(u32, u64)] = &[(1, 0), (2, SWITCH), (3, 0x10_0C00)];
 const FIVE: &[(u32, u64)] = &[(1, 0), (2, 0x1_0000), (4, 0x2_0000), (5, 0x3_0000)];
+
+#[test]
+fn the_highest_fence_among_the_votes_is_told_to_all_who_follow() {
+    let fence = |timeline, term| Some(Fence { pg_timeline: PgTimelineId(timeline), term: Term(term) });
+    for (fences, expected) in [
+        ((None, None), None),
+        ((fence(1, 9), None), fence(1, 9)),
+        ((None, fence(1, 9)), fence(1, 9)),
+        ((fence(1, 9), fence(2, 3)), fence(2, 3)),
+        ((fence(1, 5), fence(1, 6)), fence(1, 6)),
+    ] {
+        let (_, effects) = election_behind(fences, server(THREE), 0x10_0300, Some(ONE));
+        let told = effects.into_iter().filter_map(|effect| match effect {
+            Effect::Send(_, ProposerMessage::Elected(elected)) => Some(elected.stock.unwrap().fence),
+            _ => None,
+        });
+        assert_eq!(told.collect::<Vec<_>>(), [expected, expected]);
+    }
+}
 
 #[test]
 fn a_log_begins_on_the_timeline_of_its_first_byte() {

@@ -26,6 +26,7 @@ fn primary(timeline: PgTimelineId, ancestors: &[(u32, Lsn)]) -> StockPrimary {
         safekeepers: vec![HostPort { host: "sk1".to_owned(), port: 5454 }],
         timeline,
         history: if ancestors.is_empty() { vec![] } else { vec![history_file(timeline, ancestors)] },
+        fence: None,
     }
 }
 
@@ -79,7 +80,7 @@ fn history_files_are_kept_after_the_cut_and_before_the_state_that_counts_on_them
     assert_eq!(state.server.pg_version, 150_019, "follows minor upgrades");
     let sk1 = HostPort { host: "sk1".to_owned(), port: 5454 };
     let ancestry = primary(SECOND, &[(1, Lsn(end))]).ancestry().unwrap();
-    let expected = StockInfo { ancestry, server_version: "15.19".to_owned(), safekeepers: vec![sk1] };
+    let expected = StockInfo { ancestry, server_version: "15.19".to_owned(), safekeepers: vec![sk1], fence: None };
     assert_eq!(state.stock, expected);
 }
 

@@ -44,6 +44,7 @@ fn vote(driver: &mut Driver, index: usize) {
         truncate_lsn: Lsn::INVALID,
         term_history: Vec::new(),
         ancestry: None,
+        fence: None,
     };
     driver.on_peer_event(Event::Message(PeerIndex(index), AcceptorMessage::VoteResponse(vote))).unwrap();
 }
@@ -65,6 +66,7 @@ async fn a_safekeeper_that_was_emptied_does_not_help_to_elect() {
             reason: "no timeline".to_owned(),
             lacks_timeline: true,
             newer_timeline: false,
+            fenced_off: false,
             next_retry_at: None,
         };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
@@ -86,6 +88,7 @@ async fn a_timeline_begins_where_a_majority_has_none() {
             reason: "no timeline".to_owned(),
             lacks_timeline: true,
             newer_timeline: false,
+            fenced_off: false,
             next_retry_at: None,
         };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down)).unwrap();
@@ -98,12 +101,43 @@ async fn a_former_primary_ends_when_a_majority_knows_of_a_newer_one() {
     let mut driver = driver();
     let mut refuses = |index| {
         let reason = "of Postgres timeline 2".to_owned();
-        let down = PeerDown { reason, lacks_timeline: false, newer_timeline: true, next_retry_at: None };
+        let down =
+            PeerDown { reason, lacks_timeline: false, newer_timeline: true, fenced_off: false, next_retry_at: None };
         driver.on_peer_event(Event::Disconnected(PeerIndex(index), down))
     };
     assert!(refuses(0).is_ok(), "one may have heard of a proposer that then failed");
     assert!(refuses(0).is_ok());
     assert!(matches!(refuses(2), Err(Ended::Outdated)));
+}
+
+#[tokio::test]
+async fn a_primary_that_was_fenced_off_ends_when_a_majority_says_so() {
+    let down = |fenced_off: bool| PeerDown {
+        reason: "fenced off".to_owned(),
+        lacks_timeline: false,
+        newer_timeline: !fenced_off,
+        fenced_off,
+        next_retry_at: None,
+    };
+    let refuses = |driver: &mut Driver, index, down| driver.on_peer_event(Event::Disconnected(PeerIndex(index), down));
+    let mut alone = driver();
+    let _first = follow(&mut alone, 0);
+    let _second = follow(&mut alone, 1);
+    vote(&mut alone, 0);
+    vote(&mut alone, 1);
+    assert!(refuses(&mut alone, 2, down(true)).is_ok(), "an operator who then failed: a majority goes on");
+    assert!(refuses(&mut alone, 2, down(true)).is_ok());
+    assert_eq!(alone.proposer.term_start(), Some(START));
+    let ended = refuses(&mut alone, 0, down(true));
+    assert!(matches!(&ended, Err(Ended::FencedOff(reason)) if reason == "fenced off"), "{ended:?}");
+
+    let mut mixed = driver();
+    assert!(refuses(&mut mixed, 1, down(true)).is_ok());
+    let ended = refuses(&mut mixed, 2, down(false));
+    assert!(
+        matches!(ended, Err(Ended::FencedOff(_))),
+        "neither alone is a majority, together nobody is left: {ended:?}"
+    );
 }
 
 /// A leader has WAL, and hears that its timeline ends so many bytes before the end of that: whether it believes it.

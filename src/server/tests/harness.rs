@@ -127,13 +127,22 @@ impl TestServer {
 
     /// A proposer that was let in, before its greeting.
     pub(super) async fn pusher(&self, version: ProtocolVersion) -> Pusher {
+        self.pusher_with(version, "").await
+    }
+
+    /// The same with further options in its command, each with a comma in front.
+    pub(super) async fn pusher_with(&self, version: ProtocolVersion, options_of_its_own: &str) -> Pusher {
         let mut client = self.login(&[("user", "walproposer"), ("options", &options(ttid()))]).await;
         let (number, more) = match version {
             ProtocolVersion::V2 => (2, ""),
             ProtocolVersion::V3 => (3, ""),
             ProtocolVersion::V3Stock => (3, ", stock '1'"),
         };
-        client.query(&format!("START_WAL_PUSH (proto_version '{number}', allow_timeline_creation 'true'{more})")).await;
+        client
+            .query(&format!(
+                "START_WAL_PUSH (proto_version '{number}', allow_timeline_creation 'true'{more}{options_of_its_own})"
+            ))
+            .await;
         if version == ProtocolVersion::V3Stock {
             assert!(matches!(client.next().await, BackendMessage::ParameterStatus { .. }));
         }
@@ -458,6 +467,7 @@ pub(super) fn primary(history: Option<Bytes>) -> StockPrimary {
         safekeepers: Vec::new(),
         timeline,
         history: history.into_iter().map(|content| HistoryFile { timeline, content }).collect(),
+        fence: None,
     }
 }
 

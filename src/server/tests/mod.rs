@@ -3,6 +3,7 @@
 mod bad_input;
 mod commands;
 mod feedback;
+mod fence;
 mod harness;
 mod health;
 mod neon_and_stock;

@@ -49,6 +49,7 @@ async fn a_stock_primary_tells_its_timelines_and_a_vote_tells_them_again() {
         safekeepers: vec![],
         timeline: PgTimelineId(2),
         history: vec![HistoryFile { timeline: PgTimelineId(2), content }],
+        fence: None,
     };
     let mut pusher = server.stock_leader(1, START, &[(1, START)], stock).await;
     pusher.commit(1, START, &log.since(START)).await;

@@ -136,6 +136,7 @@ impl Line {
             safekeepers: Vec::new(),
             timeline,
             history,
+            fence: None,
         });
     }
 
