@@ -4,11 +4,11 @@ use std::process::ExitCode;
 
 use safekeeper::config::safekeeperctl::{
     CtlCommand, DrainArgs, FailoverCommand, ForksArgs, ForksCommand, ForksExportArgs, PrepareArgs,
-    SafekeeperctlSettings, TimelineCommand,
+    SafekeeperctlSettings, SwitchoverArgs, TimelineCommand,
 };
 use safekeeper::config::{self, Loaded, LogFormat};
 use safekeeper::operate::steps::{Event, What};
-use safekeeper::operate::{Kind, Steps, drain, failover, forks};
+use safekeeper::operate::{Kind, Steps, drain, failover, forks, status, switchover};
 use serde::Serialize;
 
 fn main() -> ExitCode {
@@ -32,7 +32,10 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
     let json = settings.json;
     let steps = Steps::new(move |event| tell(event, json));
     let report = match settings.command.clone() {
-        CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, args, &steps).await,
+        CtlCommand::Failover(FailoverCommand::Prepare(args)) => prepare(&settings, *args, &steps).await,
+        CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
+        CtlCommand::Switchover(args) => switch_over(&settings, *args, &steps).await,
+        CtlCommand::Status => members(&settings).await,
         CtlCommand::Drain(args) => drained(args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::Export(args))) => {
@@ -96,11 +99,74 @@ async fn prepare(settings: &SafekeeperctlSettings, args: PrepareArgs, steps: &St
         safekeepers: settings.safekeepers.clone(),
         ttid: settings.ttid(),
         standby: args.standby,
+        pg_timeline: args.pg_timeline,
         repoint: args.repoint,
         timeout: settings.timeout.into(),
     };
     match failover::prepare(&options, steps).await {
-        Ok(prepared) => Report::done(&prepared, "promote the standby now"),
+        Ok(prepared) => Report::done(&prepared, promote_now(&prepared)),
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+fn promote_now(prepared: &failover::Prepared) -> String {
+    let failover::Prepared { lsn, pg_timeline, fenced, .. } = prepared;
+    let holds = format!("Every acknowledged commit is below {lsn} on Postgres timeline {pg_timeline}.");
+    let fence = format!("No primary on timeline {fenced} gets acknowledgements any more.");
+    let promote = match &prepared.standby {
+        Some(standby) => format!("{standby} has all of it: promote it now."),
+        None => format!("Promote only a standby that has replayed up to {lsn}."),
+    };
+    format!("{holds} {fence}\n{promote}")
+}
+
+async fn cancel(settings: &SafekeeperctlSettings, steps: &Steps) -> Report {
+    let options = failover::CancelOptions {
+        safekeepers: settings.safekeepers.clone(),
+        ttid: settings.ttid(),
+        timeout: settings.timeout.into(),
+    };
+    match failover::cancel(&options, steps).await {
+        Ok(cancelled) if cancelled.missing.is_empty() => Report::done(&cancelled, "The old primary may go on."),
+        Ok(cancelled) => {
+            let missing: Vec<_> = cancelled.missing.iter().map(ToString::to_string).collect();
+            let text = format!(
+                "The old primary may go on, without {}: not reached. Run this again once they are back.",
+                missing.join(", ")
+            );
+            Report::done(&cancelled, text)
+        }
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+async fn switch_over(settings: &SafekeeperctlSettings, args: SwitchoverArgs, steps: &Steps) -> Report {
+    let options = switchover::SwitchoverOptions {
+        safekeepers: settings.safekeepers.clone(),
+        ttid: settings.ttid(),
+        from: args.from,
+        to: args.to,
+        application_name: args.application_name,
+        stop: args.stop,
+        start_old: args.start_old,
+        timeout: settings.timeout.into(),
+    };
+    match switchover::run(&options, steps).await {
+        Ok(done) => {
+            let mut text = format!("Postgres timeline {} is in use.", done.pg_timeline);
+            if let Some(pause) = done.pause_seconds {
+                text += &format!(" Commits paused for {pause:.3} s.");
+            }
+            done.to_do.iter().for_each(|to_do| text += &format!("\n{to_do}."));
+            Report::done(&done, text)
+        }
+        Err(error) => Report::failed(error.kind(), &error),
+    }
+}
+
+async fn members(settings: &SafekeeperctlSettings) -> Report {
+    match status::run(&status::StatusOptions { nodes: settings.nodes.clone(), ttid: settings.ttid() }).await {
+        Ok(members) => Report::done(&members, members.table()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }
@@ -112,18 +178,24 @@ async fn drained(args: DrainArgs, steps: &Steps) -> Report {
     }
 }
 
+fn forks_options(settings: &SafekeeperctlSettings, args: ForksArgs) -> forks::ForksOptions {
+    let place = match args.datadir {
+        Some(datadir) => forks::ForksPlace::Stopped { datadir, journal_dir: args.journal_dir },
+        None => forks::ForksPlace::Node(args.node),
+    };
+    forks::ForksOptions { place, ttid: settings.ttid() }
+}
+
 async fn list_forks(settings: &SafekeeperctlSettings, args: ForksArgs) -> Report {
-    let options = forks::ForksOptions { node: args.node, ttid: settings.ttid() };
-    match forks::list(&options).await {
-        Ok(list) => Report::done(&list, String::new()),
+    match forks::list(&forks_options(settings, args)).await {
+        Ok(list) => Report::done(&list, list.to_string()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }
 
 async fn export_forks(settings: &SafekeeperctlSettings, args: ForksExportArgs, steps: &Steps) -> Report {
-    let options = forks::ForksOptions { node: args.from.node, ttid: settings.ttid() };
-    match forks::export(&options, args.name.as_deref(), &args.output, steps).await {
-        Ok(exported) => Report::done(&exported, format!("{} files written", exported.files.len())),
+    match forks::export(&forks_options(settings, args.from), args.name.as_deref(), &args.output, steps).await {
+        Ok(exported) => Report::done(&exported, exported.to_string()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pgproto::{TenantId, TenantTimelineId, TimelineId};
+use pgproto::{PgTimelineId, TenantId, TenantTimelineId, TimelineId};
 
-use super::{HostPort, Settings};
+use super::{HostPort, Settings, values};
 
 /// Operates safekeepers and the failover of the primary that they serve.
 ///
@@ -68,18 +68,24 @@ pub enum CtlCommand {
     /// The primary is gone: make it safe to promote a standby.
     #[command(subcommand)]
     Failover(FailoverCommand),
+    /// From one primary to another on purpose: nothing is lost, and the old one follows without pg_rewind.
+    Switchover(Box<SwitchoverArgs>),
     /// Take a safekeeper out cleanly, and show each step until its process is gone.
     Drain(DrainArgs),
     /// Timelines on a safekeeper.
     #[command(subcommand)]
     Timeline(TimelineCommand),
+    /// The safekeepers side by side: how far each is, who leads, what is fenced off. Needs --nodes.
+    Status,
 }
 
 /// Failover.
 #[derive(Clone, Debug, Subcommand)]
 pub enum FailoverCommand {
     /// Fence the old primary off, bring the safekeepers to one LSN, and wait until the standby has all of it.
-    Prepare(PrepareArgs),
+    Prepare(Box<PrepareArgs>),
+    /// Lift the fence, so that the old primary can go on. Not after a standby was promoted.
+    Cancel(CancelArgs),
 }
 
 /// `failover prepare`.
@@ -89,9 +95,52 @@ pub struct PrepareArgs {
     #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPERCTL_STANDBY", hide_env_values = true)]
     pub standby: Option<tokio_postgres::Config>,
 
+    /// Postgres timeline of the lost primary. Default: the newest that the safekeepers have WAL of.
+    #[arg(long, value_name = "NUMBER")]
+    pub pg_timeline: Option<PgTimelineId>,
+
     /// If the standby doesn't get there: make it stream from the safekeepers (ALTER SYSTEM SET primary_conninfo).
     #[arg(long)]
     pub repoint: bool,
+}
+
+/// `failover cancel`.
+#[derive(Args, Clone, Debug)]
+pub struct CancelArgs {
+    /// Yes, no standby was promoted, and the old primary shall go on.
+    #[arg(long, required = true)]
+    pub yes: bool,
+}
+
+/// `switchover`.
+#[derive(Args, Clone, Debug)]
+pub struct SwitchoverArgs {
+    /// The primary, as a libpq connection string or URL.
+    #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPERCTL_FROM", hide_env_values = true)]
+    pub from: tokio_postgres::Config,
+
+    /// The standby that becomes the primary.
+    #[arg(long, value_name = "CONNINFO", env = "SAFEKEEPERCTL_TO", hide_env_values = true)]
+    pub to: tokio_postgres::Config,
+
+    /// Command that stops the old primary cleanly, such as "ssh db1 pg_ctl -D DATADIR stop -m fast". Without it you are asked
+    /// to stop it when the time has come.
+    #[arg(long, value_name = "COMMAND")]
+    pub stop: Option<String>,
+
+    /// Command that starts the old primary as a standby, once the new one is at work. Without it you are told what to do.
+    #[arg(long, value_name = "COMMAND")]
+    pub start_old: Option<String>,
+
+    /// The proposer's name in synchronous_standby_names.
+    #[arg(
+        long,
+        value_name = "NAME",
+        env = "SAFEKEEPERCTL_APPLICATION_NAME",
+        default_value = "safekeeper",
+        value_parser = values::application_name
+    )]
+    pub application_name: String,
 }
 
 /// `drain`.
@@ -123,8 +172,17 @@ pub enum ForksCommand {
 #[derive(Args, Clone, Debug)]
 pub struct ForksArgs {
     /// HTTP address of the safekeeper.
-    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE")]
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE", default_value = "127.0.0.1:7676")]
     pub node: HostPort,
+
+    /// Data directory of a safekeeper that is stopped, instead. Its files are brought up to date with its journal, as a start
+    /// would.
+    #[arg(long, value_name = "DIR")]
+    pub datadir: Option<PathBuf>,
+
+    /// Directory of its journal, if that is not in the data directory.
+    #[arg(long, value_name = "DIR", requires = "datadir")]
+    pub journal_dir: Option<PathBuf>,
 }
 
 /// `timeline forks export`.
@@ -134,8 +192,8 @@ pub struct ForksExportArgs {
     #[command(flatten)]
     pub from: ForksArgs,
 
-    /// Name of the fork, as the list has it; all if not given.
-    #[arg(value_name = "NAME")]
+    /// Number of the fork, as the list has it; all if not given, each to a directory of its own.
+    #[arg(value_name = "NUMBER")]
     pub name: Option<String>,
 
     /// Directory for the segments; made if it's missing.
@@ -161,8 +219,11 @@ impl Settings for SafekeeperctlSettings {
         if self.tenant_id.is_some() != self.timeline_id.is_some() {
             return Err("--tenant-id and --timeline-id go together: give both or neither".to_owned());
         }
-        if self.safekeepers.is_empty() && matches!(self.command, CtlCommand::Failover(_)) {
+        if self.safekeepers.is_empty() && matches!(self.command, CtlCommand::Failover(_) | CtlCommand::Switchover(_)) {
             return Err("--safekeepers is missing: who holds the WAL? Name all of them".to_owned());
+        }
+        if self.nodes.is_empty() && matches!(self.command, CtlCommand::Status) {
+            return Err("--nodes is missing: the HTTP addresses of the safekeepers".to_owned());
         }
         Ok(Vec::new())
     }

@@ -17,12 +17,14 @@
 //! | [`error`] | failures as responses |
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `status` | routes of a program with nothing to manage |
+//! | [`forks`] | WAL that leaders cut off |
 //! | `timeline_status` | the JSON form of a timeline |
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
 
 pub mod error;
 mod fence;
+pub mod forks;
 mod request;
 mod retention_status;
 pub mod safekeeper;

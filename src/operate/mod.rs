@@ -16,17 +16,28 @@
 //! | [`drain`] | takes a node out |
 //! | [`forks`] | WAL that was set aside, to look at it |
 //! | [`status`] | the members side by side |
+//! | [`quorum`] | all safekeepers at once: what they have, and the fence |
+//! | `server` | a PostgreSQL server over SQL |
+//! | [`last_record`] | whether the log ends with a clean shutdown |
+//! | `command` | runs what the operator gave for stopping and starting servers |
+//! | `replay` | waits until a standby has what it must have |
 //! | [`node_api`] | the HTTP API of a node, from the client's side |
 //! | [`steps`] | what an operation tells while it runs |
 
+mod command;
 pub mod drain;
 pub mod failover;
 pub mod forks;
+pub mod last_record;
 pub mod node_api;
+pub mod quorum;
+mod replay;
+mod server;
 pub mod status;
 pub mod steps;
 pub mod switchover;
 
+pub use server::ServerError;
 pub use steps::Steps;
 
 /// What kind of failure ended an operation: what a program that called it should do next.

@@ -96,8 +96,12 @@ fn quoted_name(name: &str) -> String {
 
 /// Asks the primary and judges its answer.
 pub async fn look(primary: &Config, application_name: &str) -> Result<Vec<Finding>, AskError> {
-    let settings = ask(primary, primary_settings).await?;
-    Ok(findings(&settings, application_name))
+    Ok(findings(&settings(primary).await?, application_name))
+}
+
+/// Asks a server for its settings.
+pub async fn settings(server: &Config) -> Result<PrimarySettings, AskError> {
+    ask(server, primary_settings).await
 }
 
 /// Looks, and logs a warning for each finding.

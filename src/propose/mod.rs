@@ -84,7 +84,7 @@ impl Settings {
 
 /// The name of a cluster's log unless another one was given: tenant and timeline are eight zero bytes and the identifier,
 /// so that every proposer of one cluster comes to the same and two clusters never share a log.
-fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
+pub(crate) fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
     let id = u128::from(system_id.0).to_be_bytes();
     TenantTimelineId::new(TenantId(id), TimelineId(id))
 }

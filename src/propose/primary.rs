@@ -73,7 +73,7 @@ impl PrimaryFacts {
 }
 
 /// Where a server listens.
-pub(super) type Address = (Host, u16);
+pub(crate) type Address = (Host, u16);
 
 /// A server that answered, and how.
 pub(super) struct Server {
@@ -185,7 +185,7 @@ async fn connect(settings: &Settings, (host, port): &Address) -> Result<Connecti
 }
 
 /// Where to try, in order. As in libpq, `hostaddr` goes before `host`, and a single port is that of every host.
-fn addresses(primary: &tokio_postgres::Config) -> Vec<Address> {
+pub(crate) fn addresses(primary: &tokio_postgres::Config) -> Vec<Address> {
     let by_address: Vec<_> = primary.get_hostaddrs().iter().map(|address| Host::Tcp(address.to_string())).collect();
     let hosts = if by_address.is_empty() { primary.get_hosts().to_vec() } else { by_address };
     let ports = primary.get_ports();
@@ -225,7 +225,7 @@ pub(super) fn only_host(primary: &tokio_postgres::Config, (host, port): &Address
 
 /// Where the server's timeline comes from, and all history files it has. Old ones may be missing; a timeline without its
 /// own has no ancestors, as for the server itself.
-pub(super) async fn timelines(
+pub(crate) async fn timelines(
     connection: &mut Connection,
     current: PgTimelineId,
 ) -> Result<(Ancestry, Vec<HistoryFile>), UpstreamError> {

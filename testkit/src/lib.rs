@@ -12,6 +12,7 @@
 //! `safekeeper` package. All of it is blocking code; programs under test are separate processes, load comes from threads.
 
 mod cluster;
+mod disk;
 mod http;
 mod ledger;
 mod measure;
@@ -29,9 +30,10 @@ mod wait;
 pub use cluster::{
     APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Proposing, Safekeeper, Walproposer, compare_wal,
 };
+pub use disk::SmallDisk;
 pub use http::{HttpResponse, http_get, http_post};
-pub use ledger::{Commit, Ledger};
-pub use measure::{cpu_seconds, forget_cached, median};
+pub use ledger::{Commit, Ledger, Tally};
+pub use measure::{cpu_seconds, forget_cached, median, percentile};
 pub use port::Port;
 pub use postgres::{PgbenchReport, Postgres, ReceiveWal, StopMode, pg_controldata, pg_waldump};
 pub use process::{Daemon, Launch, run_within};
@@ -41,7 +43,7 @@ pub use proxy::{Network, Place, Proxy, Way};
 pub use random::Random;
 pub use rustix::process::Signal;
 pub use scratch::{Scratch, scenario};
-pub use sql::Sql;
+pub use sql::{Sql, SqlError};
 pub use wait::{Hopeless, stop_on_signals, wait_for};
 
 /// Seconds, for deadlines.

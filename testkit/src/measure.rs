@@ -13,6 +13,14 @@ pub fn median<T: PartialOrd + Copy>(mut values: Vec<T>) -> Option<T> {
     values.get(values.len().saturating_sub(1) / 2).copied()
 }
 
+/// Nearest-rank percentile of ascending `values`: what `share` (0 to 1) of them do not exceed. 0 when there are none.
+#[must_use]
+pub fn percentile(values: &[u64], share: f64) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank within the slice")]
+    let rank = (values.len() as f64 * share).ceil() as usize;
+    values.get(rank.saturating_sub(1).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
+}
+
 /// Seconds of CPU that the process has used so far, in user and kernel mode, over all threads it ever had.
 ///
 /// # Errors
@@ -40,4 +48,17 @@ pub fn forget_cached(dir: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percentiles_are_nearest_rank() {
+        let values: Vec<u64> = (1..=100).collect();
+        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|share| percentile(&values, share)), [1, 50, 99, 100]);
+        assert_eq!(percentile(&[7], 0.5), 7);
+        assert_eq!(percentile(&[], 0.5), 0);
+    }
 }

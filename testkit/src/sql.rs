@@ -9,6 +9,37 @@ use tokio_postgres::{NoTls, SimpleQueryMessage};
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(60);
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
 
+/// What became of a statement that failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SqlError {
+    /// The server says so.
+    #[error("{code} {message}: {sql}")]
+    Refused {
+        /// SQLSTATE.
+        code: String,
+        /// What it says.
+        message: String,
+        /// The statement.
+        sql: String,
+    },
+    /// The connection broke. Whether the statement was carried out is unknown.
+    #[error("{error}: {sql}")]
+    Broken {
+        /// What was noticed.
+        error: String,
+        /// The statement.
+        sql: String,
+    },
+    /// No answer in time. Whether the statement was carried out is unknown; it may even be later.
+    #[error("no answer within {seconds} s: {sql}")]
+    Late {
+        /// How long it was waited for.
+        seconds: u64,
+        /// The statement.
+        sql: String,
+    },
+}
+
 /// A connection. Its protocol runs only inside the calls of this type.
 pub struct Sql {
     runtime: tokio::runtime::Runtime,
@@ -47,10 +78,14 @@ impl Sql {
         let messages = self
             .runtime
             .block_on(async { tokio::time::timeout(self.deadline, self.client.simple_query(sql)).await })
-            .map_err(|_| anyhow!("no answer within {} s: {sql}", self.deadline.as_secs()))?
+            .map_err(|_| SqlError::Late { seconds: self.deadline.as_secs(), sql: sql.to_owned() })?
             .map_err(|error| match error.as_db_error() {
-                Some(db) => anyhow!("{} {}: {sql}", db.code().code(), db.message()),
-                None => anyhow!("{error}: {sql}"),
+                Some(db) => SqlError::Refused {
+                    code: db.code().code().to_owned(),
+                    message: db.message().to_owned(),
+                    sql: sql.to_owned(),
+                },
+                None => SqlError::Broken { error: error.to_string(), sql: sql.to_owned() },
             })?;
         let rows = messages.into_iter().filter_map(|message| match message {
             SimpleQueryMessage::Row(row) => Some((0..row.len()).map(|i| row.get(i).map(str::to_owned)).collect()),

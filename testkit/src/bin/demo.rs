@@ -1,6 +1,6 @@
-//! Shows the main job on real programs: a stock primary whose commits wait for two of three safekeepers, a hot standby fed only by
-//! the safekeepers, a load, and safekeepers that die and return. Ends with a table and with checks; any failed one makes the exit
-//! code 1.
+//! Shows the main job on real programs: a stock primary whose commits wait for two of three safekeepers, which elect the one that
+//! proposes; a hot standby fed only by them, a load, and safekeepers that die and return. In the end the primary is lost, and the
+//! standby takes over. Ends with a table and with checks; any failed one makes the exit code 1.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,15 +12,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Postgres, Scratch, Sql, exit_code, secs,
-    stop_on_signals, wait_for,
+    Binaries, Cluster, ClusterOptions, Commit, Daemon, Launch, Ledger, Postgres, Proposing, Scratch, Sql, exit_code,
+    run_within, secs, stop_on_signals, wait_for,
 };
 
 const WRITERS: u64 = 4;
 /// An election, a catch-up and reconnections with back-off, on a busy machine.
 const RECOVERY: Duration = secs(120);
 
-/// Three safekeepers, a primary, a standby, a load, and kill -9.
+/// Three safekeepers, a primary, a standby, a load, kill -9, and a failover.
 #[derive(Parser)]
 struct Options {
     /// Leave everything running at the end, and print the addresses.
@@ -37,6 +37,10 @@ struct Options {
     walproposer: Option<PathBuf>,
 }
 
+/// Writers whose commit waits.
+const WAITING: &str =
+    "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'ledger'";
+
 /// One part of the story: from its start until the next one's.
 struct Phase {
     title: &'static str,
@@ -45,6 +49,7 @@ struct Phase {
 
 struct Demo<'a> {
     scratch: &'a Scratch,
+    safekeeperctl: PathBuf,
     started: Instant,
     seconds: Duration,
     cluster: Cluster,
@@ -59,24 +64,30 @@ struct Demo<'a> {
 impl Demo<'_> {
     fn start<'a>(scratch: &'a Scratch, binaries: &Binaries, options: &Options) -> Result<Demo<'a>> {
         let started = Instant::now();
-        tell(started, "starting a primary (initdb), three safekeepers and the walproposer");
-        let cluster = Cluster::start(scratch, binaries, &ClusterOptions::default())?;
+        tell(
+            started,
+            "starting a primary (initdb) and three safekeepers, which elect the one that proposes the primary's WAL",
+        );
+        let cluster_options =
+            ClusterOptions { proposing: Proposing::Members, further_servers: 1, ..ClusterOptions::default() };
+        let mut cluster = Cluster::start(scratch, binaries, &cluster_options)?;
         tell(
             started,
             &format!("commits now wait for a majority: synchronous_standby_names = {}", sync_names(&cluster)?),
         );
         cluster.primary.pgbench_init(scratch, 5)?;
         tell(started, "starting a hot standby whose primary_conninfo lists the three safekeepers, and nothing else");
-        let source = cluster.readers_conninfo("standby");
-        let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &source)?;
-        standby.start()?;
+        let standby = cluster.add_standby(scratch, "standby")?;
         tell(started, &format!("starting the load: pgbench with 4 clients, and {WRITERS} writers that keep a ledger"));
         let load = cluster.primary.pgbench_launch(scratch, &["-c", "4", "-j", "2", "-T", "100000"]);
         let pgbench = Daemon::spawn(scratch, "pgbench", load)?;
         let ledger = Ledger::start(&cluster.primary, WRITERS)?;
+        // These are refused for as long as it is a standby.
+        ledger.attach(&standby, WRITERS);
         let progress = Progress::start(started, &cluster.primary, &standby, ledger.counter())?;
         Ok(Demo {
             scratch,
+            safekeeperctl: binaries.safekeeperctl(),
             started,
             seconds: secs(options.seconds),
             cluster,
@@ -134,16 +145,72 @@ impl Demo<'_> {
         self.load()?;
         self.phase("safekeeper 3 returns");
         self.cluster.safekeeper(2)?.start()?;
-        self.load()
+        self.load()?;
+        let leader = self.cluster.wait_leader()?;
+        self.phase("the safekeeper that proposes is killed: another one is elected");
+        self.kill(&[leader])?;
+        self.load()?;
+        self.phase("it returns");
+        self.cluster.safekeeper(leader)?.start()?;
+        self.load()?;
+        let copies = self.compare_with_primary();
+        self.checks.push(("the safekeepers' WAL is the primary's, byte for byte".into(), copies));
+        self.lose_the_primary()
+    }
+
+    /// While the load goes on.
+    fn compare_with_primary(&self) -> Result<String> {
+        let end = self.cluster.primary.flush_lsn()?;
+        self.cluster.wait_committed(end)?;
+        let copies = self.cluster.compare_all(end)?;
+        let first = copies.first().context("nothing compared")?;
+        Ok(format!("{} copies, {} to {}, {} segments", copies.len(), first.start, first.end, first.segments))
+    }
+
+    fn lose_the_primary(&mut self) -> Result<()> {
+        self.phase("the primary is killed, with all of its processes");
+        self.pgbench.check_alive()?;
+        self.cluster.primary.kill9()?;
+        tell(
+            self.started,
+            "safekeeperctl failover prepare: fence it off, and wait until the standby has all that was acknowledged",
+        );
+        let prepare = Launch::new(&self.safekeeperctl)
+            .args(["failover", "prepare", "--safekeepers", &self.cluster.safekeeper_addresses()])
+            .args(["--standby", &self.standby.conninfo()]);
+        let told = run_within(self.scratch, "safekeeperctl", prepare, RECOVERY)?;
+        told.lines().for_each(|line| println!("             | {line}"));
+        self.ledger.fence(&self.cluster.primary);
+        tell(self.started, "the standby is promoted");
+        self.standby.promote()?;
+        std::mem::swap(&mut self.cluster.primary, &mut self.standby);
+        self.ledger.wait_progress(RECOVERY, 1)?;
+        self.phase("the promoted standby is the primary, and its commits wait for a majority");
+        self.load()?;
+        self.phase("the former primary returns, and its clients with it");
+        self.standby.start()?;
+        self.load()?;
+        let refused = self.former_primary_acknowledges_nothing();
+        self.checks.push(("the former primary acknowledges nothing".into(), refused));
+        Ok(())
+    }
+
+    fn former_primary_acknowledges_nothing(&self) -> Result<String> {
+        let waiting = wait_for(RECOVERY, "commits on the former primary to wait", || {
+            let count: u64 = self.standby.sql()?.parsed(WAITING)?;
+            ensure!(count > 0, "none waits");
+            Ok(count)
+        })?;
+        self.ledger.check(&self.cluster.primary)?;
+        self.standby.sql()?.run("SELECT count(*) FROM pgbench_branches")?;
+        Ok(format!("{waiting} commits wait there, queries are answered"))
     }
 
     /// Two of three are gone.
     fn without_quorum(&self) -> Result<String> {
         let mut primary = self.cluster.primary.sql()?;
-        let waiting =
-            "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND application_name = 'ledger'";
         wait_for(RECOVERY, "all writers to wait", || {
-            let count: u64 = primary.parsed(waiting)?;
+            let count: u64 = primary.parsed(WAITING)?;
             ensure!(count == WRITERS, "{count} of {WRITERS}");
             Ok(())
         })?;
@@ -166,33 +233,29 @@ impl Demo<'_> {
     fn conclude(mut self) -> Result<(bool, Cluster, Postgres)> {
         tell(self.started, "the load ends; checking");
         let end_of_load = Instant::now();
-        let (cluster, standby) = (self.cluster, self.standby);
-        let commits = self.ledger.finish(RECOVERY)?;
-        self.pgbench.kill()?;
-        wait_for(RECOVERY, "the load to end", || {
-            let busy = "SELECT count(*) FROM pg_stat_activity WHERE application_name IN ('pgbench', 'ledger')";
-            ensure!(cluster.primary.sql()?.value(busy)? == "0", "still connected");
-            Ok(())
-        })?;
+        let (cluster, mut former) = (self.cluster, self.standby);
+        // Its clients wait for answers that will never come.
+        former.kill9()?;
+        self.ledger.stop(RECOVERY)?;
         let end = cluster.primary.flush_lsn()?;
-        let rows = Ledger::verify(&commits, &cluster.primary);
-        let acknowledged = commits.len();
-        let on = |rows: usize| format!("{acknowledged} acknowledged, {rows} rows");
-        self.checks.push(("every acknowledged row is on the primary".into(), rows.map(on)));
-        let replayed = cluster.wait_replayed(&standby, end).and_then(|()| Ledger::verify(&commits, &standby));
-        self.checks.push(("... and on the standby, which has only the safekeepers".into(), replayed.map(on)));
-        let copies = cluster.wait_committed(end).and_then(|()| cluster.compare_all(end)).and_then(|copies| {
-            let first = copies.first().context("nothing compared")?;
-            Ok(format!("{} copies, {} to {}, {} segments", copies.len(), first.start, first.end, first.segments))
+        let tally = self.ledger.check(&cluster.primary).map(|tally| {
+            format!(
+                "{} acknowledged, {} rows; {} rolled back or refused, none there; {} of {} without an answer are there",
+                tally.acknowledged, tally.rows, tally.rolled_back, tally.unknown_present, tally.unknown
+            )
         });
-        self.checks.push(("the safekeepers' WAL is the primary's, byte for byte".into(), copies));
+        self.checks.push(("every acknowledged row is on the new primary, and none that was rolled back".into(), tally));
+        let copies = cluster.wait_committed(end).and_then(|()| cluster.compare_copies(end));
+        let copies = copies.map(|copies| format!("{} to {}, {} segments", copies.start, copies.end, copies.segments));
+        self.checks.push(("the safekeepers have the same WAL, byte for byte".into(), copies));
+        let commits = self.ledger.finish(RECOVERY)?;
         drop(self.progress);
         print_phases(&self.phases, end_of_load, &commits);
         let passed = print_checks(&self.checks);
         if !passed {
             eprintln!("{}", self.scratch.log_tails());
         }
-        Ok((passed, cluster, standby))
+        Ok((passed, cluster, former))
     }
 }
 
@@ -212,8 +275,10 @@ impl Progress {
             while !stopped.load(Ordering::Relaxed) {
                 std::thread::sleep(Duration::from_secs(1));
                 let now = counter.load(Ordering::Relaxed);
-                let behind = lag(&mut primary, &mut standby).map_or("?".into(), |bytes| format!("{} kB", bytes / 1024));
-                println!("{:5.1} s       {:5} commits/s, standby {behind} behind", age(started), now - last);
+                let behind = lag(&mut primary, &mut standby);
+                // There is none after the failover.
+                let behind = behind.map_or(String::new(), |bytes| format!(", standby {} kB behind", bytes / 1024));
+                println!("{:5.1} s       {:5} commits/s{behind}", age(started), now - last);
                 last = now;
             }
         });
@@ -283,11 +348,11 @@ fn print_checks(checks: &[(String, Result<String>)]) -> bool {
 }
 
 /// Leaves everything running and says where it is.
-fn keep(mut cluster: Cluster, mut standby: Postgres, dir: &std::path::Path) {
+fn keep(mut cluster: Cluster, former: Postgres, dir: &std::path::Path) {
     println!("\nLeft running in {}:", dir.display());
     println!("  primary        psql '{}'", cluster.primary.conninfo());
-    println!("  standby        psql '{}'", standby.conninfo());
-    let mut pids: Vec<u32> = [cluster.primary.daemon().pid(), standby.daemon().pid()].into_iter().flatten().collect();
+    println!("  former primary {} (killed)", former.data_dir().display());
+    let mut pids: Vec<u32> = cluster.primary.daemon().pid().into_iter().collect();
     for safekeeper in &mut cluster.safekeepers {
         println!(
             "  safekeeper {}   {} (Postgres), http://{}",
@@ -297,13 +362,11 @@ fn keep(mut cluster: Cluster, mut standby: Postgres, dir: &std::path::Path) {
         );
         pids.extend(safekeeper.daemon().pid());
     }
-    println!("  walproposer    http://{}", cluster.walproposer.http_address());
     println!("  tenant and timeline {}", cluster.ttid());
-    pids.extend(cluster.walproposer.daemon().pid());
     let pids: Vec<String> = pids.iter().map(u32::to_string).collect();
     println!("Stop it with: kill -9 {}; rm -r {}", pids.join(" "), dir.display());
     // Their destructors would stop what has just been promised to stay.
-    std::mem::forget((cluster, standby));
+    std::mem::forget((cluster, former));
 }
 
 fn main() -> ExitCode {
@@ -325,9 +388,9 @@ fn demo(options: &Options) -> Result<()> {
         demo.story()?;
         demo.conclude()
     })();
-    let (passed, cluster, standby) = told.inspect_err(|_| eprintln!("{}", scratch.log_tails()))?;
+    let (passed, cluster, former) = told.inspect_err(|_| eprintln!("{}", scratch.log_tails()))?;
     if options.keep {
-        keep(cluster, standby, &scratch.keep());
+        keep(cluster, former, &scratch.keep());
     }
     if !passed {
         bail!("a check has failed");

@@ -30,6 +30,12 @@ impl Binaries {
         Binaries { safekeeper: safekeeper.into(), walproposer: walproposer.into() }
     }
 
+    /// The operator's program, which is beside the daemon.
+    #[must_use]
+    pub fn safekeeperctl(&self) -> PathBuf {
+        self.safekeeper.with_file_name("safekeeperctl")
+    }
+
     /// Those in the directory of the running program.
     ///
     /// # Errors
@@ -64,7 +70,8 @@ impl Safekeeper {
         let name = format!("safekeeper-{id}");
         let (pg, http) = (Port::reserve()?, Port::reserve()?);
         let data = scratch.path().join(&name);
-        std::fs::create_dir(&data)?;
+        // It may be there already, with a disk of its own.
+        std::fs::create_dir_all(&data)?;
         let launch = Launch::new(&binaries.safekeeper)
             .arg("-D")
             .arg(&data)
@@ -197,10 +204,25 @@ impl Walproposer {
         args: &[&str],
     ) -> Result<Walproposer> {
         let members: Vec<String> = safekeepers.iter().map(Safekeeper::pg_address).collect();
+        let primary = format!("host=127.0.0.1 port={} user=postgres", primary.port());
+        Walproposer::between(scratch, binaries, name, &primary, &members.join(","), args)
+    }
+
+    /// The same from servers at `primary` to safekeepers at addresses that are separated by commas.
+    ///
+    /// # Errors
+    /// When there is no port for it.
+    pub fn between(
+        scratch: &Scratch,
+        binaries: &Binaries,
+        name: &str,
+        primary: &str,
+        safekeepers: &str,
+        args: &[&str],
+    ) -> Result<Walproposer> {
         let http = Port::reserve()?;
         let launch = Launch::new(&binaries.walproposer)
-            .args(["--primary", &format!("host=127.0.0.1 port={} user=postgres", primary.port())])
-            .args(["--safekeepers", &members.join(","), "--application-name", APPLICATION_NAME])
+            .args(["--primary", primary, "--safekeepers", safekeepers, "--application-name", APPLICATION_NAME])
             .args(["--listen-http", &http.address()])
             .args(args);
         Ok(Walproposer { http, daemon: Daemon::new(scratch, name, launch) })

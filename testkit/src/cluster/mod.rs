@@ -8,10 +8,11 @@ use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use pgproto::lsn::Lsn;
 
 use self::wiring::Wiring;
+use crate::disk::SmallDisk;
 use crate::http::http_get;
 use crate::port::Port;
 use crate::postgres::{DEFAULT_SEGMENT_MEGABYTES, Postgres};
@@ -59,6 +60,8 @@ pub struct ClusterOptions<'a> {
     /// All connections among safekeepers and from proposers to safekeepers and servers can be cut: [`Cluster::network`]. Readers and
     /// operators connect past that.
     pub proxied: bool,
+    /// Megabytes of a disk of its own for each safekeeper, then for the primary: [`Cluster::disks`]. Only root can have that.
+    pub small_disks: Option<[u64; 2]>,
     /// The primary's server; if `None`, what [`Programs::find`] finds.
     pub programs: Option<Programs>,
 }
@@ -76,6 +79,7 @@ impl Default for ClusterOptions<'_> {
             proposing: Proposing::default(),
             further_servers: 0,
             proxied: false,
+            small_disks: None,
             programs: None,
         }
     }
@@ -92,6 +96,8 @@ pub struct Cluster {
     pub walproposer: Walproposer,
     /// What can be cut, with [`ClusterOptions::proxied`]; otherwise empty.
     pub network: Network,
+    /// Those of the safekeepers, by index, then the primary's. None without [`ClusterOptions::small_disks`], or where they cannot be.
+    pub disks: Vec<SmallDisk>,
     further_ports: VecDeque<Port>,
     ttid: String,
 }
@@ -103,6 +109,7 @@ impl Cluster {
     /// # Errors
     /// When a program doesn't start, or WAL doesn't flow in time.
     pub fn start(scratch: &Scratch, binaries: &Binaries, options: &ClusterOptions) -> Result<Cluster> {
+        let disks = mount_disks(scratch, options)?;
         let programs = options.programs.clone().map_or_else(Programs::find, Ok)?;
         let settings = options.primary_settings;
         let mut primary = Postgres::init_with(programs, scratch, "primary", settings, options.segment_megabytes)?;
@@ -125,15 +132,14 @@ impl Cluster {
         }
         let (primaries, members) =
             (wiring.servers_for(Place::Walproposer)?, wiring.safekeepers_for(Place::Walproposer)?);
-        let args = ["--primary", primaries.as_str(), "--safekeepers", members.as_str()];
-        let mut walproposer = Walproposer::named(scratch, binaries, "walproposer", &primary, &safekeepers, &args)?;
+        let mut walproposer = Walproposer::between(scratch, binaries, "walproposer", &primaries, &members, &[])?;
         if options.proposing == Proposing::Walproposer {
             walproposer.start()?;
         }
         let network = wiring.network;
         // Both ids are the system identifier, big-endian, behind eight zero bytes.
         let id = format!("{:032x}", primary.system_identifier()?);
-        let mut cluster = Cluster { primary, safekeepers, walproposer, network, further_ports, ttid: id };
+        let mut cluster = Cluster { primary, safekeepers, walproposer, network, disks, further_ports, ttid: id };
         cluster.wait_streaming()?;
         if options.synchronous {
             cluster.primary.set("synchronous_standby_names", &synchronous_names())?;
@@ -211,6 +217,32 @@ impl Cluster {
         self.safekeepers.get_mut(index).ok_or_else(|| anyhow!("no safekeeper {index}"))
     }
 
+    /// `host:port` of all safekeepers, separated by commas, as an operator names them.
+    #[must_use]
+    pub fn safekeeper_addresses(&self) -> String {
+        self.safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",")
+    }
+
+    /// Waits until exactly one safekeeper says that it proposes and has the primary's stream; its index.
+    ///
+    /// # Errors
+    /// When there is none in time.
+    pub fn wait_leader(&self) -> Result<usize> {
+        wait_for(SETTLE_DEADLINE, "one safekeeper to propose", || {
+            let leads = |safekeeper: &Safekeeper| -> Result<bool> {
+                let view = http_get(&safekeeper.http_address(), "/v1/proposer")?.json()?;
+                let streams = view.pointer("/primary/streaming").and_then(serde_json::Value::as_bool);
+                Ok(view.get("role").and_then(|role| role.as_str()) == Some("leading") && streams == Some(true))
+            };
+            let members = self.safekeepers.iter().enumerate();
+            // Who doesn't answer may be the one that was killed.
+            let leaders: Vec<usize> =
+                members.filter(|(_, safekeeper)| leads(safekeeper).unwrap_or(false)).map(|(index, _)| index).collect();
+            let [leader] = leaders.as_slice() else { bail!("these do: {leaders:?}") };
+            Ok(*leader)
+        })
+    }
+
     /// The status of the timeline on `safekeeper`.
     ///
     /// # Errors
@@ -272,6 +304,20 @@ impl Cluster {
         self.safekeepers.iter().map(compare).collect()
     }
 
+    /// Compares the files of all safekeepers with each other, from the first segment they have up to `end`.
+    ///
+    /// # Errors
+    /// Where they differ.
+    pub fn compare_copies(&self, end: Lsn) -> Result<ComparedWal> {
+        let (first, others) = self.safekeepers.split_first().context("no safekeeper")?;
+        let mut compared = None;
+        for other in others {
+            let copies = compare_wal(&self.timeline_dir(first), &self.timeline_dir(other), end);
+            compared = Some(copies.with_context(|| format!("safekeepers {} and {}", first.id(), other.id()))?);
+        }
+        compared.context("a single safekeeper")
+    }
+
     /// The directory in which `safekeeper` keeps the timeline's segments.
     #[must_use]
     pub fn timeline_dir(&self, safekeeper: &Safekeeper) -> PathBuf {
@@ -282,4 +328,16 @@ impl Cluster {
 /// The setting by which commits wait for whoever proposes.
 fn synchronous_names() -> String {
     format!("'ANY 1 ({APPLICATION_NAME})'")
+}
+
+/// Disks for the safekeepers and the primary: all or none.
+fn mount_disks(scratch: &Scratch, options: &ClusterOptions) -> Result<Vec<SmallDisk>> {
+    let Some([safekeeper, primary]) = options.small_disks else { return Ok(Vec::new()) };
+    let names = (1..=options.safekeepers).map(|id| (format!("safekeeper-{id}"), safekeeper));
+    let mut disks = Vec::new();
+    for (name, megabytes) in names.chain([("primary".to_owned(), primary)]) {
+        let Some(disk) = SmallDisk::mount(&scratch.path().join(name), megabytes)? else { return Ok(Vec::new()) };
+        disks.push(disk);
+    }
+    Ok(disks)
 }

@@ -1,5 +1,6 @@
 //! A real PostgreSQL server in a directory of its own.
 
+mod rejoin;
 mod tools;
 
 use std::fs;
@@ -112,23 +113,33 @@ impl Postgres {
         primary_conninfo: &str,
     ) -> Result<Postgres> {
         let data = scratch.postgres_dir(name)?.join("data");
-        let backup = Launch::new(primary.programs.clients().path("pg_basebackup"))
-            .args(["-X", "none", "--checkpoint=fast", "--no-sync", "-d", &primary.conninfo(), "-D"])
-            .arg(&data)
-            .account(scratch.account());
-        run_within(scratch, "pg_basebackup", backup, START_DEADLINE)?;
+        primary.copy_to(scratch, &data)?;
         let server = Postgres::assemble(scratch, name, primary.programs.clone(), data, port);
-        let signal = server.data.join("standby.signal");
+        server.configure_standby(scratch, primary_conninfo)?;
+        Ok(server)
+    }
+
+    /// Copies its files to `data` by pg_basebackup, without any WAL.
+    fn copy_to(&self, scratch: &Scratch, data: &Path) -> Result<()> {
+        let backup = Launch::new(self.programs.clients().path("pg_basebackup"))
+            .args(["-X", "none", "--checkpoint=fast", "--no-sync", "-d", &self.conninfo(), "-D"])
+            .arg(data)
+            .account(scratch.account());
+        run_within(scratch, "pg_basebackup", backup, START_DEADLINE).map(drop)
+    }
+
+    /// Makes a copy of another server's files start as a standby with a port of its own.
+    fn configure_standby(&self, scratch: &Scratch, primary_conninfo: &str) -> Result<()> {
+        let signal = self.data.join("standby.signal");
         fs::File::create(&signal)?;
         scratch.hand_to_postgres(&signal)?;
-        server.configure(&[
-            ("port", &server.port.number().to_string()),
+        self.configure(&[
+            ("port", &self.port.number().to_string()),
             ("primary_conninfo", &quote(primary_conninfo)),
             ("synchronous_standby_names", "''"),
             // Don't let a test wait 5 s for each try.
             ("wal_retrieve_retry_interval", "'200ms'"),
-        ])?;
-        Ok(server)
+        ])
     }
 
     fn assemble(scratch: &Scratch, name: &str, programs: Programs, data: PathBuf, port: Port) -> Postgres {
@@ -226,6 +237,33 @@ impl Postgres {
             ensure!(left.is_empty(), "still there: {left:?}");
             Ok(())
         })
+    }
+
+    /// SIGSTOP to the postmaster and to each of its children: the whole server stands still, and keeps its connections.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn pause(&self) -> Result<()> {
+        // No child is born of a postmaster that stands still.
+        self.daemon.pause()?;
+        self.signal_children(Signal::STOP);
+        Ok(())
+    }
+
+    /// SIGCONT to all of them.
+    ///
+    /// # Errors
+    /// When it isn't running.
+    pub fn resume(&self) -> Result<()> {
+        self.signal_children(Signal::CONT);
+        self.daemon.resume()
+    }
+
+    fn signal_children(&self, signal: Signal) {
+        for child in self.daemon.pid().map(children_of).unwrap_or_default() {
+            // It may just have gone.
+            let _ = kill_process(child, signal);
+        }
     }
 
     /// Connects as superuser to the database `postgres`.

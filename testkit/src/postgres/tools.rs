@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 
 use super::Postgres;
+use crate::measure::percentile;
 use crate::process::{Daemon, Launch, run_within};
 use crate::programs::{Clients, Programs, run};
 use crate::scratch::Scratch;
@@ -30,13 +31,6 @@ impl PgbenchReport {
     pub fn percentile_us(&self, share: f64) -> u64 {
         percentile(&self.latencies_us, share)
     }
-}
-
-/// Nearest-rank percentile of ascending `values`.
-fn percentile(values: &[u64], share: f64) -> u64 {
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rank within the slice")]
-    let rank = (values.len() as f64 * share).ceil() as usize;
-    values.get(rank.saturating_sub(1).min(values.len().saturating_sub(1))).copied().unwrap_or(0)
 }
 
 impl Postgres {
@@ -177,14 +171,6 @@ pub fn pg_controldata(server: &Postgres, field: &str) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn percentiles_are_nearest_rank() {
-        let values: Vec<u64> = (1..=100).collect();
-        assert_eq!([0.0, 0.5, 0.99, 1.0].map(|share| percentile(&values, share)), [1, 50, 99, 100]);
-        assert_eq!(percentile(&[7], 0.5), 7);
-        assert_eq!(percentile(&[], 0.5), 0);
-    }
 
     #[test]
     fn tps_is_found_in_pgbench_output() {

@@ -1,1 +1,0 @@
-//! From one primary to another on purpose, with nothing lost and nothing left behind.

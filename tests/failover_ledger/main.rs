@@ -1,0 +1,108 @@
+//! The acknowledged-commit ledger: whatever is done to the cluster, round after round, no acknowledged transaction is lost, none
+//! that was rolled back appears, and a former primary acknowledges nothing.
+//!
+//! Writers are attached to both servers all the time, also to the former primary after its successor was promoted. What became of
+//! each transaction is kept outside the database, and compared with the primary after each round.
+//!
+//! `FAILOVER_ROUNDS` sets the number of rounds (default 20), `FAILOVER_SEED` repeats a run's choices. `FAILOVER_PROPOSING` may be
+//! `walproposer` or `members`; without it both have their turn.
+
+mod faults;
+mod promotion;
+mod world;
+
+use anyhow::{Context, Result, ensure};
+use testkit::{Cluster, Random, scenario, secs, wait_for};
+
+use self::faults::Fault;
+use self::promotion::Promotion;
+use self::world::World;
+
+const DEFAULT_ROUNDS: u64 = 20;
+/// After so many rounds everything starts from nothing. The table that is read after each round stays small.
+const ROUNDS_PER_CLUSTER: u64 = 10;
+/// An election, a catch-up and reconnections with back-off, on a busy machine.
+const RECOVERY: std::time::Duration = secs(120);
+
+/// What happens in one round.
+#[derive(Debug, Clone, Copy)]
+enum Round {
+    /// Something fails, and comes back.
+    Fault(Fault),
+    /// The primary is lost, and the standby promoted.
+    Promotion(Promotion),
+}
+
+impl Round {
+    fn choose(random: &mut Random, world: &World) -> Round {
+        match random.below(3) {
+            0 => Round::Promotion(Promotion::choose(random)),
+            _ => Round::Fault(Fault::choose(random, world)),
+        }
+    }
+
+    fn run(self, world: &mut World, random: &mut Random) -> Result<()> {
+        match self {
+            Round::Fault(fault) => fault.strike(world, random),
+            Round::Promotion(promotion) => promotion.run(world, random),
+        }
+    }
+}
+
+#[test]
+fn whatever_fails_no_acknowledged_transaction_is_lost() {
+    let rounds = std::env::var("FAILOVER_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_ROUNDS);
+    let mut random = Random::from_env("FAILOVER_SEED");
+    let mut done = 0;
+    while done < rounds {
+        let here = ROUNDS_PER_CLUSTER.min(rounds - done);
+        // A cluster's choices depend on nothing that happened before it.
+        let mut of_cluster = Random::new(random.next());
+        scenario("failover-ledger", |scratch| {
+            let mut world = World::start(scratch, done)?;
+            for round in done + 1..=done + here {
+                play(&mut world, &mut of_cluster, round, rounds)?;
+            }
+            conclude(&mut world)
+        });
+        done += here;
+    }
+    println!("{done} rounds passed");
+}
+
+/// One round and the checks after it.
+fn play(world: &mut World, random: &mut Random, number: u64, of: u64) -> Result<()> {
+    let started = std::time::Instant::now();
+    let round = Round::choose(random, world);
+    let name = format!("round {number} of {of}, {round:?}");
+    world.say(&format!("{name}, proposed by {:?}", world.proposing));
+    world.ledger.wait_progress(RECOVERY, random.below(60)).with_context(|| name.clone())?;
+    round.run(world, random).with_context(|| name.clone())?;
+    world.ledger.wait_progress(RECOVERY, 20).with_context(|| format!("{name}: commits afterwards"))?;
+    let tally = world.ledger.check(&world.cluster.primary).with_context(|| name.clone())?;
+    world.ledger.witness(&world.standby).with_context(|| format!("{name}: the standby"))?;
+    world.say(&format!(
+        "round {number} passed in {:.1} s: {} acknowledged, {} rolled back, {} of {} unknown ones there",
+        started.elapsed().as_secs_f64(),
+        tally.acknowledged,
+        tally.rolled_back,
+        tally.unknown_present,
+        tally.unknown
+    ));
+    Ok(())
+}
+
+/// At the end both servers have the same rows, and all safekeepers the same bytes.
+fn conclude(world: &mut World) -> Result<()> {
+    world.ledger.stop(RECOVERY)?;
+    let cluster: &Cluster = &world.cluster;
+    let end = cluster.primary.flush_lsn()?;
+    cluster.wait_committed(end)?;
+    cluster.wait_replayed(&world.standby, end)?;
+    let [on_primary, on_standby] = [&cluster.primary, &world.standby].map(|server| world.ledger.check(server));
+    let (on_primary, on_standby) = (on_primary?, on_standby.context("the standby at the end")?);
+    ensure!(on_primary == on_standby, "{on_primary:?} on the primary, {on_standby:?} on the standby");
+    wait_for(RECOVERY, "the same WAL on all safekeepers", || cluster.compare_copies(end))?;
+    world.say(&format!("all copies are equal up to {end}"));
+    Ok(())
+}
