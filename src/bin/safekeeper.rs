@@ -13,7 +13,7 @@ use safekeeper::propose::candidate::{Candidate, CandidateSettings};
 use safekeeper::server::{self, ServerConfig};
 use safekeeper::shutdown::Shutdown;
 use safekeeper::storage::journal::JournalLimits;
-use safekeeper::storage::{self, DataDir, DataDirOptions, RealDisk};
+use safekeeper::storage::{self, DataDir, DataDirOptions, ForkLimits, RealDisk};
 use safekeeper::timeline::holds::RetentionPolicy;
 use safekeeper::timeline::registry::Registry;
 use safekeeper::timeline::retention;
@@ -80,6 +80,7 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     let options = DataDirOptions {
         journal_dir: settings.journal_dir,
         journal: JournalLimits { total: settings.journal_size.0, ..JournalLimits::default() },
+        forks: ForkLimits { bytes: settings.fork_keep_size.0, age: settings.fork_keep_age, ..ForkLimits::default() },
     };
     let disk = Arc::new(RealDisk::new(!settings.no_sync));
     let data_dir = DataDir::open_with(disk, &settings.datadir, settings.id, options)?;

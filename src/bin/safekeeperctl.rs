@@ -179,18 +179,24 @@ async fn drained(settings: &SafekeeperctlSettings, args: DrainArgs, steps: &Step
     }
 }
 
+fn forks_options(settings: &SafekeeperctlSettings, args: ForksArgs) -> forks::ForksOptions {
+    let place = match args.datadir {
+        Some(datadir) => forks::ForksPlace::Stopped { datadir, journal_dir: args.journal_dir },
+        None => forks::ForksPlace::Node(args.node),
+    };
+    forks::ForksOptions { place, ttid: settings.ttid() }
+}
+
 async fn list_forks(settings: &SafekeeperctlSettings, args: ForksArgs) -> Report {
-    let options = forks::ForksOptions { node: args.node, ttid: settings.ttid() };
-    match forks::list(&options).await {
-        Ok(list) => Report::done(&list, String::new()),
+    match forks::list(&forks_options(settings, args)).await {
+        Ok(list) => Report::done(&list, list.to_string()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }
 
 async fn export_forks(settings: &SafekeeperctlSettings, args: ForksExportArgs, steps: &Steps) -> Report {
-    let options = forks::ForksOptions { node: args.from.node, ttid: settings.ttid() };
-    match forks::export(&options, args.name.as_deref(), &args.output, steps).await {
-        Ok(exported) => Report::done(&exported, format!("{} files written", exported.files.len())),
+    match forks::export(&forks_options(settings, args.from), args.name.as_deref(), &args.output, steps).await {
+        Ok(exported) => Report::done(&exported, exported.to_string()),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{ArgAction, Parser, builder::BoolishValueParser};
 use pgproto::NodeId;
@@ -107,6 +108,21 @@ pub struct SafekeeperSettings {
     #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_MAX_SLOT_WAL_KEEP_SIZE")]
     pub max_slot_wal_keep_size: Option<ByteSize>,
 
+    /// How long WAL is kept that this safekeeper had on disk and a newer leader cut off, such as "12h" or "30days".
+    #[arg(
+        long,
+        value_name = "TIME",
+        env = "SAFEKEEPER_FORK_KEEP_AGE",
+        default_value = "30days",
+        value_parser = humantime::parse_duration
+    )]
+    pub fork_keep_age: Duration,
+
+    /// Most of such WAL kept per timeline, 1MiB at least: the oldest goes first, and of more than this at once the first part
+    /// is kept.
+    #[arg(long, value_name = "SIZE", env = "SAFEKEEPER_FORK_KEEP_SIZE", default_value = "1GiB")]
+    pub fork_keep_size: ByteSize,
+
     /// Address of the HTTP endpoint: management API under /v1 and Prometheus metrics at /metrics.
     #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPER_LISTEN_HTTP", default_value = "127.0.0.1:7676")]
     pub listen_http: HostPort,
@@ -165,6 +181,9 @@ impl Settings for SafekeeperSettings {
         if self.journal_size.0 < MIN_JOURNAL_SIZE {
             return Err("--journal-size must be 64MiB at least".into());
         }
+        if self.fork_keep_size.0 < MIN_FORK_KEEP_SIZE {
+            return Err("--fork-keep-size must be 1MiB at least".into());
+        }
         let mut warnings = Vec::new();
         if self.upstream.is_some() {
             warnings.extend(self.check_upstream()?);
@@ -217,6 +236,9 @@ impl SafekeeperSettings {
 
 /// Four files of the usual size: two in use, one ready, one on its way.
 const MIN_JOURNAL_SIZE: u64 = 64 << 20;
+
+/// What is cut off when a leader dies under load has hundreds of KiB: less would keep nothing that is of use.
+const MIN_FORK_KEEP_SIZE: u64 = 1 << 20;
 
 const EXAMPLES: &str = "\
 Examples:

@@ -172,8 +172,17 @@ pub enum ForksCommand {
 #[derive(Args, Clone, Debug)]
 pub struct ForksArgs {
     /// HTTP address of the safekeeper.
-    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE")]
+    #[arg(long, value_name = "HOST:PORT", env = "SAFEKEEPERCTL_NODE", default_value = "127.0.0.1:7676")]
     pub node: HostPort,
+
+    /// Data directory of a safekeeper that is stopped, instead. Its files are brought up to date with its journal, as a start
+    /// would.
+    #[arg(long, value_name = "DIR")]
+    pub datadir: Option<PathBuf>,
+
+    /// Directory of its journal, if that is not in the data directory.
+    #[arg(long, value_name = "DIR", requires = "datadir")]
+    pub journal_dir: Option<PathBuf>,
 }
 
 /// `timeline forks export`.
@@ -183,8 +192,8 @@ pub struct ForksExportArgs {
     #[command(flatten)]
     pub from: ForksArgs,
 
-    /// Name of the fork, as the list has it; all if not given.
-    #[arg(value_name = "NAME")]
+    /// Number of the fork, as the list has it; all if not given, each to a directory of its own.
+    #[arg(value_name = "NUMBER")]
     pub name: Option<String>,
 
     /// Directory for the segments; made if it's missing.

@@ -6,6 +6,7 @@ use axum::response::{IntoResponse, Response};
 
 use crate::consensus::acceptor::AcceptorError;
 use crate::metrics::RenderError;
+use crate::storage::ForkError;
 use crate::timeline::TimelineError;
 use crate::timeline::registry::{CreateTimelineError, LookupError};
 
@@ -89,6 +90,15 @@ impl From<TimelineError> for ApiError {
             TimelineError::Refused(AcceptorError::TermTooFar { .. }) => ApiError::BadRequest(error.to_string()),
             TimelineError::ShuttingDown(_) | TimelineError::NoSpace { .. } => ApiError::Unavailable(error.to_string()),
             TimelineError::Refused(_) | TimelineError::Failed { .. } => ApiError::Internal(error.to_string()),
+        }
+    }
+}
+
+impl From<ForkError> for ApiError {
+    fn from(error: ForkError) -> Self {
+        match error {
+            ForkError::Changed => ApiError::Unavailable(error.to_string()),
+            _ => ApiError::Internal(error.to_string()),
         }
     }
 }

@@ -18,6 +18,7 @@
 //! | [`drain`] | taking a node out |
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `status` | routes of a program with nothing to manage |
+//! | [`forks`] | WAL that leaders cut off |
 //! | `timeline_status` | the JSON form of a timeline |
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
@@ -25,6 +26,7 @@
 pub mod drain;
 pub mod error;
 mod fence;
+pub mod forks;
 mod request;
 mod retention_status;
 pub mod safekeeper;

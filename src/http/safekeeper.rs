@@ -11,6 +11,7 @@
 //! | `GET /v1/tenant/timeline` | names of all loaded timelines |
 //! | `POST /v1/tenant/timeline` | creates a timeline; `null`. An existing one is left as it is |
 //! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}` | everything about one timeline |
+//! | `GET /v1/tenant/{tenant_id}/timeline/{timeline_id}/forks` | WAL that leaders cut off; more behind it, see [`super::forks`] |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump` | raises the term: `{"previous_term", "current_term"}` |
 //! | `POST /v1/tenant/{tenant_id}/timeline/{timeline_id}/fence` | fences off primaries, with `{"pg_timeline": n}` those up to that Postgres timeline; `{"clear": true}` lifts it, `{}` asks: `{"previous_term", "term", "flush_lsn", "commit_lsn", "pg_timeline"}` |
 
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 use super::drain::{self, NodeStatus};
 use super::error::ApiError;
 use super::fence;
+use super::forks;
 use super::request::{self, json_body, parse_id, to_the_end};
 use super::timeline_status::TimelineStatus;
 use super::walproposer;
@@ -90,6 +92,9 @@ pub fn router(
         .route("/v1/utilization", get(utilization))
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks", get(forks::list))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}", get(forks::details))
+        .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}/segments/{name}", get(forks::segment))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/fence", post(fence::fence))
         .with_state(Node { registry, peers, shutdown });

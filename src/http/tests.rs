@@ -312,6 +312,7 @@ async fn wal_that_was_set_aside_is_shown() {
     std::fs::write(dir.join("safekeeper.control.fork.0000000000000001"), page).unwrap();
     std::fs::write(dir.join("safekeeper.control.fork.0000000000000002"), b"rubbish").unwrap();
     let expected = json!([{
+        "number": 1,
         "file": "safekeeper.control.fork.0000000000000001",
         "from_lsn": "0/123458",
         "to_lsn": "0/123500",
@@ -319,8 +320,20 @@ async fn wal_that_was_set_aside_is_shown() {
         "term": 4,
         "cut_by_term": 5,
         "unix_time": 1_700_000_000,
+        "reason": "cut",
     }]);
     assert_eq!(server.get(&timeline_path()).await.json()["forks"], expected);
+    let forks = format!("{}/forks", timeline_path());
+    assert_eq!(server.get(&forks).await.json(), expected);
+    // One of the version of the format that says nothing of the server, in a log that has nothing of what was before.
+    let details = server.get(&format!("{forks}/1")).await.json();
+    let segments = json!([{"name": "000000010000000000000001", "pg_timeline": 1, "begin_lsn": "0/100000"}]);
+    assert_eq!((&details["segments"], &details["reason"]), (&segments, &json!("cut")), "{details}");
+    assert_eq!((&details["wal_crc32c"], &details["wal_seg_size"]), (&json!(0x364B_3FB7_u32), &json!(1 << 20)));
+    assert_eq!(details["whole_from_lsn"], "0/123458");
+    for (path, status) in [("2", 500), ("3", 404), ("x", 400), ("1/segments/000000010000000000000002", 404)] {
+        assert_eq!(server.get(&format!("{forks}/{path}")).await.status, status, "{path}");
+    }
 }
 
 #[tokio::test]

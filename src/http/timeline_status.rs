@@ -10,11 +10,11 @@ use pgproto::{Lsn, PgTimelineId, SystemId, TenantId, TenantTimelineId, Term, Tim
 use serde::Serialize;
 
 use super::fence::FenceReport;
+use super::forks::ForkReport;
 use super::retention_status::RetentionStatus;
 use crate::consensus::health::Health;
 use crate::consensus::state::ServerInfo;
 use crate::peers::exchange::{TimelineMember, TimelineMembers};
-use crate::storage::{Fork, ForkHeader};
 use crate::timeline::Timeline;
 use crate::timeline::push::PushStatus;
 use crate::timeline::readers::{Positions, ReaderFeedback, ReaderStatus};
@@ -148,34 +148,6 @@ impl From<&Health> for HealthReport {
 }
 
 #[derive(Debug, Serialize)]
-struct ForkReport {
-    file: String,
-    from_lsn: Lsn,
-    to_lsn: Lsn,
-    /// Before `to_lsn` when the limit didn't allow all of it.
-    kept_to_lsn: Lsn,
-    term: Term,
-    cut_by_term: Term,
-    unix_time: u64,
-}
-
-impl From<Fork> for ForkReport {
-    fn from(fork: Fork) -> Self {
-        let file = fork.path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-        let ForkHeader { from, to, term, new_term, when, .. } = fork.header;
-        Self {
-            file,
-            from_lsn: from,
-            to_lsn: to,
-            kept_to_lsn: fork.kept_to,
-            term,
-            cut_by_term: new_term,
-            unix_time: when,
-        }
-    }
-}
-
-#[derive(Debug, Serialize)]
 struct AcceptorState {
     term: Term,
     /// Term of the last durable record, clamped to what is here; the history below isn't.
@@ -287,8 +259,8 @@ impl TimelineStatus {
             health: (&*timeline.health()).into(),
             members: members.members,
             retention: RetentionStatus::of(timeline),
-            forks: timeline.forks().into_iter().map(Into::into).collect(),
             fence: control.stock.fence.map(Into::into),
+            forks: timeline.forks().iter().map(Into::into).collect(),
             failure: timeline.failure().map(|reason| reason.to_string()),
         }
     }

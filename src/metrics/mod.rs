@@ -10,6 +10,7 @@
 //! Label values never come unfiltered from a peer: what a client calls itself is mapped to a short list
 //! ([`Application`]).
 
+mod forks;
 mod journal;
 mod readers;
 mod retention;
@@ -28,6 +29,7 @@ use prometheus::{
 
 use crate::shutdown::Shutdown;
 
+pub use forks::{ForkRemoval, ForkSample, fork_removed};
 pub use journal::JournalSample;
 pub use readers::{ReaderLag, ReaderPosition, ReaderSample};
 pub use retention::{HoldSample, SlotSample, peer_exchange, segments_removed, slots_file_damaged};
@@ -61,6 +63,8 @@ impl Exposition {
         let mut exposition = Self::process("safekeeper");
         safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
         retention::collectors().into_iter().for_each(|collector| exposition.add(collector));
+        exposition.add(forks::collector());
+        exposition.add(Box::new(forks::ForkCollector::new(timelines.clone())));
         exposition.add(Box::new(retention::HoldCollector::new(timelines.clone())));
         exposition.add(Box::new(journal::JournalCollector::new(timelines.clone())));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));

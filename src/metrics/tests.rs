@@ -34,6 +34,10 @@ impl TimelineSource for Fixed {
             .map(|t| HoldSample { ttid: t.ttid, slots: vec![slot.clone()], held_bytes: held_bytes.clone() })
             .collect()
     }
+
+    fn forks(&self) -> Vec<ForkSample> {
+        self.0.iter().map(|t| ForkSample { ttid: t.ttid, count: 2, bytes: 4096, oldest_age: Some(60) }).collect()
+    }
 }
 
 struct FixedProposer(ProposerSample);

@@ -8,6 +8,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts};
 
+use super::forks::ForkSample;
 use super::journal::JournalSample;
 use super::readers::{self, ReaderSample};
 use super::retention::HoldSample;
@@ -28,6 +29,11 @@ pub trait TimelineSource: Send + Sync {
     fn holds(&self) -> Vec<HoldSample> {
         Vec::new()
     }
+
+    /// What is set aside, of the timelines that have something.
+    fn forks(&self) -> Vec<ForkSample> {
+        Vec::new()
+    }
 }
 
 impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
@@ -45,6 +51,10 @@ impl<T: TimelineSource + ?Sized> TimelineSource for Arc<T> {
 
     fn holds(&self) -> Vec<HoldSample> {
         (**self).holds()
+    }
+
+    fn forks(&self) -> Vec<ForkSample> {
+        (**self).forks()
     }
 }
 

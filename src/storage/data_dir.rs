@@ -11,6 +11,7 @@ use pgproto::{NodeId, TenantTimelineId};
 
 use super::control_copies::ControlCopies;
 use super::disk::{Disk, DiskError, DiskFile, During, RealDisk, read_file, replace_file};
+use super::forks::ForkLimits;
 use super::journal::{FIRST_BATCH, Journal, JournalError, JournalLimits, Replay};
 use super::replay::bring_up_to_date;
 use super::segments::TimelineFiles;
@@ -95,6 +96,8 @@ pub struct DataDirOptions {
     pub journal_dir: Option<PathBuf>,
     /// Its sizes and times.
     pub journal: JournalLimits,
+    /// What is kept of WAL that leaders cut off.
+    pub forks: ForkLimits,
 }
 
 /// A data directory, locked for as long as this value lives.
@@ -108,6 +111,7 @@ pub struct DataDir {
     /// Number of the next temporary directory.
     next_temp: AtomicU64,
     journal: Arc<Journal>,
+    fork_limits: ForkLimits,
     /// Timelines that the journal holds something of that could not be brought into their files, and why.
     not_up_to_date: BTreeMap<TenantTimelineId, Arc<str>>,
 }
@@ -159,7 +163,16 @@ impl DataDir {
         let not_up_to_date = replay_all(replay, &timelines, files);
         let journal = read_journal.start(!not_up_to_date.is_empty(), highest.map_or(0, |(_, batch)| batch))?;
         let journal = Arc::new(journal);
-        Ok(Self { disk, path, node_id, _lock: lock, next_temp: AtomicU64::new(0), journal, not_up_to_date })
+        Ok(Self {
+            disk,
+            path,
+            node_id,
+            _lock: lock,
+            next_temp: AtomicU64::new(0),
+            journal,
+            fork_limits: options.forks,
+            not_up_to_date,
+        })
     }
 
     /// The node's journal.
@@ -189,7 +202,7 @@ impl DataDir {
 
     /// Where the files of a timeline are, or would be.
     pub fn timeline_files(&self, ttid: TenantTimelineId) -> TimelineFiles {
-        TimelineFiles::new(self.disk.clone(), self.path.clone(), ttid)
+        TimelineFiles::new(self.disk.clone(), self.path.clone(), ttid).with_fork_limits(self.fork_limits)
     }
 
     /// All timeline directories, in order. Names that are not ids are not ours and ignored.

@@ -9,35 +9,33 @@
 //!
 //! * When [`set_aside`] has returned, the fork is durable and can be checked by itself; interrupted at any moment, it leaves
 //!   a whole one or none. Repeated after an interruption, it makes no second one.
-//! * A timeline has at most [`MAX_FORKS`] of them with [`MAX_BYTES`] together, and during a copy one more. The oldest go
-//!   first, never the newest; each with a line in the log.
+//! * A timeline has no more of them than [`ForkLimits`] allow, and during a copy one more. The oldest go first, and the newest
+//!   only for its age; each with a line in the log (`limits`).
+//! * A fork can be had as whole segments, which tools read ([`ForkSegments`] in `export`).
 
 use std::io::IoSlice;
 use std::path::{Path, PathBuf};
 
-use bytes::{Buf, BufMut};
-use pgproto::{Lsn, SegmentSize, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::pg_timeline::Branch;
+use pgproto::{Lsn, SegmentSize, SystemId, TenantTimelineId, Term};
 
 use super::chain::{BLOCK_LEN, block_end};
 use super::disk::{DiskError, DiskFile, During};
 use super::segments::TimelineFiles;
 use crate::metrics;
 
-/// Most forks kept per timeline: far more than a sane cluster makes in its life, few enough to look through.
-pub const MAX_FORKS: usize = 64;
-/// Most bytes of WAL set aside per timeline: minutes of a busy primary's, where a cut takes off what was under way.
-pub const MAX_BYTES: u64 = 1 << 30;
+pub use export::{ExportedSegment, ForkSegments};
+pub use limits::{ForkLimits, Kept};
+pub(super) use limits::{ForkState, look, sweep};
+
+mod export;
+mod limits;
+mod page;
 
 const NAME_PREFIX: &str = "safekeeper.control.fork.";
 const PARTIAL_NAME: &str = "safekeeper.control.fork.partial";
-const MAGIC: u64 = u64::from_le_bytes(*b"SKFORKED");
-const VERSION: u32 = 1;
+/// What comes before the WAL.
 const PAGE: usize = 4096;
-/// Everything before the reason.
-const FIXED_LEN: usize = 108;
-/// Longest reason in bytes; the rest of a longer one is left out.
-const MAX_REASON: usize = 1024;
-const CRC_LEN: usize = 4;
 
 /// What is known of a fork.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,6 +46,11 @@ pub struct ForkHeader {
     pub segment_size: SegmentSize,
     /// `PG_VERSION_NUM` of its server.
     pub pg_version: u32,
+    /// System identifier of its server; 0 when the fork was set aside by a version that didn't note it.
+    pub system_id: SystemId,
+    /// The Postgres timelines of the log in the fork and in the segment where it begins, the oldest first; empty when the fork
+    /// was set aside by a version that didn't note them.
+    pub pg_timelines: Vec<Branch>,
     /// Where the leader's log left ours.
     pub from: Lsn,
     /// End of our log.
@@ -98,18 +101,17 @@ pub enum ForkError {
     #[error("the first page of the fork is damaged")]
     Header,
     /// Written by a version of the software that this one doesn't know.
-    #[error("fork has format version {0}; this safekeeper reads version {VERSION}")]
+    #[error("fork has format version {0}; this safekeeper reads versions up to {newest}", newest = page::VERSION)]
     Version(u32),
     /// The bytes behind the first page are not those that were written.
     #[error("the WAL in the fork is damaged")]
     Wal,
-}
-
-/// What a timeline may keep.
-#[derive(Clone, Copy, Debug)]
-struct Limits {
-    forks: usize,
-    bytes: u64,
+    /// What stands before it in the log can't be read.
+    #[error("the WAL before the fork: {0}")]
+    Log(String),
+    /// The log was cut while it was read for what stands before the fork. Reading again helps.
+    #[error("the log was cut meanwhile: try again")]
+    Changed,
 }
 
 /// Copies `header.from..header.to` into a fork; `read` fills a buffer, which never crosses the end of a checksum block, with
@@ -119,27 +121,20 @@ struct Limits {
 /// A full disk, among others of the disk. Nothing is left behind then.
 pub fn set_aside<E: std::error::Error + 'static>(
     files: &TimelineFiles,
-    header: ForkHeader,
-    read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
-) -> Result<Option<Fork>, SetAsideError<E>> {
-    set_aside_within(Limits { forks: MAX_FORKS, bytes: MAX_BYTES }, files, header, read)
-}
-
-fn set_aside_within<E: std::error::Error + 'static>(
-    limits: Limits,
-    files: &TimelineFiles,
     mut header: ForkHeader,
     read: impl FnMut(Lsn, &mut [u8]) -> Result<(), E>,
 ) -> Result<Option<Fork>, SetAsideError<E>> {
     if header.to <= header.from {
         return Ok(None);
     }
+    let (limits, now) = (files.fork_limits(), header.when);
+    let _alone = files.fork_state().alone.lock();
     let found = find(files)?;
     if let Some(fork) = found.last().and_then(|last| already_there(files, last, &header)) {
-        keep_within(limits, files)?;
+        limits::keep_within(limits, files, now)?;
         return Ok(Some(fork));
     }
-    header.reason.truncate(header.reason.floor_char_boundary(MAX_REASON));
+    page::shorten(&mut header);
     let number = found.last().map_or(1, |last| last.number.saturating_add(1));
     let kept_to = Lsn(header.from.0 + header.to.saturating_sub(header.from).min(limits.bytes));
     let path = files.dir().join(format!("{NAME_PREFIX}{number:016x}"));
@@ -155,8 +150,20 @@ fn set_aside_within<E: std::error::Error + 'static>(
     files.disk().rename(&partial, &fork.path).during("rename into place", &fork.path)?;
     files.sync_dir()?;
     announce(&fork);
-    keep_within(limits, files)?;
+    limits::keep_within(limits, files, now)?;
     Ok(Some(fork))
+}
+
+impl Fork {
+    /// Bytes of WAL in it.
+    pub fn wal_len(&self) -> u64 {
+        self.kept_to.saturating_sub(self.header.from)
+    }
+
+    /// CRC-32C of the WAL in it.
+    pub fn wal_crc(&self) -> u32 {
+        self.wal_crc
+    }
 }
 
 /// All forks of the timeline that can be read, the oldest first. Others are left out, with a line in the log.
@@ -202,11 +209,13 @@ pub fn remove_leftovers(files: &TimelineFiles) -> Result<(), DiskError> {
     }
 }
 
-/// The newest fork, when it is what is to be set aside now: the cut was interrupted after it was made.
+/// The newest fork, when it is what is to be set aside now: the cut was interrupted after it was made. Unless that was so long ago that
+/// it would be removed.
 fn already_there(files: &TimelineFiles, newest: &FoundFile, header: &ForkHeader) -> Option<Fork> {
     let key = |header: &ForkHeader| (header.ttid, header.from, header.to, header.term, header.new_term);
     let (fork, _) = open(files, newest).ok()?;
-    let same = key(&fork.header) == key(header) && read_back(files, &fork, |_| ()).is_ok();
+    let young = !limits::too_old(fork.header.when, files.fork_limits(), header.when);
+    let same = young && key(&fork.header) == key(header) && read_back(files, &fork, |_| ()).is_ok();
     same.then_some(fork)
 }
 
@@ -229,7 +238,7 @@ fn write<E: std::error::Error + 'static>(
         at = Lsn(at.0 + length);
         offset += length;
     }
-    file.write_at(&mut [IoSlice::new(&fork.encode())], 0).during("write", partial)?;
+    file.write_at(&mut [IoSlice::new(&page::encode(fork))], 0).during("write", partial)?;
     Ok(file.sync_all().during("sync", partial)?)
 }
 
@@ -244,24 +253,6 @@ fn announce(fork: &Fork) {
     if *kept_to < header.to {
         tracing::warn!(ttid = %header.ttid, "only its first {bytes} bytes, up to {kept_to}, were kept");
     }
-}
-
-/// Removes the oldest forks until the rest is within the limits. The newest always is.
-fn keep_within(limits: Limits, files: &TimelineFiles) -> Result<(), DiskError> {
-    let (mut forks, mut bytes) = (0, 0_u64);
-    let mut removed = false;
-    for found in find(files)?.iter().rev() {
-        let file = files.disk().open_read(&found.path).during("open", &found.path)?;
-        let length = file.len().during("read the length of", &found.path)?;
-        forks += 1;
-        bytes = bytes.saturating_add(length.saturating_sub(PAGE as u64));
-        if forks > limits.forks || bytes > limits.bytes {
-            tracing::warn!("removing \"{}\" to stay within the limits for forks", found.path.display());
-            files.disk().remove_file(&found.path).during("remove", &found.path)?;
-            removed = true;
-        }
-    }
-    if removed { files.sync_dir() } else { Ok(()) }
 }
 
 struct FoundFile {
@@ -288,57 +279,7 @@ fn open(files: &TimelineFiles, found: &FoundFile) -> Result<(Fork, std::sync::Ar
     let file = files.disk().open_read(&found.path).during("open", &found.path)?;
     let mut page = [0; PAGE];
     file.read_at(&mut page, 0).during("read", &found.path)?;
-    Ok((Fork::decode(&page, found)?, file))
-}
-
-impl Fork {
-    /// The first page.
-    fn encode(&self) -> Vec<u8> {
-        let header = &self.header;
-        let mut out = Vec::with_capacity(PAGE);
-        out.put_u64_le(MAGIC);
-        out.put_u32_le(VERSION);
-        out.put_u32_le(header.segment_size.as_u32());
-        out.put_u32_le(header.pg_version);
-        out.put_slice(&header.ttid.tenant_id.0);
-        out.put_slice(&header.ttid.timeline_id.0);
-        for number in [header.from.0, header.to.0, self.kept_to.0, header.term.0, header.new_term.0, header.when] {
-            out.put_u64_le(number);
-        }
-        out.put_u32_le(self.wal_crc);
-        out.put_u32_le(u32::try_from(header.reason.len()).unwrap_or(u32::MAX));
-        debug_assert_eq!(out.len(), FIXED_LEN);
-        out.put_slice(header.reason.as_bytes());
-        out.resize(PAGE - CRC_LEN, 0);
-        out.put_u32_le(crc32c::crc32c(&out));
-        out
-    }
-
-    fn decode(page: &[u8; PAGE], found: &FoundFile) -> Result<Self, ForkError> {
-        let (checked, mut stored) = page.split_at(PAGE - CRC_LEN);
-        let (mut fixed, reason) = checked.split_at(FIXED_LEN);
-        if fixed.get_u64_le() != MAGIC || crc32c::crc32c(checked) != stored.get_u32_le() {
-            return Err(ForkError::Header);
-        }
-        match fixed.get_u32_le() {
-            VERSION => {}
-            other => return Err(ForkError::Version(other)),
-        }
-        let segment_size = SegmentSize::new(fixed.get_u32_le()).map_err(|_| ForkError::Header)?;
-        let pg_version = fixed.get_u32_le();
-        let (mut tenant_id, mut timeline_id) = ([0; 16], [0; 16]);
-        fixed.copy_to_slice(&mut tenant_id);
-        fixed.copy_to_slice(&mut timeline_id);
-        let ttid = TenantTimelineId::new(TenantId(tenant_id), TimelineId(timeline_id));
-        let (from, to, kept_to) = (Lsn(fixed.get_u64_le()), Lsn(fixed.get_u64_le()), Lsn(fixed.get_u64_le()));
-        let (term, new_term, when) = (Term(fixed.get_u64_le()), Term(fixed.get_u64_le()), fixed.get_u64_le());
-        let wal_crc = fixed.get_u32_le();
-        let length = usize::try_from(fixed.get_u32_le()).unwrap_or(usize::MAX);
-        let reason = reason.get(..length).and_then(|reason| std::str::from_utf8(reason).ok());
-        let reason = reason.ok_or(ForkError::Header)?.to_owned();
-        let header = ForkHeader { ttid, segment_size, pg_version, from, to, term, new_term, when, reason };
-        Ok(Self { number: found.number, path: found.path.clone(), header, kept_to, wal_crc })
-    }
+    Ok((page::decode(&page, found)?, file))
 }
 
 #[cfg(test)]

@@ -95,7 +95,7 @@ pub use control_file::{
 pub use data_dir::{DataDir, DataDirError, DataDirOptions};
 pub use disk::{DURABLE_ALIGNMENT, DirEntry, Disk, DiskError, DiskFile, RealDisk};
 pub use errors::{CreateError, OpenError, StorageError};
-pub use forks::{Fork, ForkHeader};
+pub use forks::{ExportedSegment, Fork, ForkError, ForkHeader, ForkLimits, ForkSegments, Kept as ForksKept};
 pub use history_files::HistoryError;
 pub use reader::{MAX_READ_SIZE, PIECE_SIZE, ReadError, WalReader};
 pub use removal::Removed;

@@ -80,6 +80,7 @@ pub(super) fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Timeli
     };
     let of_disk = |source| OpenError::Disk { ttid, source };
     forks::remove_leftovers(&files).map_err(of_disk)?;
+    forks::look(&files).map_err(of_disk)?;
     files.settle_names(&control.state.stock.ancestry, &[], control.state.server.wal_seg_size).map_err(of_disk)?;
     let mut noted = Noted::of(loaded.copy);
     if !noted.control.state.local_start_lsn.is_valid() {

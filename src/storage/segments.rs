@@ -20,7 +20,7 @@ use pgproto::{Ancestry, Lsn, PgTimelineId, SegmentNumber, SegmentSize, TenantTim
 
 use super::chain::Chain;
 use super::disk::{Disk, DiskError, DiskFile, During};
-use super::forks::{self, Fork};
+use super::forks::{self, Fork, ForkLimits, ForkState, Kept};
 use super::ledger::{Ledger, LedgerError};
 use crate::metrics::{self, StorageOperation};
 
@@ -37,6 +37,7 @@ pub struct TimelineFiles {
     root: Arc<Path>,
     ttid: TenantTimelineId,
     shared: Arc<Shared>,
+    fork_limits: ForkLimits,
 }
 
 /// What writer, checkpoint and readers of a timeline tell each other.
@@ -52,6 +53,7 @@ struct Shared {
     names: RwLock<Names>,
     /// Where WAL on disk begins; 0 while there is none, or while it isn't known.
     oldest: AtomicU64,
+    forks: ForkState,
 }
 
 /// What names segments.
@@ -82,8 +84,14 @@ impl TimelineFiles {
             ledger: Mutex::new(Weak::new()),
             names: RwLock::default(),
             oldest: AtomicU64::new(0),
+            forks: ForkState::default(),
         };
-        Self { disk, root, ttid, shared: Arc::new(shared) }
+        Self { disk, root, ttid, shared: Arc::new(shared), fork_limits: ForkLimits::default() }
+    }
+
+    /// The same files, of which only so much is kept that leaders cut off.
+    pub(super) fn with_fork_limits(self, fork_limits: ForkLimits) -> Self {
+        Self { fork_limits, ..self }
     }
 
     /// A timeline with an empty directory on a simulated disk.
@@ -114,6 +122,24 @@ impl TimelineFiles {
     /// WAL that leaders cut off and that was set aside, the oldest first.
     pub fn forks(&self) -> Result<Vec<Fork>, DiskError> {
         super::blocking(|| forks::list(self))
+    }
+
+    /// How much of that there is, without asking the disk.
+    pub fn forks_kept(&self) -> Kept {
+        self.shared.forks.kept()
+    }
+
+    /// Removes what of it is beyond the limits at `now`, in seconds since 1970.
+    pub fn sweep_forks(&self, now: u64) -> Result<(), DiskError> {
+        super::blocking(|| forks::sweep(self, now))
+    }
+
+    pub(super) fn fork_limits(&self) -> ForkLimits {
+        self.fork_limits
+    }
+
+    pub(super) fn fork_state(&self) -> &ForkState {
+        &self.shared.forks
     }
 
     /// The disk they are on.

@@ -12,6 +12,7 @@ use super::*;
 use crate::consensus::state::ControlState;
 
 mod damage;
+mod forks;
 mod pg_timelines;
 mod removal;
 
@@ -494,7 +495,7 @@ async fn what_a_leader_cuts_off_is_set_aside() {
     let kept = fx.store().files().forks().unwrap();
     assert_eq!((kept.len(), kept[0].header.from, kept[0].header.to), (1, cut, end_lsn));
     let mut found = Vec::new();
-    forks::read_back(fx.store().files(), &kept[0], |piece| found.extend_from_slice(piece)).unwrap();
+    super::forks::read_back(fx.store().files(), &kept[0], |piece| found.extend_from_slice(piece)).unwrap();
     assert!(found == gone);
     assert_eq!(end(fx.restart().await.unwrap()), cut);
     assert_eq!(fx.store().files().forks().unwrap().len(), 1);

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::Bytes;
+use pgproto::pg_timeline::Branch;
 use pgproto::wal::RecordScanner;
 use pgproto::walproposer::HistoryFile;
-use pgproto::{Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
+use pgproto::{Ancestry, Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 
 use super::behind::{Noted, SettleError, WrittenBehind};
 use super::blocking;
@@ -384,21 +385,40 @@ impl TimelineStore {
     fn set_aside(&self, from: Lsn, to: Lsn) -> Result<(), StorageError> {
         let noted = self.behind.noted();
         let state = &noted.control.state;
+        let (history, commit_lsn) = (&state.term_history, state.commit_lsn);
+        let (first, last) = (history.last_term_at(Lsn(from.0.saturating_add(1))), history.last_term_at(to));
+        let reason = match from {
+            _ if from == state.local_start_lsn => "the leader begins the log in another place".to_owned(),
+            _ => format!(
+                "the log of the leader of term {} leaves this one at {from}; cut off was WAL of terms {first} to {last}",
+                state.term
+            ),
+        };
         let header = ForkHeader {
             ttid: state.ttid,
             segment_size: self.size,
             pg_version: state.server.pg_version,
+            system_id: state.server.system_id,
+            pg_timelines: self.pg_timelines(&state.stock.ancestry, from, to),
             from,
             to,
-            term: state.term_history.last_term_at(to),
+            term: last,
             new_term: state.term,
             when: crate::clock::unix_seconds(),
-            reason: "a newer leader's log leaves this one here".to_owned(),
+            reason: format!("{reason}, not known to be committed here (known up to {commit_lsn})"),
         };
         drop(noted);
         forks::set_aside(&self.files, header, |at, buffer| opening::read_exactly(&self.files, at, buffer, self.size))
             .map(drop)
             .map_err(opening::set_aside_error)
+    }
+
+    /// Those of the Postgres timelines that the segments from `from` to `to` may be named by.
+    fn pg_timelines(&self, ancestry: &Ancestry, from: Lsn, to: Lsn) -> Vec<Branch> {
+        let start = SegmentNumber::containing(from, self.size).start(self.size);
+        let known = ancestry.up_to(Lsn(to.0.saturating_sub(1)));
+        let gone = known.branches().iter().skip(1).take_while(|next| next.begin <= start).count();
+        known.branches().iter().skip(gone).copied().collect()
     }
 
     /// The journal knows of the cut; now the files follow. No checkpoint may come in between.

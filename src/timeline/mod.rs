@@ -23,6 +23,7 @@
 //! |---|---|
 //! | `mod.rs` | [`Timeline`]: the handle everybody holds |
 //! | `writer` | the single writer |
+//! | [`forks`] | WAL that leaders cut off |
 //! | [`lag`] | how old the oldest WAL is that a reader lacks |
 //! | [`feed`] | what a reader reads from |
 //! | [`push`] | one proposer's connection: requests, pipelined appends, acknowledgements |
@@ -35,6 +36,7 @@
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
 pub mod feed;
+mod forks;
 pub mod holds;
 pub mod lag;
 pub mod members;
@@ -66,7 +68,7 @@ use crate::consensus::health::{Fault, Health};
 use crate::consensus::state::ControlState;
 use crate::lanes::Lane;
 use crate::metrics::{Application, ReaderLag, ReaderPosition, ReaderSample, TimelineHealth, TimelineSample};
-use crate::storage::{Fork, HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
+use crate::storage::{HistoryError, ReadError, Removed, StorageError, TimelineFiles, TimelineStore, WalReader};
 use holds::RetentionPolicy;
 use lag::{CommitTimes, Lag};
 use members::{MemberReport, Members};
@@ -334,14 +336,6 @@ impl Timeline {
     /// Reads stored WAL back. The caller must not ask for more than [`Progress`] allows it to see.
     fn wal_reader(&self) -> Result<WalReader, ReadError> {
         WalReader::new(self.files.clone(), &self.control.load())
-    }
-
-    /// WAL that leaders cut off and that was set aside, the oldest first.
-    pub fn forks(&self) -> Vec<Fork> {
-        self.files.forks().unwrap_or_else(|error| {
-            tracing::warn!(ttid = %self.ttid, "what was set aside can't be listed: {error}");
-            Vec::new()
-        })
     }
 
     /// The history file of a Postgres timeline that the log went through, if there is one.

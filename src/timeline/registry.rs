@@ -16,7 +16,7 @@ use super::tail::Tails;
 use crate::consensus::acceptor::{Acceptor, LazyLsns};
 use crate::consensus::state::ControlState;
 use crate::lanes::{Lane, Lanes};
-use crate::metrics::{HoldSample, JournalSample, TimelineSample, TimelineSource};
+use crate::metrics::{ForkSample, HoldSample, JournalSample, TimelineSample, TimelineSource};
 use crate::storage::{CreateError, DataDir, DiskError, Recovered, TimelineStore};
 
 /// Timelines on a node: more than any is meant to have. Whoever reaches the port can create some, but not without end.
@@ -282,6 +282,10 @@ impl TimelineSource for Registry {
 
     fn holds(&self) -> Vec<HoldSample> {
         self.list().iter().filter_map(|timeline| timeline.hold_sample()).collect()
+    }
+
+    fn forks(&self) -> Vec<ForkSample> {
+        self.list().iter().filter_map(|timeline| timeline.fork_sample()).collect()
     }
 }
 

@@ -1,4 +1,5 @@
-//! Keeps what has to be kept and removes the rest: saves the positions of slots, then removes WAL segments that nobody needs.
+//! Keeps what has to be kept and removes the rest: saves the positions of slots, then removes WAL segments that nobody needs, and
+//! forks that were kept long enough.
 //!
 //! Removed are segments wholly below every hold ([`super::holds`]), below `--wal-keep-size` bytes before the commit LSN, and
 //! below the commit LSN that is saved. All of it counts as it is on disk: after a crash nobody finds that what he needs was
@@ -62,6 +63,7 @@ impl Keeper {
         let due =
             timeline.slots().unsaved().is_some_and(|(since, moved)| moved >= segment || since.elapsed() >= SAVE_AFTER);
         let done = (!due || save(timeline)) && remove_unneeded(timeline).await;
+        let done = sweep_forks(timeline) && done;
         if !done {
             self.postponed.insert(timeline.ttid(), Instant::now() + RETRY_AFTER);
         }
@@ -74,6 +76,14 @@ fn save(timeline: &Timeline) -> bool {
         tracing::warn!(ttid = %timeline.ttid(), %error, "positions of replication slots not saved: they hold WAL meanwhile");
     }
     saved.is_ok()
+}
+
+fn sweep_forks(timeline: &Timeline) -> bool {
+    let swept = timeline.sweep_forks();
+    if let Err(error) = &swept {
+        tracing::warn!(ttid = %timeline.ttid(), %error, "forks beyond the limits could not be removed");
+    }
+    swept.is_ok()
 }
 
 /// False when the timeline doesn't let go of what nobody needs.

@@ -134,7 +134,7 @@ impl Node {
         let shared = &self.0;
         let (disk, life) = NodeDisk::new(shared.disk.clone(), shared.sabotage == Sabotage::SyncsThatDoNothing);
         let node_id = NodeId(shared.number as u64 + 1);
-        let options = DataDirOptions { journal_dir: None, journal: shared.journal };
+        let options = DataDirOptions { journal: shared.journal, ..DataDirOptions::default() };
         let registry = match DataDir::open_with(Arc::new(disk), Path::new(DATA_DIR), Some(node_id), options) {
             Ok(data_dir) => Registry::load(data_dir, Lanes::none()).await.map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
