@@ -133,9 +133,10 @@ impl Situation<'_> {
         self.reaches_primary && self.views.iter().any(lost)
     }
 
-    /// The last word of a leader, unless somebody was voted for since.
+    /// The last word of a leader, unless somebody was voted for since. Of a term that nobody promised there was no leader: who
+    /// says so is mistaken or lies, and would be believed for ever.
     fn resigned(&self) -> Option<Resigned> {
-        self.resigned.filter(|resigned| self.highest_term() <= resigned.term)
+        self.resigned.filter(|resigned| self.highest_term() == resigned.term)
     }
 
     fn highest_term(&self) -> Term {

@@ -52,6 +52,9 @@ const FINISH_LIMIT: Duration = Duration::from_secs(1);
 /// A majority that was heard within this time follows: heartbeats are answered every second.
 const HEARD_LATELY: Duration = Duration::from_secs(2);
 
+/// A process that is awake looks at the clock every second. One that didn't for this long was paused, or nearly.
+const PAUSED: Duration = Duration::from_secs(2);
+
 /// Events from safekeepers handled before anything else is looked at.
 const EVENT_BATCH: usize = 64;
 
@@ -154,6 +157,10 @@ pub(super) struct Driver {
     elected_at: Option<Instant>,
     /// When a majority was last heard.
     majority_at: Instant,
+    /// The last look at the clock.
+    awake_at: Instant,
+    /// When the process went on after a pause.
+    resumed_at: Option<Instant>,
     /// When it was asked to stop.
     stopping_at: Option<Instant>,
     /// Whether safekeepers that lack the timeline shall create it.
@@ -224,6 +231,8 @@ impl Driver {
             began_at: now,
             elected_at: None,
             majority_at: now,
+            awake_at: now,
+            resumed_at: None,
             stopping_at: None,
             may_create,
             got_on: (now, 0),
@@ -268,6 +277,7 @@ impl Driver {
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut events = Vec::with_capacity(EVENT_BATCH);
         loop {
+            self.look_at_clock(Instant::now());
             let read_primary = self.reads_on();
             let lacks_primary = self.lacks_primary();
             let retry_in = self.upstream_retry.wait(Instant::now());
@@ -330,6 +340,22 @@ impl Driver {
     fn majority_is_heard(&self, time: Duration) -> bool {
         let heard = |index: PeerIndex| self.peers.get(index.0).is_some_and(|slot| slot.heard.elapsed() < time);
         self.proposer.quorum_follows_and(heard)
+    }
+
+    /// Whether a majority is known to follow: it was heard, and not only because what it had said before a pause of this process
+    /// was read after it.
+    fn is_followed(&self, now: Instant) -> bool {
+        let just_resumed = now.duration_since(self.awake_at) > PAUSED
+            || self.resumed_at.is_some_and(|at| now.duration_since(at) <= HEARD_LATELY);
+        !just_resumed && self.majority_is_heard(HEARD_LATELY)
+    }
+
+    /// Notices when more time has passed since the last look than ever should.
+    fn look_at_clock(&mut self, now: Instant) {
+        if now.duration_since(self.awake_at) > PAUSED {
+            self.resumed_at = Some(now);
+        }
+        self.awake_at = now;
     }
 
     /// Whether a connection to the primary is wanted and not under way. Of a timeline that has ended there is nothing more
@@ -676,9 +702,9 @@ impl Driver {
         let (facts, events) = (Arc::clone(&self.facts), self.upstream_events.clone());
         let (start, timeline) = (self.buffer.end(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
         // Somebody else's stream may be ended only by who leads, and knows it.
-        let take_slot = self.majority_is_heard(HEARD_LATELY);
+        let followed_at = self.is_followed(now).then_some(now);
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings, &facts, timeline, start, take_slot).await;
+            let result = upstream::follow(&settings, &facts, timeline, start, followed_at).await;
             let _ = events.send(result).await;
         });
     }

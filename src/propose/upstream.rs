@@ -171,14 +171,14 @@ enum Stage {
     Told(Branch),
 }
 
-/// Begins to stream `timeline` from `start`. With `take_slot` whoever has our slot under our name is sent away: for a
-/// leader that a majority follows, which makes the other one a former leader.
+/// Begins to stream `timeline` from `start`. Given when a majority is known to have followed, whoever has our slot under our
+/// name since before that is sent away: it is a former leader.
 pub async fn follow(
     settings: &Settings,
     facts: &PrimaryFacts,
     timeline: PgTimelineId,
     start: Lsn,
-    take_slot: bool,
+    followed_at: Option<Instant>,
 ) -> Result<Upstream, UpstreamError> {
     let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
     if system_id != facts.server.system_id {
@@ -216,10 +216,10 @@ pub async fn follow(
         create_slot(&mut connection, &settings.slot).await?;
         started = connection.start_stream(&command).await;
     }
-    if take_slot && slot_takeover::is_in_use(&started) {
+    if let Some(followed_at) = followed_at.filter(|_| slot_takeover::is_in_use(&started)) {
         let primary = primary::only_host(&settings.primary, &address);
         let held = (&primary, settings.slot.as_str(), settings.application_name.as_str());
-        started = slot_takeover::take(&mut connection, &command, started, held).await;
+        started = slot_takeover::take(&mut connection, &command, started, held, followed_at).await;
     }
     let stage = match started {
         Ok(None) => Stage::Streaming,
@@ -452,7 +452,7 @@ mod tests {
                 ttid: None,
                 buffer_size: 1 << 20,
             };
-            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), false).await.map(drop) };
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), None).await.map(drop) };
             match tokio::join!(followed, server).0 {
                 Ok(()) => assert!(same),
                 Err(error) => assert!(!same && error.needs_new_term(), "{error}"),

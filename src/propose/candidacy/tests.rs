@@ -98,6 +98,18 @@ fn who_leads_next_campaigns_at_once_and_the_others_leave_it_time() {
     assert!(stands_by(&now(resigned(4, Some(2)))), "an old word: another was elected since");
 }
 
+/// Anybody who reaches the port can say such a thing, and one message made every member campaign until it was restarted.
+#[test]
+fn a_resignation_from_a_term_that_nobody_promised_deposes_nobody() {
+    let views = [hearing(2, 10), hearing(3, 10), hearing(1, 10)];
+    for term in [6, u64::MAX] {
+        for successor in [None, Some(2)] {
+            let situation = Situation { resigned: resigned(term, successor), ..situation(&views) };
+            assert!(stands_by(&situation) && !situation.is_successor(), "{term} {successor:?}");
+        }
+    }
+}
+
 #[test]
 fn a_leader_without_the_primary_is_replaced_by_who_reaches_it() {
     let limit = u64::try_from(PRIMARY_LIMIT.as_millis()).unwrap();

@@ -176,3 +176,27 @@ async fn a_full_buffer_stops_the_reading_until_a_majority_was_sent_all_of_it() {
     driver.disconnected(PeerIndex(1), None);
     assert!(!driver.reads_on(), "without a majority nothing can commit, and memory is bounded");
 }
+
+/// What a majority had said before a leader was paused is read when it goes on, as if it had been said then. It ended the stream of
+/// the leader elected meanwhile.
+#[tokio::test]
+async fn a_leader_that_was_paused_does_not_count_what_it_reads_at_once_as_a_majority() {
+    let mut driver = driver();
+    let _sent = [0, 1].map(|index| follow(&mut driver, index));
+    vote(&mut driver, 0);
+    vote(&mut driver, 1);
+    let now = Instant::now();
+    driver.look_at_clock(now);
+    assert!(driver.is_followed(now), "it was just elected");
+    // Longer ago than it may be: the process didn't run.
+    driver.awake_at = now.checked_sub(PAUSED * 2).unwrap();
+    assert!(!driver.is_followed(now), "before anything else is looked at");
+    driver.look_at_clock(now);
+    assert!(!driver.is_followed(now), "and while what comes may be old");
+    let later = now + HEARD_LATELY + Duration::from_millis(1);
+    driver.look_at_clock(later - PAUSED);
+    for slot in &mut driver.peers {
+        slot.heard = later;
+    }
+    assert!(driver.is_followed(later), "until they are heard after that");
+}
