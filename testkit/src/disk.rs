@@ -43,6 +43,12 @@ impl SmallDisk {
         Ok(())
     }
 
+    /// Was it filled, and not freed since?
+    #[must_use]
+    pub fn is_filled(&self) -> bool {
+        self.dir.join(FILLER).exists()
+    }
+
     /// Gives the space back.
     ///
     /// # Errors
@@ -72,9 +78,11 @@ mod tests {
             return;
         };
         disk.fill().unwrap();
+        assert!(disk.is_filled());
         let error = fs::write(path.join("file"), [1; 8192]).unwrap_err();
         assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
         disk.free().unwrap();
+        assert!(!disk.is_filled());
         fs::write(path.join("file"), [1; 8192]).unwrap();
         drop(disk);
         assert_eq!(fs::read_dir(&path).unwrap().count(), 0, "it is still mounted");

@@ -77,8 +77,13 @@ fn play(world: &mut World, random: &mut Random, number: u64, of: u64) -> Result<
     let name = format!("round {number} of {of}, {round:?}");
     world.say(&format!("{name}, proposed by {:?}", world.proposing));
     world.ledger.wait_progress(RECOVERY, random.below(60)).with_context(|| name.clone())?;
-    round.run(world, random).with_context(|| name.clone())?;
-    world.ledger.wait_progress(RECOVERY, 20).with_context(|| format!("{name}: commits afterwards"))?;
+    let outcome = round.run(world, random);
+    let outcome = outcome.and_then(|()| world.ledger.wait_progress(RECOVERY, 20).context("commits afterwards"));
+    // What is lost says more than that something else didn't happen because of it.
+    outcome.map_err(|error| match world.ledger.check(&world.cluster.primary) {
+        Ok(tally) => error.context(format!("{name}, nothing is lost ({tally:?})")),
+        Err(loss) => loss.context(format!("{name}, and {error:#}")),
+    })?;
     let tally = world.ledger.check(&world.cluster.primary).with_context(|| name.clone())?;
     world.ledger.witness(&world.standby).with_context(|| format!("{name}: the standby"))?;
     world.say(&format!(
