@@ -80,7 +80,7 @@ pub struct Prepared {
 #[derive(Debug, thiserror::Error)]
 pub enum FailoverError {
     /// The safekeepers can't be used as they are.
-    #[error(transparent)]
+    #[error("{0}. Nothing was changed")]
     Survey(#[from] SurveyError),
     /// The standby can't be asked, before anything was changed.
     #[error("can't ask the standby: {0}. Nothing was changed")]
@@ -200,6 +200,20 @@ pub enum FailoverError {
         /// What keeps it.
         why: String,
     },
+    /// Somebody promoted it too early.
+    #[error(
+        "{standby} was promoted while this waited, when it was last seen at {at}, not yet at {lsn}. If it lacks commits, the \
+         proposer refuses it and says so; then stop it, and run this again with a standby that isn't promoted. The old \
+         primary is fenced off"
+    )]
+    PromotedEarly {
+        /// Which server.
+        standby: String,
+        /// Where it should have been.
+        lsn: Lsn,
+        /// Where it was.
+        at: Lsn,
+    },
     /// The standby can't be made to stream from the safekeepers.
     #[error(
         "can't make the standby stream from the safekeepers: {0}. The old primary is fenced off. Set its primary_conninfo \
@@ -237,7 +251,7 @@ impl FailoverError {
                 Kind::TimedOut
             }
             Self::NoFence(_) | Self::Sync(_) | Self::Repoint(_) => Kind::Failed,
-            Self::Overtaken { .. } | Self::OtherBranch { .. } => Kind::Unsafe,
+            Self::Overtaken { .. } | Self::OtherBranch { .. } | Self::PromotedEarly { .. } => Kind::Unsafe,
         }
     }
 }
@@ -247,7 +261,7 @@ impl FailoverError {
 /// # Errors
 /// See [`FailoverError`]: each says what state things are in.
 pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared, FailoverError> {
-    let deadline = Instant::now() + options.timeout;
+    let deadline = super::deadline(options.timeout);
     let (survey, mut standby) = look(options, steps, deadline).await?;
     let fenced = options.pg_timeline.unwrap_or_else(|| survey.ancestry().current());
     fence_off(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
@@ -377,9 +391,10 @@ pub(super) async fn one_end(
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
     let Some((lsn, term)) = sync_until_enough(ttid, &status, &step, deadline).await? else {
-        return Err(SurveyError::Empty(ttid.to_string()).into());
+        return Err(FailoverError::SyncTimedOut("they say that they have no WAL any more".to_owned()));
     };
-    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await?;
+    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await;
+    let survey = survey.map_err(|error| FailoverError::SyncTimedOut(error.to_string()))?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
     let log = ancestry.current();
@@ -462,7 +477,7 @@ pub struct Cancelled {
 /// # Errors
 /// See [`FailoverError`].
 pub async fn cancel(options: &CancelOptions, steps: &Steps) -> Result<Cancelled, FailoverError> {
-    let deadline = Instant::now() + options.timeout;
+    let deadline = super::deadline(options.timeout);
     let step = steps.begin("look", "asking the safekeepers");
     let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
     let (log, fenced) = (survey.ancestry().current(), survey.members.iter().filter_map(|member| member.fenced).max());

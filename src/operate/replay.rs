@@ -50,8 +50,7 @@ pub(super) async fn wait(
     loop {
         let why = match server.state().await {
             Ok(state) if !state.in_recovery => {
-                let (standby, timeline) = (server.name().to_owned(), state.timeline);
-                return Err(FailoverError::AlreadyPromoted { standby, timeline });
+                return Err(FailoverError::PromotedEarly { standby: server.name().to_owned(), lsn: wanted.lsn, at });
             }
             Ok(state) if state.replayed >= wanted.lsn => {
                 check_branch(server, wanted, &state, &step).await?;

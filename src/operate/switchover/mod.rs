@@ -89,7 +89,7 @@ pub struct SwitchedOver {
 #[derive(Debug, thiserror::Error)]
 pub enum SwitchoverError {
     /// The safekeepers can't be used as they are.
-    #[error(transparent)]
+    #[error("{0}. Nothing was changed")]
     Survey(#[from] SurveyError),
     /// Something isn't as it must be; nothing was changed.
     #[error("{0}. Nothing was changed")]
@@ -203,7 +203,7 @@ pub async fn run(options: &SwitchoverOptions, steps: &Steps) -> Result<SwitchedO
         to: Server::new(&options.to).map_err(unfit)?,
         options,
         steps,
-        deadline: Instant::now() + options.timeout,
+        deadline: super::deadline(options.timeout),
     };
     let Checked { survey, from_runs, promoted } = checks::check(&mut switchover).await?;
     let mut paused_at = None;
