@@ -27,6 +27,8 @@ have_postgres() {
 
 have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/dev/null; }
 
+have_systemd() { command -v systemd-analyze >/dev/null && { [ -x /lib/systemd/systemd ] || [ -x /usr/lib/systemd/systemd ]; }; }
+
 have_compiler() { command -v cc >/dev/null; }
 
 # install_packages WHY PACKAGE...: installs Debian packages without letting them start a service, now or at the next boot.
@@ -64,6 +66,9 @@ install_packages() {
 need_postgres() { have_postgres || install_packages "PostgreSQL (server and client programs)" postgresql-15 postgresql-client-15; }
 
 need_prometheus() { have_prometheus || install_packages "Prometheus" prometheus; }
+
+# Installed, not run: a test checks units with it, and starts one of its own.
+need_systemd() { have_systemd || install_packages "systemd" systemd; }
 
 need_npm() {
     if ! command -v npm >/dev/null || ! command -v node >/dev/null; then

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, StopMode, Walproposer, scenario, secs,
-    wait_for,
+    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Proposing, Safekeeper, Scratch, StopMode, Walproposer,
+    scenario, secs, wait_for,
 };
 
 const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
@@ -31,12 +31,16 @@ fn start(scratch: &Scratch) -> Result<(Cluster, Postgres, Walproposer)> {
     let mut walproposer = Walproposer::named(scratch, &binaries(), name, &cluster.primary, members, &args)?;
     walproposer.start()?;
     cluster.wait_synchronous()?;
+    wait_streaming(&new)?;
+    Ok((cluster, new, walproposer))
+}
+
+fn wait_streaming(standby: &Postgres) -> Result<()> {
     wait_for(secs(60), "the standby to stream", || {
         let receiver = "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'";
-        ensure!(new.sql()?.value(receiver)? == "1", "it doesn't");
+        ensure!(standby.sql()?.value(receiver)? == "1", "it doesn't");
         Ok(())
-    })?;
-    Ok((cluster, new, walproposer))
+    })
 }
 
 /// A switchover under way.
@@ -146,6 +150,36 @@ fn the_old_primary_follows_the_new_one_without_a_rewind() {
         ensure!(code == 0 && json["result"]["pause_seconds"].is_null(), "{code}: {json:#}");
         ensure!(json["result"]["pg_timeline"] == 2, "{json:#}");
         Ok(())
+    });
+}
+
+#[test]
+fn members_that_propose_themselves_go_over_to_the_new_primary_and_back() {
+    scenario("switchover-members", |scratch| {
+        let options = ClusterOptions { proposing: Proposing::Members, further_servers: 1, ..ClusterOptions::default() };
+        let mut cluster = Cluster::start(scratch, &binaries(), &options)?;
+        let mut new = cluster.add_standby(scratch, "standby")?;
+        wait_streaming(&new)?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        // One of them is away, and another leads.
+        let away = (cluster.wait_leader()? + 1) % 3;
+        cluster.safekeeper(away)?.kill()?;
+        for round in 1..=2 {
+            let stop = stop_command(scratch, &cluster.primary, "fast");
+            let follow = standby_command(&cluster, &cluster.primary);
+            let ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop, "--start-old", &follow])?;
+            start_as_standby(&mut cluster)?;
+            let (code, json) = ctl.end()?;
+            ensure!(code == 0 && json["result"]["old_follows"] == true, "{code}: {json:#}");
+            ensure!(json["result"]["pg_timeline"] == round + 1, "{json:#}");
+            println!("{} s", json["result"]["pause_seconds"]);
+            // And back, which is the same with the names exchanged.
+            std::mem::swap(&mut cluster.primary, &mut new);
+            cluster.primary.sql()?.run("INSERT INTO t SELECT 1001")?;
+            wait_streaming(&new)?;
+        }
+        cluster.safekeeper(away)?.start()?;
+        cluster.wait_committed(cluster.primary.flush_lsn()?)
     });
 }
 

@@ -70,8 +70,7 @@ pub enum Divergence {
         "the safekeepers have whole records up to {end} on Postgres timeline {log}, but the primary, now on timeline \
          {primary}, left that one at {parted}: commits in between may have been acknowledged, and the primary lacks them. \
          Nothing was changed. Either go back to a server that has this WAL, or, if it may be lost, keep the primary's WAL \
-         under another --timeline-id. (Bringing the safekeepers to one LSN with --sync-safekeepers and letting the standby \
-         replay it before it is promoted avoids this.)"
+         under another --timeline-id. (`safekeeperctl failover prepare` before a promotion avoids this.)"
     )]
     BeyondFork {
         /// Timeline at the end of the log.

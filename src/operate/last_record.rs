@@ -174,3 +174,49 @@ impl Iterator for Logical<'_> {
         Some(self.wal.get(offset).copied())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::storage::test_wal::{PG_VERSION, SIZE, WalWriter};
+
+    /// What is found at the end of `wal`, by reading as much as from a safekeeper.
+    fn last(wal: &WalWriter) -> Result<LastRecord, LastRecordError> {
+        let end = wal.position();
+        let from = Lsn(Lsn(end.0 - 1).page_start().0 - PAGE_SIZE);
+        find(wal.between(from, end), from, SIZE, PG_VERSION, end)
+    }
+
+    #[test]
+    fn a_shutdown_checkpoint_is_found_wherever_it_lies_on_the_pages() {
+        let start = Lsn(0x10_0000);
+        // It moves over a page boundary in the smallest steps there are, behind short and long records.
+        for step in 0..60 {
+            for before in [7800, 24_000] {
+                let mut wal = WalWriter::new(start);
+                wal.record(9000, 1).record(before + 8 * step, 2);
+                let record = last(wal.checkpoint(0)).unwrap();
+                assert!(record.is_shutdown_checkpoint(), "{step}: {record:?}");
+                assert_eq!(Some(record.start), wal.last_record_before(wal.position()), "{step}");
+                let record = last(wal.record(8 * step, 3)).unwrap();
+                assert!(!record.is_shutdown_checkpoint(), "another record came after it");
+                assert!(!last(wal.checkpoint(0x10)).unwrap().is_shutdown_checkpoint(), "one of a running server");
+            }
+        }
+    }
+
+    #[test]
+    fn what_only_looks_like_one_is_none() {
+        let mut wal = WalWriter::new(Lsn(0x10_0000));
+        wal.record(9000, 1).record(9000, 2).checkpoint(0);
+        let whole = last(&wal).unwrap();
+        assert!(!LastRecord { redo: Some(Lsn(8)), ..whole }.is_shutdown_checkpoint(), "its replay begins elsewhere");
+        assert!(!LastRecord { resource_manager: 1, ..whole }.is_shutdown_checkpoint(), "not the log's own");
+        assert!(!LastRecord { redo: None, ..whole }.is_shutdown_checkpoint(), "no checkpoint's data");
+        // The end isn't a record's end.
+        let (from, end) = (Lsn(0x10_0000), wal.position());
+        let cut = Lsn(end.0 - 8);
+        let error = find(wal.between(from, cut), from, SIZE, PG_VERSION, cut).unwrap_err();
+        assert!(matches!(error, LastRecordError::NoRecord { end } if end == cut), "{error}");
+    }
+}

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use pgproto::backend::SqlState;
 use pgproto::{Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::driver::{Driver, Ended};
@@ -34,6 +35,9 @@ use crate::retry::Backoff;
 
 /// Elections lost in a row after which somebody else must be proposing.
 const MAX_LOST_ELECTIONS: u32 = 10;
+
+/// How long the others may take to answer once a majority has.
+const GRACE: Duration = Duration::from_millis(500);
 
 /// The name under which a safekeeper tells its flush LSN, not only what is committed.
 const APPLICATION_NAME: &str = "wal_proposer_recovery";
@@ -139,15 +143,7 @@ enum Answer {
 async fn facts(addresses: &[HostPort], ttid: TenantTimelineId) -> Option<PrimaryFacts> {
     let mut retry = Backoff::for_peers();
     loop {
-        let mut missing = 0;
-        let mut known = Vec::new();
-        for address in addresses {
-            match ask_for_facts(address, addresses, ttid).await {
-                Answer::Facts(facts) => known.push(*facts),
-                Answer::Missing => missing += 1,
-                Answer::Unknown => {}
-            }
-        }
+        let (known, missing) = ask_all(addresses, ttid).await;
         if let Some(facts) = known.into_iter().max_by_key(|facts| facts.stock.ancestry.current()) {
             return Some(facts);
         }
@@ -156,6 +152,32 @@ async fn facts(addresses: &[HostPort], ttid: TenantTimelineId) -> Option<Primary
             return None;
         }
         wait(&mut retry).await;
+    }
+}
+
+/// What those say that have the timeline, and how many haven't. Once a majority has answered, the others get a little more
+/// time: one that hangs would cost many seconds in which nothing is committed.
+async fn ask_all(addresses: &[HostPort], ttid: TenantTimelineId) -> (Vec<PrimaryFacts>, usize) {
+    let mut asked = JoinSet::new();
+    for address in addresses {
+        let (address, all) = (address.clone(), addresses.to_vec());
+        asked.spawn(async move { ask_for_facts(&address, &all, ttid).await });
+    }
+    let (mut known, mut missing, mut until) = (Vec::new(), 0, None);
+    loop {
+        let answer = match until {
+            None => asked.join_next().await,
+            Some(until) => tokio::time::timeout_at(until, asked.join_next()).await.unwrap_or(None),
+        };
+        match answer {
+            None => return (known, missing),
+            Some(Ok(Answer::Facts(facts))) => known.push(*facts),
+            Some(Ok(Answer::Missing)) => missing += 1,
+            Some(Ok(Answer::Unknown) | Err(_)) => {}
+        }
+        if known.len() + missing >= majority(addresses.len()) {
+            until.get_or_insert(tokio::time::Instant::now() + GRACE);
+        }
     }
 }
 

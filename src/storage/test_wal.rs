@@ -109,6 +109,17 @@ impl WalWriter {
         self
     }
 
+    /// Adds a checkpoint: a shutdown one (operation 0), whose redo position is its own, or another (0x10).
+    pub fn checkpoint(&mut self, info: u8) -> &mut Self {
+        let header = if self.position.page_offset() == 0 { header_size(self.position, SIZE) } else { 0 };
+        let redo = self.position.0 + u64::try_from(header).unwrap();
+        let mut body = vec![255, 88];
+        body.extend_from_slice(&redo.to_le_bytes());
+        body.resize(2 + 88, 0);
+        self.put_record(info, &body);
+        self
+    }
+
     /// Adds an XLOG_SWITCH and the zeros up to the end of the segment.
     pub fn switch(&mut self) -> &mut Self {
         self.put_record(0x40, &[]);

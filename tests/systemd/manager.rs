@@ -118,7 +118,8 @@ impl Manager {
         fs::write(units.join(unit), text)?;
         let own = units.join(format!("{unit}.d"));
         fs::create_dir(&own)?;
-        let log = "StandardOutput=append:/opt/log/%n\nStandardError=append:/opt/log/%n\n";
+        let log = "StandardOutput=append:/opt/log/%n\nStandardError=append:/opt/log/%n\n\
+                   ExecStopPost=/bin/echo ended: $SERVICE_RESULT $EXIT_CODE $EXIT_STATUS\n";
         fs::write(own.join("test.conf"), format!("[Service]\nUser=65534\nGroup=65534\n{log}"))?;
         self.systemctl(&["daemon-reload"]).map(drop)
     }
