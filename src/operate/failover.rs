@@ -30,7 +30,6 @@ use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};
-use crate::propose::upstream::UpstreamError;
 
 /// How long safekeepers that are slow, or hang, are waited for once a majority has everything.
 const LAGGARD_GRACE: Duration = Duration::from_secs(1);
@@ -156,6 +155,26 @@ pub enum FailoverError {
          limit: {0}. Don't promote; run this again"
     )]
     SyncTimedOut(String),
+    /// The safekeepers have one end, and don't answer to be asked for it.
+    #[error(
+        "the old primary is fenced off, but the safekeepers can't be asked for their common end: {}. Don't promote; run this \
+         again", .0.cause()
+    )]
+    EndUnknown(SurveyError),
+    /// Somebody promoted the standby.
+    #[error(
+        "{standby} was promoted, to Postgres timeline {timeline}, before it was known to have everything up to {lsn}. The old \
+         primary is fenced off. If the proposer follows it, it has everything. If the proposer says that commits are missing, \
+         stop it and take another standby"
+    )]
+    PromotedEarly {
+        /// Which server.
+        standby: String,
+        /// Its timeline.
+        timeline: PgTimelineId,
+        /// What it should have replayed.
+        lsn: Lsn,
+    },
     /// A newer primary came in between.
     #[error(
         "while this ran the safekeepers' log went on to Postgres timeline {log}: another server was promoted and is \
@@ -184,6 +203,17 @@ pub enum FailoverError {
         at: Lsn,
         /// The end of the log.
         lsn: Lsn,
+    },
+    /// It isn't known whether the standby has other WAL than the safekeepers.
+    #[error(
+        "{standby} has replayed far enough, but its Postgres timelines can't be compared with the safekeepers': {why}. Nothing \
+         was promoted"
+    )]
+    BranchUnknown {
+        /// Which server.
+        standby: String,
+        /// Why not.
+        why: String,
     },
     /// The standby isn't there yet.
     #[error(
@@ -233,11 +263,16 @@ impl FailoverError {
             | Self::StandbyAhead { .. }
             | Self::NewerPrimary { .. }
             | Self::TakenOver { .. } => Kind::Refused,
-            Self::NotFenced(_) | Self::SyncTimedOut(_) | Self::StandbyBehind { .. } | Self::NotLifted(_) => {
-                Kind::TimedOut
-            }
+            Self::NotFenced(_)
+            | Self::SyncTimedOut(_)
+            | Self::EndUnknown(_)
+            | Self::StandbyBehind { .. }
+            | Self::NotLifted(_) => Kind::TimedOut,
             Self::NoFence(_) | Self::Sync(_) | Self::Repoint(_) => Kind::Failed,
-            Self::Overtaken { .. } | Self::OtherBranch { .. } => Kind::Unsafe,
+            Self::Overtaken { .. }
+            | Self::PromotedEarly { .. }
+            | Self::OtherBranch { .. }
+            | Self::BranchUnknown { .. } => Kind::Unsafe,
         }
     }
 }
@@ -262,6 +297,7 @@ pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared
                 having: &end.having,
                 ttid: options.ttid,
                 repoint: options.repoint,
+                strict: false,
             };
             replay::wait(server, &wanted, steps, deadline).await?;
             Some(server.name().to_owned())
@@ -377,9 +413,10 @@ pub(super) async fn one_end(
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
     let Some((lsn, term)) = sync_until_enough(ttid, &status, &step, deadline).await? else {
-        return Err(SurveyError::Empty(ttid.to_string()).into());
+        return Err(FailoverError::EndUnknown(SurveyError::Empty(ttid.to_string())));
     };
-    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await?;
+    let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await;
+    let survey = survey.map_err(FailoverError::EndUnknown)?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
     let log = ancestry.current();
@@ -490,9 +527,4 @@ pub(super) fn names(ancestry: &Ancestry) -> String {
         false => branch.timeline.to_string(),
     };
     ancestry.branches().iter().map(name).collect::<Vec<_>>().join(", ")
-}
-
-/// An answer about timelines that can't be had is no proof of anything.
-pub(super) fn unproven(error: &UpstreamError) -> String {
-    format!("its timelines can't be compared with the safekeepers': {error}")
 }

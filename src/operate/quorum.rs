@@ -146,6 +146,13 @@ impl SurveyError {
     pub fn kind(&self) -> Kind {
         Kind::Refused
     }
+
+    /// What is the matter, without what it says of the state of things, for when something was changed before.
+    pub fn cause(&self) -> String {
+        let text = self.to_string();
+        let cause = text.split_once("Nothing was changed").map_or(text.as_str(), |(cause, _)| cause);
+        cause.trim_end_matches([' ', '.']).to_owned()
+    }
 }
 
 /// Asks all of `safekeepers` until a majority has answered. `on_retry` hears what it waits for.
