@@ -5,9 +5,11 @@
 //! | Room | What it promises |
 //! |---|---|
 //! | [`operate`] | what an operator does across nodes and servers: failover, switchover |
+//! | [`drain`] | takes a safekeeper out, step by step |
 //! | [`http`] | the management API and `/metrics` |
 //! | [`server`] | the Postgres-protocol endpoint |
 //! | `propose` | follows a stock primary and proposes its WAL to the quorum |
+//! | [`shutdown`] | which step of a shutdown comes when, for all that take part |
 //! | [`receive`] | follows a log across safekeepers into a directory, a stream or an embedder |
 //! | [`peers`] | what safekeepers tell each other |
 //! | [`client`] | the client side of the Postgres protocol |
@@ -20,6 +22,7 @@ pub mod clock;
 pub mod config;
 pub mod consensus;
 pub mod daemon;
+pub mod drain;
 pub mod http;
 pub mod lanes;
 pub mod metrics;
@@ -29,5 +32,6 @@ pub mod propose;
 pub mod receive;
 pub mod retry;
 pub mod server;
+pub mod shutdown;
 pub mod storage;
 pub mod timeline;

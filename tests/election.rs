@@ -326,7 +326,7 @@ fn nobody_campaigns_while_nobody_has_a_primary() {
         let safekeeper = system.cluster.safekeeper(before.0)?;
         wait_for(DEADLINE, "the leader to try again and again", || {
             let tries = metric(safekeeper, "walproposer_reconnects_total{target=\"primary\"}")?;
-            ensure!(tries >= 8, "{tries} tries");
+            ensure!(tries >= 9, "{tries} tries");
             Ok(())
         })?;
         system.cluster.primary.start()?;

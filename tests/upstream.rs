@@ -335,15 +335,20 @@ fn the_primarys_settings_are_judged() {
     });
 }
 
-/// The primary doesn't notice by itself that the former leader is gone. Its role needs no rights but replication.
+/// The primary doesn't notice by itself that the former leader is gone, and can't even tell it to go: it reads nothing. Its role needs no rights but replication.
 #[test]
 fn a_new_leader_gets_the_slot_from_a_connection_that_holds_it() {
     scenario("upstream-takeover", |scratch| {
         let server = started(scratch, &[SYNCHRONOUS])?;
         server.sql()?.run("SET synchronous_commit = local; CREATE ROLE follower REPLICATION LOGIN")?;
+        let facts = runtime()?.block_on(facts(&settings(&server.conninfo())?))?;
+        // More than sockets take.
+        for _ in 0..3 {
+            server.sql()?.run("SET synchronous_commit = local; CREATE TABLE t(); DROP TABLE t")?;
+            server.sql()?.run("SELECT pg_switch_wal()")?;
+        }
         let conninfo = server.conninfo().replace("user=postgres", "user=follower");
         let (runtime, mine) = (runtime()?, settings(&conninfo)?);
-        let facts = runtime.block_on(facts(&mine))?;
         let timeline = facts.stock.ancestry.current();
         let begin = |settings: &Settings, take_slot| {
             runtime.block_on(upstream::follow(settings, &facts, timeline, facts.initial_start, take_slot))

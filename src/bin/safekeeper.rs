@@ -3,24 +3,21 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
+use safekeeper::drain::Household;
 use safekeeper::lanes::Lanes;
 use safekeeper::peers::{PeerOptions, Peers};
 use safekeeper::propose::candidate::{Candidate, CandidateSettings};
 use safekeeper::server::{self, ServerConfig};
+use safekeeper::shutdown::Shutdown;
 use safekeeper::storage::journal::JournalLimits;
 use safekeeper::storage::{self, DataDir, DataDirOptions, ForkLimits, RealDisk};
 use safekeeper::timeline::holds::RetentionPolicy;
 use safekeeper::timeline::registry::Registry;
 use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
-use tokio_util::sync::CancellationToken;
-
-/// How long a stop waits until proposing is handed over.
-const HAND_OVER_LIMIT: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let Loaded::<SafekeeperSettings> { settings, warnings } =
@@ -56,15 +53,6 @@ async fn recover(data_dir: &DataDir) -> anyhow::Result<()> {
     }
     anyhow::ensure!(damaged == 0, "{damaged} of {} timelines are damaged", timelines.len());
     Ok(())
-}
-
-/// Stops everything when it is asked for, once somebody else can propose: that takes the peers.
-async fn stop(asked: CancellationToken, candidate: Option<Arc<Candidate>>, shutdown: CancellationToken) {
-    asked.cancelled().await;
-    if let Some(candidate) = candidate {
-        candidate.resign(HAND_OVER_LIMIT).await;
-    }
-    shutdown.cancel();
 }
 
 #[tokio::main]
@@ -111,25 +99,27 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
         node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
         http = %settings.listen_http, "safekeeper is ready"
     );
-    let shutdown = CancellationToken::new();
-    let asked = CancellationToken::new();
-    tokio::spawn(daemon::cancel_on_signal(asked.clone()));
-    let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.clone());
+    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
+    daemon::obey_signals(&shutdown);
+    let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.done().clone());
     tokio::spawn(Arc::clone(&peers).run());
-    let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.clone()));
+    let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.saving().clone()));
     let candidate = match candidacy {
         Some(settings) => {
             let (registry, peers) = (Arc::clone(&registry), Arc::clone(&peers));
-            Some(Candidate::start(registry, peers, settings, &shutdown).context("cannot start the proposer")?)
+            Some(Candidate::start(registry, peers, settings, shutdown.done()).context("cannot start the proposer")?)
         }
         None => None,
     };
-    tokio::spawn(stop(asked, candidate.clone(), shutdown.clone()));
-    let router = http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate);
-    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.clone()));
-    server::serve(pg, registry, peers, ServerConfig::default(), shutdown.clone()).await;
-    shutdown.cancel();
+    let router =
+        http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate.clone(), shutdown.clone());
+    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.done().clone()));
+    let config = ServerConfig::default();
+    let pg = tokio::spawn(server::serve(pg, Arc::clone(&registry), Arc::clone(&peers), config, shutdown.clone()));
+    daemon::ready(&format!("{} timelines", registry.list().len()));
+    let household = Household { registry, peers, candidate, retention, hooks: settings.shutdown_hook };
+    household.conduct(&shutdown).await;
+    pg.await.context("Postgres server")?;
     http.await.context("HTTP server")?;
-    retention.await.context("retention")?;
     Ok(())
 }

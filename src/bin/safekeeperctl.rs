@@ -36,7 +36,7 @@ async fn start(settings: SafekeeperctlSettings) -> anyhow::Result<ExitCode> {
         CtlCommand::Failover(FailoverCommand::Cancel(_)) => cancel(&settings, &steps).await,
         CtlCommand::Switchover(args) => switch_over(&settings, *args, &steps).await,
         CtlCommand::Status => members(&settings).await,
-        CtlCommand::Drain(args) => drained(args, &steps).await,
+        CtlCommand::Drain(args) => drained(&settings, args, &steps).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::List(args))) => list_forks(&settings, args).await,
         CtlCommand::Timeline(TimelineCommand::Forks(ForksCommand::Export(args))) => {
             export_forks(&settings, args, &steps).await
@@ -171,9 +171,10 @@ async fn members(settings: &SafekeeperctlSettings) -> Report {
     }
 }
 
-async fn drained(args: DrainArgs, steps: &Steps) -> Report {
-    match drain::run(&drain::DrainOptions { node: args.node }, steps).await {
-        Ok(drained) => Report::done(&drained, format!("{} is drained", drained.node)),
+async fn drained(settings: &SafekeeperctlSettings, args: DrainArgs, steps: &Steps) -> Report {
+    let options = drain::DrainOptions { node: args.node, timeout: settings.timeout.into() };
+    match drain::run(&options, steps).await {
+        Ok(drained) => Report::done(&drained, format!("{} is out of service, its process is gone", drained.node)),
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

@@ -7,6 +7,7 @@ use anyhow::Context;
 use pgproto::{Lsn, TenantTimelineId};
 use safekeeper::config::{self, Loaded, WalproposerSettings};
 use safekeeper::propose::{self, Settings, status::Status};
+use safekeeper::shutdown::Shutdown;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
 
@@ -21,14 +22,14 @@ fn main() -> ExitCode {
 async fn start(settings: WalproposerSettings, warnings: Vec<String>) -> anyhow::Result<()> {
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
-    let shutdown = CancellationToken::new();
-    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
+    daemon::obey_signals(&shutdown);
     let ttid = settings.tenant_id.zip(settings.timeline_id);
     let ttid = ttid.map(|(tenant, timeline)| TenantTimelineId::new(tenant, timeline));
     let status = Arc::new(Status::new(settings.safekeepers.clone()));
     match settings.primary.clone() {
         Some(primary) if !settings.sync_safekeepers => follow(settings, primary, ttid, status, shutdown).await,
-        _ => sync(ttid, status, shutdown, settings.json).await,
+        _ => sync(ttid, status, shutdown.refusing().clone(), settings.json).await,
     }
 }
 
@@ -53,7 +54,7 @@ async fn follow(
     primary: tokio_postgres::Config,
     ttid: Option<TenantTimelineId>,
     status: Arc<Status>,
-    shutdown: CancellationToken,
+    shutdown: Shutdown,
 ) -> anyhow::Result<()> {
     let listener = daemon::bind("--listen-http", &settings.listen_http).await?;
     let proposing = Settings {
@@ -68,10 +69,12 @@ async fn follow(
         listener,
         http::walproposer::router(Arc::clone(&status)),
         http::Limits::default(),
-        shutdown.clone(),
+        shutdown.done().clone(),
     ));
-    let result = propose::run(proposing, status, shutdown.clone()).await;
-    shutdown.cancel();
+    daemon::ready("looking for the primary");
+    // What was received is committed and reported before it ends.
+    let result = propose::run(proposing, status, shutdown.refusing().clone()).await;
+    shutdown.finish();
     http.await.context("HTTP server")?;
     Ok(result?)
 }

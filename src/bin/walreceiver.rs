@@ -14,8 +14,8 @@ use safekeeper::receive::sinks::{DirectorySink, StreamSink};
 use safekeeper::receive::status::Status;
 use safekeeper::receive::verify::{self, Progress};
 use safekeeper::receive::{self, Settings, Sink, slot};
+use safekeeper::shutdown::Shutdown;
 use safekeeper::{daemon, http};
-use tokio_util::sync::CancellationToken;
 
 /// Between lines about how far a verification has come.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
@@ -82,14 +82,14 @@ fn access(settings: &WalreceiverSettings) -> Access {
 }
 
 async fn receive_into<S: Sink>(mut sink: S, settings: WalreceiverSettings, access: Access) -> anyhow::Result<()> {
-    let shutdown = CancellationToken::new();
-    tokio::spawn(daemon::cancel_on_signal(shutdown.clone()));
+    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
+    daemon::obey_signals(&shutdown);
     let status = Arc::new(Status::default());
     let http = match &settings.listen_http {
         Some(address) => {
             let listener = daemon::bind("--listen-http", address).await?;
             let router = http::walreceiver::router(Arc::clone(&status));
-            Some(tokio::spawn(http::serve(listener, router, http::Limits::default(), shutdown.clone())))
+            Some(tokio::spawn(http::serve(listener, router, http::Limits::default(), shutdown.done().clone())))
         }
         None => None,
     };
@@ -104,8 +104,10 @@ async fn receive_into<S: Sink>(mut sink: S, settings: WalreceiverSettings, acces
         status_interval: Some(Duration::from_secs(settings.status_interval.into())).filter(|time| !time.is_zero()),
         no_loop: settings.no_loop,
     };
-    let result = receive::run(receiving, &mut sink, &status, shutdown.clone()).await;
-    shutdown.cancel();
+    daemon::ready("looking for a node to follow");
+    // What came is made durable and reported before it ends.
+    let result = receive::run(receiving, &mut sink, &status, shutdown.refusing().clone()).await;
+    shutdown.finish();
     if let Some(http) = http {
         http.await.context("HTTP server")?;
     }

@@ -143,6 +143,16 @@ pub struct SafekeeperSettings {
     )]
     pub no_sync: bool,
 
+    /// How long a clean stop may take, such as 10s or 1min. Then, as at a second signal, the process ends at once, which is safe. Give
+    /// the service manager a little more.
+    #[arg(long, value_name = "TIME", env = "SAFEKEEPER_SHUTDOWN_TIMEOUT", default_value = values::SHUTDOWN_TIMEOUT, value_parser = values::shutdown_timeout)]
+    pub shutdown_timeout: humantime::Duration,
+
+    /// Command that is run by /bin/sh when a stop has done all else; may be given several times. It knows SAFEKEEPER_NODE_ID and
+    /// SAFEKEEPER_SHUTDOWN_REASON, its output goes to the log, and it is killed at the --shutdown-timeout.
+    #[arg(long, value_name = "COMMAND", env = "SAFEKEEPER_SHUTDOWN_HOOK")]
+    pub shutdown_hook: Vec<String>,
+
     /// Form of the log on standard error. What is logged is set by RUST_LOG, such as "info" (the default) or
     /// "info,safekeeper::server=debug".
     #[arg(long, value_name = "FORMAT", env = "SAFEKEEPER_LOG_FORMAT", value_enum, default_value_t)]

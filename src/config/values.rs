@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::time::Duration;
 
 use pgproto::NodeId;
 use pgproto::replication::check_slot_name;
@@ -68,6 +69,24 @@ pub(super) fn slot_name(text: &str) -> Result<String, String> {
     let refused = |_| "a slot name has 1 to 63 lower-case letters, digits and underscores".to_owned();
     check_slot_name(text).map(|()| text.to_owned()).map_err(refused)
 }
+
+/// What a daemon takes to stop at most, unless it is told otherwise.
+pub(super) const SHUTDOWN_TIMEOUT: &str = "10s";
+
+/// Parses the longest time that a clean stop may take.
+pub(super) fn shutdown_timeout(text: &str) -> Result<humantime::Duration, String> {
+    let time: humantime::Duration = text.parse().map_err(|_| "expected a time such as 10s or 1min".to_owned())?;
+    match (MIN_SHUTDOWN_TIMEOUT..=MAX_SHUTDOWN_TIMEOUT).contains(&*time) {
+        true => Ok(time),
+        false => Err("a stop may take from 100ms up to 1h".to_owned()),
+    }
+}
+
+/// In less, a process that has work can't do any of it.
+const MIN_SHUTDOWN_TIMEOUT: Duration = Duration::from_millis(100);
+
+/// More is a mistake: a process that is stuck for so long doesn't come free.
+const MAX_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(3600);
 
 /// Parses the name of an availability zone.
 pub(super) fn availability_zone(text: &str) -> Result<String, String> {

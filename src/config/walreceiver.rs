@@ -153,6 +153,10 @@ pub struct WalreceiverSettings {
     #[arg(long, requires = "verify")]
     pub json: bool,
 
+    /// How long a clean stop may take, such as 10s or 1min. Then, as at a second signal, the process ends at once, which is safe.
+    #[arg(long, value_name = "TIME", env = "WALRECEIVER_SHUTDOWN_TIMEOUT", default_value = values::SHUTDOWN_TIMEOUT, value_parser = values::shutdown_timeout)]
+    pub shutdown_timeout: humantime::Duration,
+
     /// Form of the log on standard error. What is logged is set by RUST_LOG, such as "info" (the default) or
     /// "info,safekeeper::receive=debug".
     #[arg(long, value_name = "FORMAT", env = "WALRECEIVER_LOG_FORMAT", value_enum, default_value_t)]

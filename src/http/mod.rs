@@ -15,6 +15,7 @@
 //! | `serve` | connections: accept, bound, shut down |
 //! | `request` | what all requests have in common: ids, bodies, logging |
 //! | [`error`] | failures as responses |
+//! | [`drain`] | taking a node out |
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `status` | routes of a program with nothing to manage |
 //! | [`forks`] | WAL that leaders cut off |
@@ -22,6 +23,7 @@
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
 
+pub mod drain;
 pub mod error;
 mod fence;
 pub mod forks;

@@ -3,7 +3,9 @@
 //! | Route | Answer |
 //! |---|---|
 //! | `GET /metrics` | metrics in Prometheus's text format |
-//! | `GET /v1/status` | `{"id": node id}` |
+//! | `GET /v1/status` | `{"id": node id, "state": step of the shutdown or "running", "shutdown": its steps so far or null}` |
+//! | `POST /v1/drain` | begins the shutdown, if that isn't under way; 202 with the same as `/v1/status` |
+//! | `GET /v1/drain?after=STEP` | the same as `/v1/status`, as soon as `STEP` is over |
 //! | `GET /v1/proposer` | [`ProposerView`](crate::propose::candidate::ProposerView): this member's part in proposing; 404 without `--upstream` |
 //! | `GET /v1/utilization` | `{"timeline_count": n}` |
 //! | `GET /v1/tenant/timeline` | names of all loaded timelines |
@@ -22,9 +24,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use pgproto::walproposer::{Configuration, TermLsn};
-use pgproto::{Lsn, NodeId, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::{Lsn, SegmentSize, SystemId, TenantId, TenantTimelineId, Term, TimelineId};
 use serde::{Deserialize, Serialize};
 
+use super::drain::{self, NodeStatus};
 use super::error::ApiError;
 use super::fence;
 use super::forks;
@@ -37,6 +40,7 @@ use crate::consensus::state::{ControlState, ServerInfo, StockInfo};
 use crate::metrics::{self, Exposition};
 use crate::peers::Peers;
 use crate::propose::candidate::Candidate;
+use crate::shutdown::Shutdown;
 use crate::timeline::Timeline;
 use crate::timeline::registry::Registry;
 
@@ -47,6 +51,13 @@ pub(super) type Timelines = State<Arc<Registry>>;
 struct Node {
     registry: Arc<Registry>,
     peers: Arc<Peers>,
+    shutdown: Shutdown,
+}
+
+impl FromRef<Node> for Shutdown {
+    fn from_ref(node: &Node) -> Self {
+        node.shutdown.clone()
+    }
 }
 
 impl FromRef<Node> for Arc<Registry> {
@@ -61,9 +72,15 @@ impl FromRef<Node> for Arc<Peers> {
     }
 }
 
-/// The routes, over the timelines of this node, what it knows of the others, and its part in proposing, if it has one.
-pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<Candidate>>) -> Router {
-    let exposition = Exposition::safekeeper(Arc::clone(&registry));
+/// The routes, over the timelines of this node, what it knows of the others, its part in proposing, if it has one, and its
+/// shutdown.
+pub fn router(
+    registry: Arc<Registry>,
+    peers: Arc<Peers>,
+    candidate: Option<Arc<Candidate>>,
+    shutdown: Shutdown,
+) -> Router {
+    let exposition = Exposition::safekeeper(Arc::clone(&registry), shutdown.clone());
     let exposition = Arc::new(match &candidate {
         Some(candidate) => exposition.with_proposer(walproposer::Source(candidate.proposer())),
         None => exposition,
@@ -71,6 +88,7 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<
     let router = Router::new()
         .route("/metrics", get(move || metrics_response(exposition)))
         .route("/v1/status", get(node_status))
+        .route("/v1/drain", get(drain::after).post(drain::begin))
         .route("/v1/utilization", get(utilization))
         .route("/v1/tenant/timeline", get(list_timelines).post(create_timeline))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}", get(timeline_status))
@@ -79,7 +97,7 @@ pub fn router(registry: Arc<Registry>, peers: Arc<Peers>, candidate: Option<Arc<
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/forks/{number}/segments/{name}", get(forks::segment))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/term_bump", post(term_bump))
         .route("/v1/tenant/{tenant_id}/timeline/{timeline_id}/fence", post(fence::fence))
-        .with_state(Node { registry, peers });
+        .with_state(Node { registry, peers, shutdown });
     let router = match candidate {
         Some(candidate) => router.route("/v1/proposer", get(async move || Json(candidate.status()))),
         None => router,
@@ -92,13 +110,8 @@ pub(super) async fn metrics_response(exposition: Arc<Exposition>) -> Result<Resp
     Ok(([(CONTENT_TYPE, metrics::CONTENT_TYPE)], exposition.render()?).into_response())
 }
 
-#[derive(Serialize)]
-struct NodeStatus {
-    id: NodeId,
-}
-
-async fn node_status(State(registry): Timelines) -> Json<NodeStatus> {
-    Json(NodeStatus { id: registry.node_id() })
+async fn node_status(State(registry): Timelines, State(shutdown): State<Shutdown>) -> Json<NodeStatus> {
+    Json(NodeStatus::of(&registry, &shutdown))
 }
 
 #[derive(Serialize)]

@@ -19,6 +19,7 @@ use crate::consensus::proposer::PeerState;
 use crate::lanes::Lanes;
 use crate::peers::{PeerOptions, Peers};
 use crate::propose::status::{PeerReport, Status};
+use crate::shutdown::Shutdown;
 use crate::storage::DataDir;
 use crate::timeline::registry::Registry;
 
@@ -53,7 +54,8 @@ async fn safekeeper_server() -> Server {
     let data_dir = DataDir::open(dir.path(), Some(NodeId(7)), false).unwrap();
     let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
     let peers = Peers::new(Arc::clone(&registry), PeerOptions::default(), CancellationToken::new());
-    let mut server = start(safekeeper::router(Arc::clone(&registry), peers, None), Limits::default()).await;
+    let mut server =
+        start(safekeeper::router(Arc::clone(&registry), peers, None, Shutdown::default()), Limits::default()).await;
     server._dir = Some(dir);
     server.registry = Some(registry);
     server
@@ -125,7 +127,7 @@ fn timeline_path() -> String {
 #[tokio::test]
 async fn an_empty_node() {
     let server = safekeeper_server().await;
-    assert_eq!(server.get("/v1/status").await.json(), json!({"id": 7}));
+    assert_eq!(server.get("/v1/status").await.json(), json!({"id": 7, "state": "running", "shutdown": null}));
     assert_eq!(server.get("/v1/utilization").await.json(), json!({"timeline_count": 0}));
     assert_eq!(server.get("/v1/tenant/timeline").await.json(), json!([]));
     let answer = server.get(&timeline_path()).await;
@@ -421,7 +423,7 @@ async fn what_is_not_there_is_a_plain_404() {
 async fn get_may_carry_a_body() {
     let server = safekeeper_server().await;
     let answer = server.raw("GET /v1/status HTTP/1.1\r\nContent-Length: 4", "null").await;
-    assert_eq!((answer.status, answer.json()), (200, json!({"id": 7})));
+    assert_eq!((answer.status, answer.json()), (200, json!({"id": 7, "state": "running", "shutdown": null})));
     let answer = server.raw("GET /v1/status HTTP/1.1\r\nContent-Length: 3", "\u{1}x{").await;
     assert_eq!(answer.status, 200);
 }

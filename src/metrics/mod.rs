@@ -15,6 +15,7 @@ mod journal;
 mod readers;
 mod retention;
 mod safekeeper;
+mod shutdown;
 mod timelines;
 pub mod walproposer;
 pub mod walreceiver;
@@ -25,6 +26,8 @@ use prometheus::{
     CounterVec, Encoder, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
     IntGaugeVec, Opts, Registry, TextEncoder,
 };
+
+use crate::shutdown::Shutdown;
 
 pub use forks::{ForkRemoval, ForkSample, fork_removed};
 pub use journal::JournalSample;
@@ -56,7 +59,7 @@ pub struct Exposition {
 
 impl Exposition {
     /// What a safekeeper exposes; `timelines` is asked at every scrape.
-    pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static) -> Self {
+    pub fn safekeeper(timelines: impl TimelineSource + Clone + 'static, shutdown: Shutdown) -> Self {
         let mut exposition = Self::process("safekeeper");
         safekeeper::collectors().into_iter().for_each(|collector| exposition.add(collector));
         retention::collectors().into_iter().for_each(|collector| exposition.add(collector));
@@ -65,6 +68,7 @@ impl Exposition {
         exposition.add(Box::new(retention::HoldCollector::new(timelines.clone())));
         exposition.add(Box::new(journal::JournalCollector::new(timelines.clone())));
         exposition.add(Box::new(timelines::TimelineCollector::new(timelines)));
+        exposition.add(Box::new(shutdown::ShutdownCollector::new(shutdown)));
         exposition
     }
 

@@ -8,6 +8,7 @@ use pgproto::{Lsn, PgTimelineId, TenantId, TenantTimelineId, Term, TimelineId};
 use super::walproposer::{ProposerSample, ProposerSource, SafekeeperSample};
 use super::walreceiver::{ReceiverSample, ReceiverSource};
 use super::*;
+use crate::shutdown::Asked;
 
 #[derive(Clone)]
 struct Fixed(Vec<TimelineSample>);
@@ -93,7 +94,9 @@ fn busy_safekeeper(samples: Vec<TimelineSample>) -> Exposition {
     drop(query(QueryKind::StartWalPush));
     io(Application::classify("psql")).read(10);
     drop(reader(Application::classify("psql")));
-    Exposition::safekeeper(Fixed(samples))
+    let shutdown = Shutdown::default();
+    shutdown.ask(Asked::ByRequest, "a test");
+    Exposition::safekeeper(Fixed(samples), shutdown)
 }
 
 fn busy_walproposer() -> Exposition {

@@ -79,7 +79,7 @@ pub struct Prepared {
 #[derive(Debug, thiserror::Error)]
 pub enum FailoverError {
     /// The safekeepers can't be used as they are.
-    #[error(transparent)]
+    #[error("{0}. Nothing was changed")]
     Survey(#[from] SurveyError),
     /// The standby can't be asked, before anything was changed.
     #[error("can't ask the standby: {0}. Nothing was changed")]
@@ -155,26 +155,6 @@ pub enum FailoverError {
          limit: {0}. Don't promote; run this again"
     )]
     SyncTimedOut(String),
-    /// The safekeepers have one end, and don't answer to be asked for it.
-    #[error(
-        "the old primary is fenced off, but the safekeepers can't be asked for their common end: {}. Don't promote; run this \
-         again", .0.cause()
-    )]
-    EndUnknown(SurveyError),
-    /// Somebody promoted the standby.
-    #[error(
-        "{standby} was promoted, to Postgres timeline {timeline}, before it was known to have everything up to {lsn}. The old \
-         primary is fenced off. If the proposer follows it, it has everything. If the proposer says that commits are missing, \
-         stop it and take another standby"
-    )]
-    PromotedEarly {
-        /// Which server.
-        standby: String,
-        /// Its timeline.
-        timeline: PgTimelineId,
-        /// What it should have replayed.
-        lsn: Lsn,
-    },
     /// A newer primary came in between.
     #[error(
         "while this ran the safekeepers' log went on to Postgres timeline {log}: another server was promoted and is \
@@ -206,8 +186,7 @@ pub enum FailoverError {
     },
     /// It isn't known whether the standby has other WAL than the safekeepers.
     #[error(
-        "{standby} has replayed far enough, but its Postgres timelines can't be compared with the safekeepers': {why}. Nothing \
-         was promoted"
+        "{standby} has replayed far enough, but its Postgres timelines can't be compared with the safekeepers': {why}"
     )]
     BranchUnknown {
         /// Which server.
@@ -229,6 +208,20 @@ pub enum FailoverError {
         at: Lsn,
         /// What keeps it.
         why: String,
+    },
+    /// Somebody promoted it too early.
+    #[error(
+        "{standby} was promoted while this waited, when it was last seen at {at}, not yet at {lsn}. If it lacks commits, the \
+         proposer refuses it and says so; then stop it, and run this again with a standby that isn't promoted. The old \
+         primary is fenced off"
+    )]
+    PromotedEarly {
+        /// Which server.
+        standby: String,
+        /// Where it should have been.
+        lsn: Lsn,
+        /// Where it was.
+        at: Lsn,
     },
     /// The standby can't be made to stream from the safekeepers.
     #[error(
@@ -263,11 +256,9 @@ impl FailoverError {
             | Self::StandbyAhead { .. }
             | Self::NewerPrimary { .. }
             | Self::TakenOver { .. } => Kind::Refused,
-            Self::NotFenced(_)
-            | Self::SyncTimedOut(_)
-            | Self::EndUnknown(_)
-            | Self::StandbyBehind { .. }
-            | Self::NotLifted(_) => Kind::TimedOut,
+            Self::NotFenced(_) | Self::SyncTimedOut(_) | Self::StandbyBehind { .. } | Self::NotLifted(_) => {
+                Kind::TimedOut
+            }
             Self::NoFence(_) | Self::Sync(_) | Self::Repoint(_) => Kind::Failed,
             Self::Overtaken { .. }
             | Self::PromotedEarly { .. }
@@ -282,7 +273,7 @@ impl FailoverError {
 /// # Errors
 /// See [`FailoverError`]: each says what state things are in.
 pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared, FailoverError> {
-    let deadline = Instant::now() + options.timeout;
+    let deadline = super::deadline(options.timeout);
     let (survey, mut standby) = look(options, steps, deadline).await?;
     let fenced = options.pg_timeline.unwrap_or_else(|| survey.ancestry().current());
     fence_off(&options.safekeepers, survey.ttid, fenced, steps, deadline).await?;
@@ -413,10 +404,10 @@ pub(super) async fn one_end(
     let step = steps.begin("sync", "bringing the safekeepers to one end of the log");
     let status = Arc::new(Status::new(safekeepers.to_vec()));
     let Some((lsn, term)) = sync_until_enough(ttid, &status, &step, deadline).await? else {
-        return Err(FailoverError::EndUnknown(SurveyError::Empty(ttid.to_string())));
+        return Err(FailoverError::SyncTimedOut("they say that they have no WAL any more".to_owned()));
     };
     let survey = quorum::survey(safekeepers, Some(ttid), deadline, |text| step.note(text)).await;
-    let survey = survey.map_err(FailoverError::EndUnknown)?;
+    let survey = survey.map_err(|error| FailoverError::SyncTimedOut(error.to_string()))?;
     // All that is below `lsn` is committed, so every log has the same there.
     let ancestry = survey.ancestry();
     let log = ancestry.current();
@@ -499,7 +490,7 @@ pub struct Cancelled {
 /// # Errors
 /// See [`FailoverError`].
 pub async fn cancel(options: &CancelOptions, steps: &Steps) -> Result<Cancelled, FailoverError> {
-    let deadline = Instant::now() + options.timeout;
+    let deadline = super::deadline(options.timeout);
     let step = steps.begin("look", "asking the safekeepers");
     let survey = quorum::survey(&options.safekeepers, options.ttid, deadline, |text| step.note(text)).await?;
     let (log, fenced) = (survey.ancestry().current(), survey.members.iter().filter_map(|member| member.fenced).max());

@@ -40,6 +40,14 @@ pub mod switchover;
 pub use server::ServerError;
 pub use steps::Steps;
 
+/// Longest time limit of an operation: so long that nobody waits for it, and no sum of times runs over.
+const MAX_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(30 * 24 * 3600);
+
+/// When an operation that may take `timeout` must end.
+fn deadline(timeout: std::time::Duration) -> tokio::time::Instant {
+    tokio::time::Instant::now() + timeout.min(MAX_TIMEOUT)
+}
+
 /// What kind of failure ended an operation: what a program that called it should do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -81,13 +81,13 @@ impl Survey {
     }
 }
 
-/// Why a majority couldn't be asked, or its answers can't be used. Nothing was changed.
+/// Why a majority couldn't be asked, or its answers can't be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SurveyError {
     /// Too few answer.
     #[error(
-        "{answered} of {total} safekeepers answer, and {needed} are needed. {reasons}. Nothing was changed; bring back \
-         enough of them and run this again"
+        "{answered} of {total} safekeepers answer, and {needed} are needed. {reasons}. Bring back enough of them \
+         and run this again"
     )]
     NoMajority {
         /// How many do.
@@ -103,12 +103,12 @@ pub enum SurveyError {
     #[error("which timeline? Give --tenant-id and --timeline-id. A safekeeper says: {0}")]
     Unnamed(String),
     /// There is no WAL.
-    #[error("the safekeepers have no WAL of timeline {0}: is it the right one? Nothing was changed")]
+    #[error("the safekeepers have no WAL of timeline {0}: is it the right one?")]
     Empty(String),
     /// They keep WAL of different clusters.
     #[error(
         "the safekeepers have WAL of different database clusters, {one} and {other}: --safekeepers mixes two sets of \
-         them. Nothing was changed"
+         them"
     )]
     SystemsDiffer {
         /// One system identifier.
@@ -117,7 +117,7 @@ pub enum SurveyError {
         other: SystemId,
     },
     /// Two addresses lead to one node.
-    #[error("{one} and {other} are both node {node_id}: one safekeeper must not count as two. Nothing was changed")]
+    #[error("{one} and {other} are both node {node_id}: one safekeeper must not count as two")]
     Twice {
         /// One address.
         one: HostPort,
@@ -129,7 +129,7 @@ pub enum SurveyError {
     /// Not all were named: a majority of those that were may be none of all.
     #[error(
         "the safekeepers know of {known} members, --safekeepers names {given}: a majority of these may be a minority of \
-         those. Name all of them, also {missing}. Nothing was changed"
+         those. Name all of them, also {missing}"
     )]
     Incomplete {
         /// Members known to those that answered.
@@ -145,13 +145,6 @@ impl SurveyError {
     /// What to make of it.
     pub fn kind(&self) -> Kind {
         Kind::Refused
-    }
-
-    /// What is the matter, without what it says of the state of things, for when something was changed before.
-    pub fn cause(&self) -> String {
-        let text = self.to_string();
-        let cause = text.split_once("Nothing was changed").map_or(text.as_str(), |(cause, _)| cause);
-        cause.trim_end_matches([' ', '.']).to_owned()
     }
 }
 

@@ -52,8 +52,7 @@ pub(super) async fn wait(
     loop {
         let why = match server.state().await {
             Ok(state) if !state.in_recovery => {
-                let (standby, timeline, lsn) = (server.name().to_owned(), state.timeline, wanted.lsn);
-                return Err(FailoverError::PromotedEarly { standby, timeline, lsn });
+                return Err(FailoverError::PromotedEarly { standby: server.name().to_owned(), lsn: wanted.lsn, at });
             }
             Ok(state) if state.replayed >= wanted.lsn => {
                 check_branch(server, wanted, &state, &step).await?;

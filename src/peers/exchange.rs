@@ -44,6 +44,9 @@ pub struct TimelineMember {
     /// Why it doesn't answer the node that tells this; absent while it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure: Option<String>,
+    /// It is about to stop.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
 }
 
 /// What a node tells another, and is answered with.
@@ -135,6 +138,9 @@ pub struct Sender {
     /// Where it stands.
     #[serde(default)]
     pub availability_zone: Option<String>,
+    /// It is about to stop: whoever needs a node had better take another one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leaving: bool,
 }
 
 /// What a node says of a timeline.

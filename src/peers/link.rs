@@ -52,6 +52,8 @@ pub(super) enum About {
     Leader(TenantTimelineId),
     /// Nothing: the peer is told that this node leads no longer.
     Resigned(Resigned),
+    /// Nothing: the peer is told of what goes with every message.
+    Nothing,
 }
 
 /// What is at the other end.
@@ -80,7 +82,7 @@ impl Heard {
                 report = self.reports.iter().find(|report| report.ttid == timeline.ttid()).cloned();
             }
             About::Leader(ttid) => leader = self.leaders.iter().find(|leader| leader.ttid == *ttid).cloned(),
-            About::Resigned(_) => {}
+            About::Resigned(_) | About::Nothing => {}
         }
         Answer { node: self.node, report, leader }
     }

@@ -40,6 +40,7 @@ mod report;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
@@ -106,6 +107,10 @@ pub struct Peers {
     life: u64,
     links: Mutex<BTreeMap<HostPort, Arc<Link>>>,
     leaders: Leaders,
+    /// This node is about to stop.
+    leaving: AtomicBool,
+    /// Nodes that are about to stop, by their life.
+    left: Mutex<BTreeMap<NodeId, u64>>,
     shutdown: CancellationToken,
 }
 
@@ -115,7 +120,16 @@ impl Peers {
         let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let life = u64::try_from(since_1970.as_nanos()).unwrap_or_default();
         let leaders = Leaders::default();
-        Arc::new(Self { registry, options, life, links: Mutex::default(), leaders, shutdown })
+        Arc::new(Self {
+            registry,
+            options,
+            life,
+            links: Mutex::default(),
+            leaders,
+            leaving: false.into(),
+            left: Mutex::default(),
+            shutdown,
+        })
     }
 
     /// Keeps talking to the peers of all timelines until the shutdown.
@@ -293,11 +307,44 @@ impl Peers {
             }
             return;
         }
+        self.note_leaving(from);
         for report in reports {
             if let Ok(timeline) = self.registry.get(report.ttid) {
                 report::take_in(&timeline, from.node_id, report);
             }
         }
+    }
+
+    /// From now on, others are told that this node is about to stop; those that it talks to hear it soon.
+    pub fn leave(&self) {
+        self.leaving.store(true, Ordering::Relaxed);
+        self.links.lock().values().for_each(|link| link.hurry());
+    }
+
+    /// Returns when all nodes that are there were told that this one is about to stop.
+    pub async fn tell_leaving(&self) {
+        let links: Vec<_> = self.links.lock().values().cloned().collect();
+        let mut told = JoinSet::new();
+        for link in links.into_iter().filter(|link| link.contact().failure.is_none()) {
+            told.spawn(async move { link.ask(About::Nothing).await.map(drop) });
+        }
+        // Who doesn't answer will find out.
+        while told.join_next().await.is_some() {}
+    }
+
+    fn note_leaving(&self, from: &Sender) {
+        let mut left = self.left.lock();
+        if from.leaving && left.len() < MAX_LINKS {
+            left.insert(from.node_id, from.life);
+        } else if left.get(&from.node_id).is_some_and(|life| from.life != *life) {
+            left.remove(&from.node_id);
+        }
+    }
+
+    /// Whether a node said in its present life that it is about to stop. What is known of it may be of the life before: a later one
+    /// has a higher number.
+    fn is_leaving(&self, known: &Sender) -> bool {
+        known.leaving || self.left.lock().get(&known.node_id).is_some_and(|left| *left >= known.life)
     }
 
     fn sender(&self) -> Sender {
@@ -306,6 +353,7 @@ impl Peers {
             life: self.life,
             advertised: self.options.advertised.clone(),
             availability_zone: self.options.availability_zone.clone(),
+            leaving: self.leaving.load(Ordering::Relaxed),
         }
     }
 
@@ -339,6 +387,7 @@ impl Peers {
                 commit_lsn: report.as_ref().map(|report| report.commit_lsn).unwrap_or_default(),
                 age_ms: report.map(|report| milliseconds(report.heard.elapsed()).max(1)),
                 failure: contact.failure.clone(),
+                leaving: sender.is_some_and(|sender| self.is_leaving(sender)),
             });
         }
         if let Some(HostPort { host, port }) = myself.or_else(|| self.options.listen.clone()) {
@@ -352,6 +401,7 @@ impl Peers {
                 commit_lsn: progress.commit_lsn,
                 age_ms: Some(0),
                 failure: None,
+                leaving: self.leaving.load(Ordering::Relaxed),
             });
         }
         TimelineMembers { members }

@@ -30,7 +30,7 @@ use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
 use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
-use super::{OUTDATED, Settings, checks, fenced};
+use super::{OUTDATED, PRIMARY_PAUSE, Settings, checks, fenced};
 use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
@@ -65,9 +65,6 @@ const PRIMARY_ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Pause after a lost election: longer each time, so that two candidates don't keep deposing each other.
 const LOST_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(5));
-
-/// Pause between looks for a primary that doesn't answer. Commits wait for it, so it is short.
-const PRIMARY_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
 
 /// Pause after something that only an operator can put right, or another primary.
 const HELPLESS_PAUSE: Duration = Duration::from_secs(10);

@@ -19,7 +19,6 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Sleep;
 
-use super::Settings;
 use super::buffer::WalBuffer;
 use super::donor::{Donor, DonorEvent};
 use super::peer::{self, Event, Link, PeerDown};
@@ -27,6 +26,7 @@ use super::primary::{self, PrimaryFacts};
 use super::standby_feedback::StandbyFeedback;
 use super::status::{PeerReport, Status};
 use super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
+use super::{PRIMARY_PAUSE, Settings};
 use crate::consensus::membership::majority;
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
 use crate::metrics::walproposer as metrics;
@@ -240,7 +240,7 @@ impl Driver {
             commit_news: Box::pin(tokio::time::sleep(COMMIT_NEWS_DELAY)),
             commit_news_runs: false,
             upstream: None,
-            upstream_retry: Backoff::for_peers(),
+            upstream_retry: Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1),
             connecting: false,
             standbys: StandbyFeedback::new(status.safekeepers().len(), now),
             primary,

@@ -96,6 +96,9 @@ const OUTDATED: &str = "a majority of the safekeepers has WAL of a newer Postgre
 /// Pause after a lost election: longer each time, so that two proposers don't keep deposing each other.
 const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
+/// Pause between two tries to reach a primary. Commits wait for it, so it is short.
+const PRIMARY_PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(1));
+
 /// Follows the primary and proposes its WAL until `shutdown`. An error means that only an operator can help.
 pub async fn run(settings: Settings, status: Arc<Status>, shutdown: CancellationToken) -> Result<(), UpstreamError> {
     let settings = Arc::new(settings);
@@ -162,7 +165,7 @@ async fn primary_facts(
     status: &Status,
     shutdown: &CancellationToken,
 ) -> Result<Option<PrimaryFacts>, UpstreamError> {
-    let mut retry = Backoff::for_peers();
+    let mut retry = Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1);
     loop {
         match primary::facts(settings).await {
             Ok((facts, primary)) => {

@@ -16,8 +16,11 @@ use tokio_postgres::{Client, Config};
 use super::checks;
 use crate::client::connection::{ConnectError, Connection, Row};
 
-/// How long an ended connection may take to let go of the slot.
-const RELEASE_LIMIT: Duration = Duration::from_secs(1);
+/// How long the slot is fought for.
+const RELEASE_LIMIT: Duration = Duration::from_secs(3);
+
+/// How long an ended connection may take to let go of the slot before it is ended again.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Between two looks whether it did.
 const RELEASE_LOOK: Duration = Duration::from_millis(10);
@@ -40,7 +43,7 @@ enum Holder {
 
 /// Ends the connection to `primary` that uses `slot` under the name `application_name`, if it began before `followed_at`, when
 /// a majority followed. Whether the slot is free then, or about to be.
-pub(super) async fn end_holder(primary: &Config, slot: &str, application_name: &str, followed_at: Instant) -> bool {
+async fn end_holder(primary: &Config, slot: &str, application_name: &str, followed_at: Instant) -> bool {
     let end = async |client: &Client| {
         let now: String = client.query_one("SELECT clock_timestamp()::text", &[]).await?.try_get(0)?;
         // Measured after the server's clock was read: too long rather than too short, whatever held us up.
@@ -88,16 +91,29 @@ pub(super) async fn end_holder(primary: &Config, slot: &str, application_name: &
     }
 }
 
-/// Tries `command` until the slot is free.
-pub(super) async fn retry(connection: &mut Connection, command: &str) -> Started {
+/// Ends whoever holds `slot` on `primary` under the name `application_name` since before `followed_at`, and tries `command` until
+/// the slot is free; `started` is what it came to before.
+pub(super) async fn take(
+    connection: &mut Connection,
+    command: &str,
+    mut started: Started,
+    (primary, slot, application_name): (&Config, &str, &str),
+    followed_at: Instant,
+) -> Started {
     let deadline = Instant::now() + RELEASE_LIMIT;
-    loop {
-        let started = connection.start_stream(command).await;
-        if !is_in_use(&started) || Instant::now() >= deadline {
+    while is_in_use(&started) && Instant::now() < deadline {
+        // A server process tells its client why it ends. That waits for a client that takes nothing, as a paused one; being
+        // ended a second time, it gives that up.
+        if !end_holder(primary, slot, application_name, followed_at).await {
             return started;
         }
-        sleep(RELEASE_LOOK).await;
+        let again = Instant::now() + AGAIN;
+        while is_in_use(&started) && Instant::now() < again {
+            sleep(RELEASE_LOOK).await;
+            started = connection.start_stream(command).await;
+        }
     }
+    started
 }
 
 #[cfg(test)]

@@ -218,9 +218,8 @@ pub async fn follow(
     }
     if let Some(followed_at) = followed_at.filter(|_| slot_takeover::is_in_use(&started)) {
         let primary = primary::only_host(&settings.primary, &address);
-        if slot_takeover::end_holder(&primary, &settings.slot, &settings.application_name, followed_at).await {
-            started = slot_takeover::retry(&mut connection, &command).await;
-        }
+        let held = (&primary, settings.slot.as_str(), settings.application_name.as_str());
+        started = slot_takeover::take(&mut connection, &command, started, held, followed_at).await;
     }
     let stage = match started {
         Ok(None) => Stage::Streaming,

@@ -180,7 +180,7 @@ pub(super) async fn members(connection: &mut Connection) -> Result<Option<Introd
     for member in answer.members {
         if member.age_ms == Some(0) {
             introduction.itself = Some((member.node_id, member.availability_zone));
-        } else {
+        } else if !member.leaving {
             let address = HostPort { host: member.host, port: member.port };
             let (node_id, zone) = (member.node_id, member.availability_zone);
             introduction.others.push(Member { node_id, address, zone });

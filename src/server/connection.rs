@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use super::interrupt::Interrupt;
 use super::{READ_AHEAD, ServerConfig};
@@ -22,6 +23,9 @@ const LOW_ROOM: usize = 4096;
 
 /// After the last word, what the client still sends is read for this long, so that the word isn't lost to a reset.
 const LINGER: Duration = Duration::from_secs(1);
+
+/// The same while the server stops: a client that was told so closes the connection in a few milliseconds.
+const LAST_LINGER: Duration = Duration::from_millis(200);
 
 /// Splits a connection into its two directions.
 pub(super) fn split(socket: TcpStream, config: &ServerConfig) -> (MessageReader, MessageWriter) {
@@ -111,15 +115,19 @@ impl MessageReader {
     }
 
     /// Throws away what still arrives, for a short while: a socket closed over unread input resets the connection, and the
-    /// client may lose what it was told last.
-    pub(super) async fn drain(mut self) {
-        let deadline = Instant::now() + LINGER;
+    /// client may lose what it was told last. The while is shorter once `stopping` is cancelled.
+    pub(super) async fn drain(mut self, stopping: &CancellationToken) {
+        let began = Instant::now();
+        let mut limit = if stopping.is_cancelled() { LAST_LINGER } else { LINGER };
         loop {
             self.buffer.clear();
             self.buffer.reserve(READ_AHEAD);
-            match timeout_at(deadline, self.socket.read_buf(&mut self.buffer)).await {
-                Ok(Ok(count)) if count > 0 => {}
-                _ => return,
+            tokio::select! {
+                read = timeout_at(began + limit, self.socket.read_buf(&mut self.buffer)) => match read {
+                    Ok(Ok(count)) if count > 0 => {}
+                    _ => return,
+                },
+                () = stopping.cancelled(), if limit > LAST_LINGER => limit = LAST_LINGER,
             }
         }
     }

@@ -8,11 +8,11 @@ use pgproto::startup::{ENCRYPTION_REFUSED, FirstPacket, Options, ReplicationMode
 use pgproto::{TenantTimelineId, startup};
 use tokio::time::timeout;
 
-use super::STARTUP_LIMIT;
 use super::connection::{MessageReader, MessageWriter};
-use super::interrupt::Interrupt;
+use super::interrupt::{Interrupt, shutting_down};
 use super::listener::House;
 use super::settings::{self, Version};
+use super::{LAST_STARTUP_LIMIT, STARTUP_LIMIT};
 use crate::metrics::{self, Application};
 use crate::timeline::Timeline;
 use crate::timeline::registry::{LookupError, Registry};
@@ -144,9 +144,7 @@ pub(super) async fn run(
 ) -> Result<Client, Interrupt> {
     let first = tokio::select! {
         first = timeout(STARTUP_LIMIT, first_packets(reader, writer)) => first,
-        () = house.shutdown.cancelled() => {
-            return Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, "this safekeeper is shutting down"));
-        }
+        () = finishing(house) => return Err(leaving()),
     };
     let late = |_| Interrupt::fatal(SqlState::QUERY_CANCELED, "no startup packet came in time");
     let message = first.map_err(late)??;
@@ -157,6 +155,9 @@ pub(super) async fn run(
         // PostgreSQL says 53300 here, and libpq would give up; a safekeeper is one of several.
         let text = format!("too many connections: this safekeeper allows {limit}");
         return Err(Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, text));
+    }
+    if house.shutdown.refusing().is_cancelled() {
+        return Err(leaving());
     }
     let client = admit(house, id, address, &message)?;
     reader.count(metrics::io(client.application()));
@@ -172,6 +173,18 @@ pub(super) async fn run(
     writer.flush().await?;
     tracing::debug!(id, %address, application_name = client.application_name, "session begins");
     Ok(client)
+}
+
+/// The server stops, and who has not yet said what it wants has had its time: libpq takes an answer to its first packet, which
+/// asks for encryption, for something else.
+async fn finishing(house: &House) {
+    house.shutdown.finishing().cancelled().await;
+    tokio::time::sleep(LAST_STARTUP_LIMIT).await;
+}
+
+/// After this, and nothing else, libpq tries the next host.
+fn leaving() -> Interrupt {
+    Interrupt::fatal(SqlState::CANNOT_CONNECT_NOW, "this safekeeper is shutting down")
 }
 
 /// Answers encryption requests until the StartupMessage is there.
@@ -290,6 +303,7 @@ pub(super) async fn take_leave(
     reader: MessageReader,
     mut writer: MessageWriter,
 ) {
+    let lingers = !matches!(end, Interrupt::Evicted);
     let fields = match end {
         // A proposer's session is handed over before anybody takes leave.
         Interrupt::Push(_) => return,
@@ -298,6 +312,7 @@ pub(super) async fn take_leave(
             return;
         }
         Interrupt::Stopped => None,
+        Interrupt::Evicted => Some(shutting_down()),
         Interrupt::Fatal(fields) | Interrupt::Refused(fields) => Some(fields),
     };
     let expected = [SqlState::SUCCESSFUL_COMPLETION, SqlState::ADMIN_SHUTDOWN, SqlState::CANNOT_CONNECT_NOW];
@@ -314,12 +329,8 @@ pub(super) async fn take_leave(
         Some(fields) => fields.encode(writer.out()),
         None => encode::command_complete(writer.out(), "COPY 0"),
     }
-    if writer.close().await.is_ok() {
-        tokio::select! {
-            biased;
-            () = reader.drain() => {}
-            () = house.shutdown.cancelled() => {}
-        }
+    if writer.close().await.is_ok() && lingers {
+        reader.drain(house.shutdown.finishing()).await;
     }
 }
 

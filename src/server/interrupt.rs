@@ -27,6 +27,8 @@ pub enum Interrupt {
     Push(StartWalPush),
     /// The server stops while it streams: say so as a walsender does, with CommandComplete, then close.
     Stopped,
+    /// The server stops while the session does nothing: say so, then close at once.
+    Evicted,
     /// Close without a word: the client left, or there is nobody left to tell.
     Gone(String),
 }
@@ -44,8 +46,13 @@ impl Interrupt {
 
     /// The server is stopping.
     pub(super) fn shutdown() -> Self {
-        Self::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
+        Interrupt::Fatal(shutting_down())
     }
+}
+
+/// As PostgreSQL says that it is being shut down.
+pub(super) fn shutting_down() -> ErrorFields {
+    ErrorFields::fatal(SqlState::ADMIN_SHUTDOWN, "terminating connection due to administrator command")
 }
 
 impl From<CommandError> for Interrupt {

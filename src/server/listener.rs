@@ -8,52 +8,49 @@ use std::time::Duration;
 use pgproto::replication::command::StartWalPush;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
 use super::handshake::{self, Admission};
 use super::interrupt::Interrupt;
 use super::session::Session;
 use super::start_wal_push;
-use super::{MAX_REFUSALS, SHUTDOWN_LIMIT, ServerConfig, connection};
+use super::{MAX_REFUSALS, ServerConfig, connection};
 use crate::peers::Peers;
+use crate::shutdown::Shutdown;
 use crate::timeline::registry::Registry;
 
 /// Pause after a failed accept. It mostly means that there are no file descriptors left, and that passes.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves clients on `listener` until `shutdown`, then waits a short while for the sessions to end.
+/// Serves clients on `listener` until the shutdown is done. Once it has begun, whoever comes is sent on to another node with
+/// 57P03.
 ///
-/// Sessions watch `shutdown` themselves and take leave of their clients with 57P01.
+/// Sessions watch `shutdown` themselves: they finish what is in hand and take leave of their clients. [`Shutdown::in_hand`]
+/// counts them.
 pub async fn serve(
     listener: TcpListener,
     registry: Arc<Registry>,
     peers: Arc<Peers>,
     config: ServerConfig,
-    shutdown: CancellationToken,
+    shutdown: Shutdown,
 ) {
     let sessions = Arc::new(Semaphore::new(config.max_connections));
     // Held by every connection, also by those that are only told that there are too many.
     let sockets = Arc::new(Semaphore::new(config.max_connections.saturating_add(MAX_REFUSALS)));
     let house = Arc::new(House { registry, peers, config, shutdown: shutdown.clone(), next_id: AtomicU32::new(1) });
-    let tasks = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
             accepted = accept(&listener, &sockets) => accepted,
-            () = shutdown.cancelled() => break,
+            () = shutdown.done().cancelled() => break,
         };
         let Some((socket, address, held)) = accepted else { continue };
         let permit = Arc::clone(&sessions).try_acquire_owned().ok();
         let house = Arc::clone(&house);
-        tasks.spawn(async move {
+        // Who is only told to go elsewhere holds up nobody.
+        let in_hand = (!shutdown.refusing().is_cancelled()).then(|| shutdown.in_hand().token());
+        tokio::spawn(async move {
             house.welcome(socket, address, permit).await;
-            drop(held);
+            drop((held, in_hand));
         });
-    }
-    drop(listener);
-    tasks.close();
-    if tokio::time::timeout(SHUTDOWN_LIMIT, tasks.wait()).await.is_err() {
-        tracing::warn!(sessions = tasks.len(), "sessions did not end in time");
     }
 }
 
@@ -78,7 +75,7 @@ pub(super) struct House {
     pub(super) registry: Arc<Registry>,
     pub(super) peers: Arc<Peers>,
     pub(super) config: ServerConfig,
-    pub(super) shutdown: CancellationToken,
+    pub(super) shutdown: Shutdown,
     next_id: AtomicU32,
 }
 

@@ -21,6 +21,8 @@
 //!   closed without a word only on the client's own wish, on a broken socket, and on a dead reader, as PostgreSQL does.
 //! * A replication connection to a timeline that cannot be served here is refused at startup with 57P03: the only answer
 //!   after which libpq tries the next host of its list.
+//! * Once the shutdown has begun nobody is let in (57P03). Sessions end as soon as what is in hand is done: readers have what
+//!   is committed, proposers an acknowledgement of what they sent.
 //! * Readers without a term see WAL up to the commit LSN, never more. A commit LSN of 0 is not told as a position.
 //!
 //! # FILES
@@ -28,7 +30,7 @@
 //! | File | What is in it |
 //! |---|---|
 //! | [`mod@self`] | [`serve`], [`ServerConfig`], the limits |
-//! | `listener` | the accept loop, connection limit, graceful stop |
+//! | `listener` | the accept loop, connection limit |
 //! | `connection` | messages in, messages out, over one socket |
 //! | `interrupt` | how a command or a session ends |
 //! | `handshake` | first packets, choice of the timeline, letting the client in |
@@ -78,6 +80,9 @@ const MAX_REFUSALS: usize = 64;
 /// First packets must be there within this time (PostgreSQL's `authentication_timeout`).
 const STARTUP_LIMIT: Duration = Duration::from_secs(60);
 
+/// The same while the server stops: a client that connects sends them at once.
+const LAST_STARTUP_LIMIT: Duration = Duration::from_millis(200);
+
 /// Largest body of a message that carries a command or a reader's report. The largest real ones have a few hundred bytes.
 const MAX_COMMAND_BODY: usize = 64 * 1024;
 
@@ -86,9 +91,6 @@ const MAX_PUSH_BODY: usize = pgproto::walproposer::MAX_MESSAGE_SIZE;
 
 /// Bytes read from a socket at a time, at least.
 const READ_AHEAD: usize = 64 * 1024;
-
-/// How long sessions may take to say goodbye when the server stops.
-const SHUTDOWN_LIMIT: Duration = Duration::from_secs(5);
 
 /// Knobs of [`serve`]. The defaults are those of Neon's safekeeper and of PostgreSQL.
 #[derive(Clone, Debug)]

@@ -48,7 +48,7 @@ impl Session {
     async fn receive(&mut self) -> Result<FrontendMessage, Interrupt> {
         tokio::select! {
             frame = self.reader.next_or_idle(MAX_COMMAND_BODY) => Ok(FrontendMessage::decode(frame?)?),
-            () = self.house.shutdown.cancelled() => Err(Interrupt::shutdown()),
+            () = self.house.shutdown.finishing().cancelled() => Err(Interrupt::Evicted),
         }
     }
 

@@ -163,7 +163,7 @@ async fn drop_everywhere(session: &Session, timeline: &Arc<Timeline>, name: &str
             Err(SlotError::InUse { .. }) if wait && Instant::now() < deadline => {
                 tokio::select! {
                     _ = timeout(LOOK_AGAIN, timeline.slots().released()) => {}
-                    () = session.house.shutdown.cancelled() => return Err(Interrupt::shutdown()),
+                    () = session.house.shutdown.finishing().cancelled() => return Err(Interrupt::shutdown()),
                 }
             }
             Err(error) => return Err(error.into()),

@@ -56,7 +56,7 @@ async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Inter
     writer.flush().await?;
     let greeted = tokio::select! {
         greeted = next(reader, version) => greeted,
-        () = house.shutdown.cancelled() => Err(Interrupt::shutdown()),
+        () = house.shutdown.finishing().cancelled() => Err(Interrupt::shutdown()),
     };
     let Some(ProposerMessage::Greeting(greeting)) = close_politely(greeted, writer).await? else {
         let text = "a proposer's first message must be a greeting";
@@ -74,9 +74,20 @@ async fn serve(session: &mut Session, request: StartWalPush) -> Result<(), Inter
         ended = receive(reader, &push, version, replies) => ended,
         ended = answer(writer, &push, version, waiting) => ended.map(|()| None),
         reason = push.writer_gone() => Err(reason.into()),
-        () = house.shutdown.cancelled() => Err(Interrupt::shutdown()),
+        () = house.shutdown.finishing().cancelled() => {
+            finish(&push, writer, version).await?;
+            Err(Interrupt::shutdown())
+        }
     };
     close_politely(ended, writer).await.map(drop)
+}
+
+/// What the proposer has sent so far becomes durable, and it is told so: the WAL counts for the quorum, here or elsewhere.
+async fn finish(push: &PushSession, writer: &mut MessageWriter, version: ProtocolVersion) -> Result<(), Interrupt> {
+    push.settle().await?;
+    let Ack::Response(last) = push.acks().borrow().clone() else { return Ok(()) };
+    put_reply(writer.out(), &AcceptorMessage::AppendResponse(last), version);
+    Ok(writer.flush().await?)
 }
 
 /// A connection that named one timeline cannot push to another. A default chosen by this node doesn't bind.

@@ -80,7 +80,10 @@ pub(super) fn open(data_dir: &DataDir, ttid: TenantTimelineId) -> Result<(Timeli
     };
     let of_disk = |source| OpenError::Disk { ttid, source };
     forks::remove_leftovers(&files).map_err(of_disk)?;
-    forks::look(&files).map_err(of_disk)?;
+    if let Err(error) = forks::look(&files) {
+        // Nothing of the log depends on them.
+        tracing::warn!(timeline = %ttid, %error, "what was set aside can't be counted");
+    }
     files.settle_names(&control.state.stock.ancestry, &[], control.state.server.wal_seg_size).map_err(of_disk)?;
     let mut noted = Noted::of(loaded.copy);
     if !noted.control.state.local_start_lsn.is_valid() {

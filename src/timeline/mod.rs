@@ -483,6 +483,14 @@ impl Timeline {
         self.ask(|reply| Command::Checkpoint { reply }).await
     }
 
+    /// The same if there may be something to save: a parked writer has done that.
+    async fn save(self: &Arc<Self>) -> Result<(), TimelineError> {
+        if matches!(&*self.seat.lock(), Seat::Parked(_)) {
+            return Ok(());
+        }
+        self.checkpoint().await
+    }
+
     async fn ask<T>(
         self: &Arc<Self>,
         command: impl FnOnce(oneshot::Sender<Result<T, TimelineError>>) -> Command,

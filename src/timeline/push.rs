@@ -102,6 +102,13 @@ impl PushSession {
         self.mailbox.send(command).await.map_err(|_| self.timeline.gone())
     }
 
+    /// Returns when everything that was handed over is durable or refused, and acknowledged.
+    pub async fn settle(&self) -> Result<(), TimelineError> {
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(Command::Settle { reply }).await.map_err(|_| self.timeline.gone())?;
+        answer.await.map_err(|_| self.timeline.gone())
+    }
+
     /// Wakes when there is a newer word about the appends. The channel closes when the writer is gone for good.
     pub fn acks(&self) -> watch::Receiver<Ack> {
         let mut acks = self.session.acks.subscribe();

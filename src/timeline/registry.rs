@@ -194,6 +194,23 @@ impl Registry {
         Ok(None)
     }
 
+    /// Saves what is saved lazily, of every timeline, and brings their own files up to date with the journal, so that the next
+    /// start has nothing to replay. Returns what could not be saved: the journal keeps it.
+    pub async fn save_all(&self) -> Vec<String> {
+        let mut troubles = Vec::new();
+        for timeline in self.list() {
+            if let Err(error) = timeline.save().await {
+                troubles.push(error.to_string());
+            }
+        }
+        let journal = self.data_dir.journal();
+        match tokio::task::spawn_blocking(move || journal.checkpoint_now()).await {
+            Ok(failed) => troubles.extend(failed.into_iter().map(|(ttid, error)| format!("timeline {ttid}: {error}"))),
+            Err(error) => troubles.push(error.to_string()),
+        }
+        troubles
+    }
+
     async fn create(&self, state: ControlState) -> Result<Arc<Timeline>, CreateTimelineError> {
         let ttid = state.ttid;
         if let Some(timeline) = self.reserve(ttid)? {

@@ -68,6 +68,10 @@ pub(super) enum Command {
     Checkpoint {
         reply: oneshot::Sender<Result<(), TimelineError>>,
     },
+    /// Answered when everything that came before it is on disk and acknowledged.
+    Settle {
+        reply: oneshot::Sender<()>,
+    },
     RemoveBefore {
         lsn: Lsn,
         reply: oneshot::Sender<Result<Removed, TimelineError>>,
@@ -84,6 +88,8 @@ pub(super) struct Writer {
     batch_bytes: usize,
     /// Sessions that appended since the last flush, and the term they did it in.
     unacknowledged: Vec<(Arc<Session>, Term)>,
+    /// To be told when that is done.
+    waiting: Vec<oneshot::Sender<()>>,
 }
 
 impl Writer {
@@ -95,6 +101,7 @@ impl Writer {
             batch_start: Lsn::INVALID,
             batch_bytes: 0,
             unacknowledged: Vec::new(),
+            waiting: Vec::new(),
         }
     }
 }
@@ -188,6 +195,10 @@ impl Task {
         }
         self.timeline.publish(&self.writer.acceptor);
         self.acknowledge();
+        for waiting in self.writer.waiting.drain(..) {
+            // Who waited may have gone.
+            let _ = waiting.send(());
+        }
         Ok(())
     }
 
@@ -231,6 +242,10 @@ impl Task {
             Command::Checkpoint { reply } => {
                 let actions = self.writer.acceptor.checkpoint();
                 self.answer(Ok(actions), reply, |_, _| ()).await
+            }
+            Command::Settle { reply } => {
+                self.writer.waiting.push(reply);
+                Ok(())
             }
             Command::RemoveBefore { lsn, reply } => {
                 let removed = self.remove_before(lsn).await?;

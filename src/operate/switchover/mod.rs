@@ -92,7 +92,7 @@ pub struct SwitchedOver {
 #[derive(Debug, thiserror::Error)]
 pub enum SwitchoverError {
     /// The safekeepers can't be used as they are.
-    #[error(transparent)]
+    #[error("{0}. Nothing was changed")]
     Survey(#[from] SurveyError),
     /// Something isn't as it must be; nothing was changed.
     #[error("{0}. Nothing was changed")]
@@ -210,7 +210,7 @@ pub async fn run(options: &SwitchoverOptions, steps: &Steps) -> Result<SwitchedO
         to: Server::new(&options.to).map_err(unfit)?,
         options,
         steps,
-        deadline: Instant::now() + options.timeout,
+        deadline: super::deadline(options.timeout),
     };
     let Checked { survey, from_runs, promoted } = checks::check(&mut switchover).await?;
     let mut paused_at = None;
@@ -321,7 +321,7 @@ impl Switchover<'_> {
             let survey = quorum::survey(&self.options.safekeepers, Some(ttid), until, |text| step.note(text)).await;
             let found = match survey {
                 Ok(survey) => self.shutdown_checkpoint(&survey).await,
-                Err(error) => Err(error.cause()),
+                Err(error) => Err(error.to_string()),
             };
             match found {
                 Ok(proof) => {
@@ -401,7 +401,7 @@ impl Switchover<'_> {
         }
         let state = self.to.state().await.map_err(|error| self.not_acknowledged(&error))?;
         let survey = quorum::survey(&self.options.safekeepers, Some(ttid), self.deadline, |_| ()).await;
-        let log = survey.map_err(|error| self.not_acknowledged(&error.cause()))?.ancestry().current();
+        let log = survey.map_err(|error| self.not_acknowledged(&error))?.ancestry().current();
         if log != state.timeline {
             let reason =
                 format!("the safekeepers' log is on Postgres timeline {log}, the server on {}", state.timeline);

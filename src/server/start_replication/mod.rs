@@ -77,10 +77,11 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         asked: false,
         keepalive: None,
         rest_until: now,
+        finishing: house.shutdown.finishing(),
+        until: None,
     };
     tokio::select! {
         ended = stream.serve() => ended,
-        () = house.shutdown.cancelled() => Err(stream_ends(habits)),
         () = slot_ended.cancelled() => {
             let name = request.slot.as_deref().unwrap_or_default();
             Err(slots::taken_away(name, timeline.slots().why_taken_away(name)))
@@ -93,6 +94,9 @@ impl Stream<'_> {
     async fn serve(&mut self) -> Result<(), Interrupt> {
         let ended = self.run().await?;
         self.writer.flush().await?;
+        if let Ended::Stopped = ended {
+            return Err(stream_ends(self.habits));
+        }
         encode::copy_done(self.writer.out());
         if let Ended::PgTimeline = ended {
             self.writer.flush().await?;

@@ -14,6 +14,7 @@ use pgproto::backend::{ErrorFields, SqlState};
 use pgproto::frontend::FrontendMessage;
 use pgproto::replication::message::{put_keepalive, put_xlog_data_header};
 use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
 
 use super::habits::Habits;
 use super::removed;
@@ -35,6 +36,8 @@ pub(super) enum Ended {
     ByReader,
     /// Everything of the reader's Postgres timeline was sent. CopyDone is to be sent, and will be answered.
     PgTimeline,
+    /// The server stops, and everything that is committed was sent.
+    Stopped,
 }
 
 /// As many readers of a timeline are told of each commit at once.
@@ -67,6 +70,10 @@ pub(super) struct Stream<'a> {
     pub(super) keepalive: Option<bool>,
     /// No WAL is sent before.
     pub(super) rest_until: Instant,
+    /// Cancelled when the server stops.
+    pub(super) finishing: &'a CancellationToken,
+    /// Where the stream ends then: what was committed at that moment.
+    pub(super) until: Option<Lsn>,
 }
 
 impl Stream<'_> {
@@ -77,6 +84,9 @@ impl Stream<'_> {
             if self.writer.is_empty() && (!resting || self.keepalive.is_some()) {
                 if self.horizon.next_pg_timeline(self.at).is_some() {
                     return Ok(Ended::PgTimeline);
+                }
+                if self.has_reached_the_end()? {
+                    return Ok(Ended::Stopped);
                 }
                 self.prepare().await?;
             }
@@ -90,9 +100,21 @@ impl Stream<'_> {
                 }
                 sent = self.writer.write_some(), if !idle => sent?,
                 moved = self.horizon.changed(), if idle && !resting => moved?,
+                () = self.finishing.cancelled(), if self.until.is_none() => {
+                    self.until = Some(self.timeline.progress().commit_lsn);
+                    self.rest_until = Instant::now();
+                }
                 () = sleep_until(self.rest_until), if idle && resting => {}
                 () = sleep_until(deadline) => self.on_time()?,
             }
+        }
+    }
+
+    /// Whether the server stops and the reader was sent what is committed, or all that it may see.
+    fn has_reached_the_end(&mut self) -> Result<bool, Interrupt> {
+        match self.until {
+            Some(until) => Ok(self.at >= until.min(self.horizon.end()?)),
+            None => Ok(false),
         }
     }
 

@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::harness::{SERVER_VERSION, START, TestServer, greeting, message, options, server_with_wal, ttid};
 use crate::consensus::state::ControlState;
 use crate::server::ServerConfig;
+use crate::shutdown::Asked;
 use crate::storage::test_wal::new_timeline;
 use crate::timeline::members::MemberReport;
 
@@ -281,14 +282,46 @@ async fn stopping_tells_every_kind_of_session() {
     let mut before_startup = server.dial().await;
     before_startup.send(&[0, 0, 0, 8, 0x04, 0xD2, 0x16, 0x2F]).await;
     assert_eq!(before_startup.byte().await, b'N');
-    server.shutdown.cancel();
+    server.begin_stop();
     waiting.fatal(SqlState::ADMIN_SHUTDOWN).await;
     greeting_awaited.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
     assert_eq!(reader.next().await, BackendMessage::CommandComplete("COPY 0".into()), "as a walsender says it");
     assert_eq!(reader.try_next().await, None);
     pageserver.fatal(SqlState::ADMIN_SHUTDOWN).await;
     before_startup.fatal(SqlState::CANNOT_CONNECT_NOW).await;
+    assert_eq!(leader.ack().await.flush_lsn, log.position(), "what it sent is acknowledged");
     leader.client.fatal(SqlState::ADMIN_SHUTDOWN).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_gets_everything_that_is_committed_before_the_server_stops() {
+    let (server, log, mut leader) = server_with_wal(ServerConfig::default(), 200).await;
+    let mut reader = server.reader().await;
+    reader.start_replication(&START.to_string()).await;
+    server.begin_stop();
+    reader.wal(START, log.since(START).len()).await;
+    assert_eq!(reader.next().await, BackendMessage::CommandComplete("COPY 0".into()));
+    assert_eq!(leader.ack().await.flush_lsn, log.position());
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn who_comes_to_a_stopping_server_is_sent_on_and_who_is_there_is_served_meanwhile() {
+    let (server, _log, _leader) = server_with_wal(ServerConfig::default(), 1).await;
+    let mut before = server.login(&[("user", "x"), ("replication", "true"), ("options", &options(ttid()))]).await;
+    server.shutdown.ask(Asked::ByRequest, "a test");
+    for replication in ["true", "false"] {
+        let mut after = server.hello(&[("user", "x"), ("replication", replication)]).await;
+        after.fatal(SqlState::CANNOT_CONNECT_NOW).await;
+    }
+    before.query("IDENTIFY_SYSTEM").await;
+    before.until_ready().await;
+    server.shutdown.next(None);
+    before.fatal(SqlState::ADMIN_SHUTDOWN).await;
+    // Still answered while the rest of the shutdown takes its time.
+    let mut late = server.hello(&[("user", "x")]).await;
+    late.fatal(SqlState::CANNOT_CONNECT_NOW).await;
     server.stop().await;
 }
 

@@ -18,11 +18,11 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
 
 use crate::lanes::Lanes;
 use crate::peers::{PeerOptions, Peers};
 use crate::server::{ServerConfig, serve};
+use crate::shutdown::{Asked, Shutdown};
 use crate::storage::DataDir;
 use crate::storage::test_wal::{PG_VERSION, SIZE, SYSTEM_ID, WalWriter};
 use crate::timeline::Timeline;
@@ -47,7 +47,7 @@ pub(super) fn options(ttid: TenantTimelineId) -> String {
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
     pub(super) registry: Arc<Registry>,
-    pub(super) shutdown: CancellationToken,
+    pub(super) shutdown: Shutdown,
     pub(super) task: JoinHandle<()>,
     dir: TempDir,
 }
@@ -73,8 +73,8 @@ impl TestServer {
         let data_dir = DataDir::open(dir.path(), Some(node), false).unwrap();
         let registry = Registry::load(data_dir, Lanes::none()).await.unwrap();
         let address = listener.local_addr().unwrap();
-        let shutdown = CancellationToken::new();
-        let peers = Peers::new(Arc::clone(&registry), peers, shutdown.clone());
+        let shutdown = Shutdown::default();
+        let peers = Peers::new(Arc::clone(&registry), peers, shutdown.done().clone());
         tokio::spawn(Arc::clone(&peers).run());
         let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
         Self { address, registry, shutdown, task, dir }
@@ -188,8 +188,19 @@ impl TestServer {
         }
     }
 
+    /// Begins the shutdown, as far as sessions see it.
+    pub(super) fn begin_stop(&self) {
+        self.shutdown.ask(Asked::ByRequest, "a test");
+        self.shutdown.next(None);
+    }
+
     pub(super) async fn stop(self) {
-        self.shutdown.cancel();
+        if !self.shutdown.has_begun() {
+            self.begin_stop();
+        }
+        self.shutdown.in_hand().close();
+        tokio::time::timeout(PATIENCE, self.shutdown.in_hand().wait()).await.unwrap();
+        self.shutdown.finish();
         tokio::time::timeout(PATIENCE, self.task).await.unwrap().unwrap();
     }
 }
