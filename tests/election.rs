@@ -89,6 +89,8 @@ impl Loaded {
         let cluster = start(scratch, options)?;
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(DEADLINE, FEW)?;
+        // A member that doesn't have the timeline yet has no vote.
+        cluster.wait_committed(cluster.primary.flush_lsn()?)?;
         Ok(Loaded { cluster, ledger, events: Vec::new() })
     }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::expect_used)]
 
 use std::thread;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use pgproto::wal::RecordScanner;
@@ -32,7 +33,7 @@ async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
 
 /// The stream of the primary's own timeline.
 async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
-    upstream::follow(settings, facts, facts.stock.ancestry.current(), start, false).await
+    upstream::follow(settings, facts, facts.stock.ancestry.current(), start, None).await
 }
 
 fn runtime() -> Result<Runtime> {
@@ -350,17 +351,17 @@ fn a_new_leader_gets_the_slot_from_a_connection_that_holds_it() {
         let conninfo = server.conninfo().replace("user=postgres", "user=follower");
         let (runtime, mine) = (runtime()?, settings(&conninfo)?);
         let timeline = facts.stock.ancestry.current();
-        let begin = |settings: &Settings, take_slot| {
-            runtime.block_on(upstream::follow(settings, &facts, timeline, facts.initial_start, take_slot))
+        let begin = |settings: &Settings, followed_at| {
+            runtime.block_on(upstream::follow(settings, &facts, timeline, facts.initial_start, followed_at))
         };
-        let mut former = begin(&mine, false)?;
-        ensure!(matches!(begin(&mine, false), Err(UpstreamError::SlotInUse { .. })));
+        let mut former = begin(&mine, None)?;
+        ensure!(matches!(begin(&mine, None), Err(UpstreamError::SlotInUse { .. })));
         let other = Settings { application_name: "somebody_else".to_owned(), ..mine.clone() };
         ensure!(
-            matches!(begin(&other, true), Err(UpstreamError::SlotInUse { .. })),
+            matches!(begin(&other, Some(Instant::now())), Err(UpstreamError::SlotInUse { .. })),
             "a slot of another name was taken"
         );
-        let taken = begin(&mine, true)?;
+        let taken = begin(&mine, Some(Instant::now()))?;
         ensure!(taken.position() == facts.initial_start);
         let lost = loop {
             if let Err(error) = runtime.block_on(former.next()) {
