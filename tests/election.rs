@@ -289,6 +289,28 @@ fn a_leader_that_loses_the_primary_is_replaced_by_one_that_has_it() {
     });
 }
 
+/// A candidate gave itself as long to find the primary as it waits for other hosts, so with one that hangs it never did.
+#[test]
+fn a_leader_that_loses_the_primary_is_replaced_although_another_host_hangs() {
+    scenario("election-hangs", |scratch| {
+        let options = ClusterOptions { proxied: true, further_servers: 1, ..ClusterOptions::default() };
+        let mut system = Loaded::start(scratch, &options)?;
+        let _standby = system.cluster.add_standby(scratch, "standby")?;
+        for member in 0..3 {
+            system.cluster.network.cut(Place::Member(member), Place::Server(1));
+            system.cluster.network.cut(Place::Server(1), Place::Member(member));
+        }
+        let before = leader(&system.cluster)?;
+        system.note(format!("member {} was cut off from the primary", before.0 + 1));
+        let (member, primary) = (Place::Member(before.0), Place::Server(0));
+        system.cluster.network.cut(member, primary);
+        system.cluster.network.cut(primary, member);
+        system.cluster.network.proxy(member, primary).context("the way to the primary")?.reset();
+        system.wait_taken_over(before)?;
+        system.finish()
+    });
+}
+
 /// The value of a metric of a member.
 fn metric(safekeeper: &Safekeeper, name: &str) -> Result<u64> {
     let metrics = http_get(&safekeeper.http_address(), "/metrics")?.ok()?;

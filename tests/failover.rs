@@ -242,6 +242,35 @@ fn a_standby_that_was_cut_off_is_made_to_stream_from_the_safekeepers() {
     });
 }
 
+/// It was told that nothing was changed, although the old primary had been fenced off.
+#[test]
+fn a_standby_that_is_promoted_before_it_has_everything_is_told_of() {
+    scenario("failover-early", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        let new = standby(scratch, &cluster, "standby")?;
+        new.set("primary_conninfo", "''")?;
+        wait_for(secs(60), "the standby to be cut off", || {
+            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
+            Ok(())
+        })?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        cluster.primary.kill9()?;
+        cluster.walproposer.kill()?;
+        let conninfo = new.conninfo();
+        let ctl = Ctl::start(scratch, &cluster.safekeepers, &["failover", "prepare", "--standby", &conninfo])?;
+        wait_for(secs(60), "it to wait for the standby", || {
+            let told = std::fs::read_to_string(scratch.log("safekeeperctl"))?;
+            ensure!(told.contains("replay: waiting until"), "{told}");
+            Ok(())
+        })?;
+        new.promote()?;
+        let ended = ctl.end()?;
+        is_refused(&ended, 5, &["was promoted while this waited", "not yet at", "is fenced off"])?;
+        ensure!(!ended.1.to_string().contains("othing was changed"), "{}", ended.1);
+        Ok(())
+    });
+}
+
 #[test]
 fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
     scenario("failover-killed", |scratch| {

@@ -223,6 +223,32 @@ fn what_was_interrupted_goes_on_from_where_it_was() {
     });
 }
 
+/// It was said not to be promoted, and to be left alone, while its promotion went on.
+#[test]
+fn a_promotion_that_takes_long_is_not_said_to_have_failed() {
+    scenario("switchover-slow", |scratch| {
+        let (mut cluster, new, _walproposer) = start(scratch)?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        let release = scratch.path().join("release");
+        let hang = format!("until [ -e {} ]; do sleep 0.1; done", release.display());
+        new.set("recovery_end_command", &format!("'{hang}'"))?;
+        let stop = stop_command(scratch, &cluster.primary, "fast");
+        let slow = Ctl::start(scratch, &cluster, &new, &["--timeout", "15s", "--stop", &stop])?.end()?;
+        is_refused(&slow, 1, &["is not known to be promoted", "may be yet", "run this again"])?;
+        let _ = cluster.primary.daemon().wait_exit(secs(60))?;
+        let early = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        is_refused(&early, 3, &["is being promoted"])?;
+        File::create(release)?;
+        wait_for(secs(60), "the promotion", || {
+            ensure!(new.sql()?.value("SELECT pg_is_in_recovery()")? == "f", "it goes on");
+            Ok(())
+        })?;
+        let (code, json) = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        ensure!(code == 0 && json["result"]["pg_timeline"] == 2, "{code}: {json:#}");
+        new.sql()?.run("INSERT INTO t SELECT 1001")
+    });
+}
+
 #[test]
 fn nothing_is_touched_when_a_check_fails() {
     scenario("switchover-refused", |scratch| {

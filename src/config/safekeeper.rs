@@ -229,8 +229,15 @@ impl SafekeeperSettings {
             let size = self.upstream_buffer_size;
             return Err(format!("--upstream-buffer-size {size} is too small: at least {MIN_BUFFER}"));
         }
-        let count = self.members().len();
-        Ok(few_members("--peers", count))
+        let (count, own) = (self.members().len(), self.own_address());
+        let few = few_members("--peers", count);
+        // Three peers and this one are more likely three.
+        if count.is_multiple_of(2) && count > 2 && !self.peers.contains(own) {
+            let named = format!("{own}, this safekeeper, isn't in --peers and is counted as one more: {count}");
+            let remedy = "If it is there under another name, give that as --advertise-pg; as it is, fewer may fail";
+            return Ok(Some(format!("{named}. {remedy}")));
+        }
+        Ok(few)
     }
 }
 

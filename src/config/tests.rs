@@ -49,6 +49,22 @@ fn defaults_are_neons() {
     assert_eq!(loaded.warnings, Vec::<String>::new());
 }
 
+/// Three of which this one is one were taken for four, of which no two may fail, and nothing said why.
+#[test]
+fn a_safekeeper_that_is_not_among_its_peers_by_name_is_told_how_it_counts() {
+    let warnings = |peers: &str, own: &str| {
+        let upstream = ["--upstream", "host=db", "--peers", peers, "--advertise-pg", own];
+        safekeeper(&upstream).unwrap().warnings
+    };
+    assert_eq!(warnings("a:1,b:1,c:1", "a:1"), Vec::<String>::new());
+    assert_eq!(warnings("b:1,c:1", "a:1"), Vec::<String>::new());
+    let told = warnings("a:1,b:1,c:1", "10.0.0.1:1");
+    assert!(
+        told.len() == 1 && told[0].contains("counted as one more: 4") && told[0].contains("--advertise-pg"),
+        "{told:?}"
+    );
+}
+
 #[test]
 fn short_and_repeated_flags() {
     let settings = safekeeper(&["-D", "a", "-D", "b", "-l", "h:1", "-n", "--id", "7"]).unwrap().settings;

@@ -30,7 +30,6 @@ use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};
-use crate::propose::upstream::UpstreamError;
 
 /// How long safekeepers that are slow, or hang, are waited for once a majority has everything.
 const LAGGARD_GRACE: Duration = Duration::from_secs(1);
@@ -185,6 +184,16 @@ pub enum FailoverError {
         /// The end of the log.
         lsn: Lsn,
     },
+    /// It isn't known whether the standby has other WAL than the safekeepers.
+    #[error(
+        "{standby} has replayed far enough, but its Postgres timelines can't be compared with the safekeepers': {why}"
+    )]
+    BranchUnknown {
+        /// Which server.
+        standby: String,
+        /// Why not.
+        why: String,
+    },
     /// The standby isn't there yet.
     #[error(
         "{standby} has not replayed up to {lsn} within the time limit, it is at {at}: {why}. The old primary is fenced \
@@ -251,7 +260,10 @@ impl FailoverError {
                 Kind::TimedOut
             }
             Self::NoFence(_) | Self::Sync(_) | Self::Repoint(_) => Kind::Failed,
-            Self::Overtaken { .. } | Self::OtherBranch { .. } | Self::PromotedEarly { .. } => Kind::Unsafe,
+            Self::Overtaken { .. }
+            | Self::PromotedEarly { .. }
+            | Self::OtherBranch { .. }
+            | Self::BranchUnknown { .. } => Kind::Unsafe,
         }
     }
 }
@@ -276,6 +288,7 @@ pub async fn prepare(options: &PrepareOptions, steps: &Steps) -> Result<Prepared
                 having: &end.having,
                 ttid: options.ttid,
                 repoint: options.repoint,
+                strict: false,
             };
             replay::wait(server, &wanted, steps, deadline).await?;
             Some(server.name().to_owned())
@@ -505,9 +518,4 @@ pub(super) fn names(ancestry: &Ancestry) -> String {
         false => branch.timeline.to_string(),
     };
     ancestry.branches().iter().map(name).collect::<Vec<_>>().join(", ")
-}
-
-/// An answer about timelines that can't be had is no proof of anything.
-pub(super) fn unproven(error: &UpstreamError) -> String {
-    format!("its timelines can't be compared with the safekeepers': {error}")
 }

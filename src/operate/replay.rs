@@ -5,7 +5,7 @@ use std::time::Duration;
 use pgproto::{Ancestry, HostPort, Lsn, TenantTimelineId};
 use tokio::time::{Instant, sleep};
 
-use super::failover::{FailoverError, names, unproven};
+use super::failover::{FailoverError, names};
 use super::server::{Server, ServerError, ServerState, literal};
 use super::steps::{Step, Steps};
 
@@ -35,6 +35,8 @@ pub(super) struct Wanted<'a> {
     pub(super) ttid: Option<TenantTimelineId>,
     /// Whether it may be made to stream from them.
     pub(super) repoint: bool,
+    /// Whether it must be certain that its timelines are these.
+    pub(super) strict: bool,
 }
 
 /// Waits until `server` has replayed all that is wanted and is proven to be on the right timeline.
@@ -191,15 +193,18 @@ async fn check_branch(
         _ if state.timeline == pgproto::PgTimelineId::FIRST => Ok(()),
         // It left the log's timeline, and it isn't known where.
         _ if state.timeline > ours.current() => Err(diverged(state.timeline.to_string())),
-        Ok(None) => {
-            step.note(
-                "its timelines can't be compared with the safekeepers', as no replication connection is allowed; if two \
-                 servers were once promoted to the same timeline, the proposer finds out after the promotion",
-            );
-            Ok(())
-        }
-        Err(error) => {
-            step.note(unproven(&error));
+        unknown => {
+            let why = match unknown {
+                Err(error) => error.to_string(),
+                _ => "no replication connection is allowed".to_owned(),
+            };
+            if wanted.strict {
+                return Err(FailoverError::BranchUnknown { standby: server.name().to_owned(), why });
+            }
+            step.note(format!(
+                "its timelines can't be compared with the safekeepers': {why}. If two servers were once promoted to the same \
+                 timeline, the proposer finds out after the promotion"
+            ));
             Ok(())
         }
     }

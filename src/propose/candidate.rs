@@ -50,6 +50,10 @@ const SUSPICIOUS: Duration = Duration::from_millis(1500);
 /// How long members may take to say who leads.
 const ASK_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long the primary may take to be found, so that this member counts as reaching it. Longer than [`primary::GRACE`], which a
+/// host that hangs costs.
+const PROBE_LIMIT: Duration = Duration::from_secs(3);
+
 /// How long members may take to hear that a leader resigned.
 const TELL_LIMIT: Duration = Duration::from_millis(500);
 
@@ -386,10 +390,11 @@ impl Task {
             self.reached_at = None;
             return;
         }
-        match timeout(ASK_LIMIT, primary::find(&self.settings)).await {
-            Ok(Ok(_)) => self.reached_at = self.reached_at.or_else(|| Some(Instant::now())),
-            _ => self.reached_at = None,
-        }
+        let found = tokio::select! {
+            found = timeout(PROBE_LIMIT, primary::find(&self.settings)) => matches!(found, Ok(Ok(_))),
+            () = self.retire.cancelled() => false,
+        };
+        self.reached_at = if found { self.reached_at.or_else(|| Some(Instant::now())) } else { None };
     }
 
     /// What is known of the primary, from not long ago.

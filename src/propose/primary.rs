@@ -36,7 +36,7 @@ const WAL_SENDER_OPTIONS: &str = "-c wal_sender_timeout=5s";
 
 /// How long the other hosts may take to answer once one did that isn't a standby: long enough for a server that runs, and
 /// not much added to a failover in which another host is dead.
-const GRACE: Duration = Duration::from_secs(1);
+pub(super) const GRACE: Duration = Duration::from_secs(1);
 
 /// What is known of the primary before anything is proposed.
 #[derive(Clone, Debug)]

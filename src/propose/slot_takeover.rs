@@ -91,8 +91,8 @@ async fn end_holder(primary: &Config, slot: &str, application_name: &str, follow
     }
 }
 
-/// Ends whoever held `slot` on `primary` under the name `application_name` before `followed_at`, and tries `command` until the slot is free;
-/// `started` is what it came to before.
+/// Ends whoever holds `slot` on `primary` under the name `application_name` since before `followed_at`, and tries `command` until
+/// the slot is free; `started` is what it came to before.
 pub(super) async fn take(
     connection: &mut Connection,
     command: &str,

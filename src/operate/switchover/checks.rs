@@ -1,6 +1,9 @@
 //! What must be so before a switchover changes anything.
 
+use pgproto::PgTimelineId;
+
 use super::{Switchover, SwitchoverError};
+use crate::operate::failover::names;
 use crate::operate::quorum::{self, Survey};
 use crate::operate::server::{Server, ServerError, ServerState, literal};
 use crate::propose::checks::{self, Finding, PrimarySettings};
@@ -97,7 +100,7 @@ async fn check_standby(
         Some("is a primary, not a standby".to_owned())
     } else if state.timeline > log {
         Some(format!(
-            "is on Postgres timeline {}, the safekeepers' log on {log}: it followed another server",
+            "is on Postgres timeline {}, the safekeepers' log on {log}: it followed another server, or is being promoted",
             state.timeline
         ))
     } else if state.paused {
@@ -114,6 +117,7 @@ async fn check_standby(
     if let Some(problem) = problem {
         return Err(SwitchoverError::Unfit(format!("{name} {problem}")));
     }
+    check_branch(server, state, survey).await?;
     check_settings(server, application_name).await?;
     let may = server.row("SELECT has_function_privilege('pg_promote(boolean, integer)', 'execute')").await;
     match may.map_err(unfit)?.first() {
@@ -122,6 +126,28 @@ async fn check_standby(
             "the role may not promote {name}: GRANT EXECUTE ON FUNCTION pg_promote TO it, or use a superuser"
         ))),
     }
+}
+
+/// The standby's Postgres timelines can be compared with those of the log, and are the same. Only one history leads to timeline 1.
+async fn check_branch(server: &Server, state: &ServerState, survey: &Survey) -> Result<(), SwitchoverError> {
+    let (name, log) = (server.name(), survey.ancestry());
+    if log.current() == PgTimelineId::FIRST {
+        return Ok(());
+    }
+    let problem = match server.ancestry().await {
+        Ok(Some(theirs)) if theirs.agrees_below(&log, state.replayed) => return Ok(()),
+        Ok(Some(theirs)) => {
+            let (ours, theirs) = (names(&log), names(&theirs));
+            format!("has WAL of Postgres timelines {theirs}, the safekeepers of {ours}: it followed another server")
+        }
+        Ok(None) => {
+            let why =
+                "as it allows no replication connection from here: grant the role REPLICATION, allow it in pg_hba.conf";
+            format!("can't be asked for its Postgres timelines, {why}")
+        }
+        Err(error) => format!("can't be asked for its Postgres timelines: {error}"),
+    };
+    Err(SwitchoverError::Unfit(format!("{name} {problem}")))
 }
 
 /// As a primary its commits would wait for the safekeepers.

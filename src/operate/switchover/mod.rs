@@ -42,6 +42,9 @@ const PROOF_LIMIT: Duration = Duration::from_secs(5);
 /// The shortest time that a promotion gets: one that is begun is not to be given up for a deadline that is near.
 const MIN_PROMOTION: Duration = Duration::from_secs(10);
 
+/// How much longer the answer about it may take.
+const PROMOTION_ANSWER: Duration = Duration::from_secs(2);
+
 /// A commit that needs no table, and waits for synchronous standbys whatever the default is.
 const COMMIT: &str = "BEGIN; SET LOCAL synchronous_commit = on; \
                       SELECT pg_logical_emit_message(true, 'safekeeperctl', 'switchover'); COMMIT";
@@ -135,10 +138,14 @@ pub enum SwitchoverError {
         /// Where it should be.
         lsn: Lsn,
     },
+    /// Somebody else promoted the standby.
+    #[error("the old primary is stopped. {0}. If the proposer follows it, run this again: it goes on from there")]
+    PromotedEarly(FailoverError),
     /// The promotion failed.
     #[error(
-        "{standby} was not promoted: {reason}. It has everything, up to {lsn}, and the old primary is stopped and fenced \
-         off: promote it by hand (SELECT pg_promote()), or go back to the old primary with `failover cancel`"
+        "{standby} is not known to be promoted: {reason}. It was asked to, and may be yet: look (SELECT pg_is_in_recovery()). It \
+         has everything, up to {lsn}, and the old primary is stopped and fenced off. Once it is promoted, run this again. \
+         To go back to the old primary instead, stop {standby} first, then `failover cancel`"
     )]
     Promote {
         /// The standby.
@@ -180,7 +187,7 @@ impl SwitchoverError {
             Self::Survey(error) => error.kind(),
             Self::Unfit(_) => Kind::Refused,
             Self::StillRuns(_) => Kind::TimedOut,
-            Self::Unproven(_) | Self::WentOn { .. } | Self::Beyond { .. } => Kind::Unsafe,
+            Self::Unproven(_) | Self::WentOn { .. } | Self::Beyond { .. } | Self::PromotedEarly(_) => Kind::Unsafe,
             Self::Prepare(error) => match error.kind() {
                 Kind::Refused => Kind::Failed,
                 kind => kind,
@@ -291,8 +298,13 @@ impl Switchover<'_> {
             having: &end.having,
             ttid: self.options.ttid,
             repoint: false,
+            strict: true,
         };
-        let state = replay::wait(&mut self.to, &wanted, self.steps, self.deadline).await?;
+        let waited = replay::wait(&mut self.to, &wanted, self.steps, self.deadline).await;
+        let state = waited.map_err(|error| match error {
+            FailoverError::PromotedEarly { .. } => SwitchoverError::PromotedEarly(error),
+            error => error.into(),
+        })?;
         let at = state.replayed.max(state.received);
         if at > end.lsn {
             return Err(SwitchoverError::Beyond { standby: self.to.name().to_owned(), at, lsn: end.lsn });
@@ -349,12 +361,21 @@ impl Switchover<'_> {
         let failed = |reason: String| SwitchoverError::Promote { standby: standby.clone(), reason, lsn };
         let limit = self.deadline.saturating_duration_since(Instant::now()).max(MIN_PROMOTION);
         let sql = format!("SELECT pg_promote(true, {})", limit.as_secs().max(1));
-        let rows = self.to.rows_within(&sql, limit).await.map_err(|error| failed(error.to_string()))?;
-        if rows.first().and_then(|row| row.first()?.as_deref()) != Some("t") {
-            return Err(failed("pg_promote() says no; its log says why".to_owned()));
+        // It answers by itself when the time is up, if it can.
+        let reason = match self.to.rows_within(&sql, limit + PROMOTION_ANSWER).await {
+            Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") => None,
+            Ok(_) => Some("pg_promote() says that it takes longer; its log says why".to_owned()),
+            Err(error) => Some(error.to_string()),
+        };
+        // What was begun goes on, whoever waits for it.
+        let promoted = reason.is_none() || matches!(self.to.state().await, Ok(state) if !state.in_recovery);
+        match reason.filter(|_| !promoted) {
+            Some(reason) => Err(failed(reason)),
+            None => {
+                step.done(format!("{standby} is the primary"));
+                Ok(())
+            }
         }
-        step.done(format!("{standby} is the primary"));
-        Ok(())
     }
 
     /// Commits something on the new primary. Returns the end of its WAL then.
