@@ -135,21 +135,21 @@ async fn accept(listener: TcpListener, target: SocketAddr, state: watch::Receive
 /// Carries one connection until both ends have closed it, one has broken it, or it is reset.
 async fn connection(client: TcpStream, target: SocketAddr, state: watch::Receiver<State>) {
     let era = state.borrow().era;
-    let connected = async {
-        // The first packets go both ways.
-        wait(&state, |state| !state.is_cut(Way::There) && !state.is_cut(Way::Back)).await.ok()?;
-        let server = tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(target)).await.ok()?.ok()?;
-        client.set_nodelay(true).and(server.set_nodelay(true)).ok()?;
-        Some(server)
+    // The first packets go both ways.
+    let passes = wait(&state, |state| !state.is_cut(Way::There) && !state.is_cut(Way::Back));
+    let passes = tokio::select! {
+        passes = passes => passes.is_ok(),
+        _ = wait(&state, |state| state.era != era) => false,
     };
-    let server = tokio::select! {
-        server = connected => server,
-        _ = wait(&state, |state| state.era != era) => None,
-    };
+    // A reset waits for this: given up half-way, the server would see an orderly end.
+    let connected = async { tokio::time::timeout(CONNECT_LIMIT, TcpStream::connect(target)).await.ok()?.ok() };
+    let server = if passes { connected.await } else { None };
     let Some(server) = server else {
         let _ = client.set_zero_linger();
         return;
     };
+    // Only the delay of small messages depends on it.
+    let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let ((mut client_says, mut to_client), (mut server_says, mut to_server)) =
         (client.into_split(), server.into_split());
     let both = async {
