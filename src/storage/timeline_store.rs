@@ -182,7 +182,12 @@ impl TimelineStore {
     fn make_room_now(&mut self, end: Lsn) -> Result<(), StorageError> {
         self.segments.make_room(end).map_err(StorageError::refused_if_full)?;
         let room = self.segments.room_to();
-        self.ledger()?.reserve(room).map_err(StorageError::from).map_err(StorageError::waited_out)
+        let reserved = self.ledger()?.reserve(room).map_err(StorageError::from).map_err(StorageError::waited_out);
+        if reserved.is_err() {
+            // Or the next call would find room for the WAL and never come here again.
+            self.segments.go_back(self.end());
+        }
+        reserved
     }
 
     /// Appends `wal` at the end of the log, which must be `at`, durably. The result is the new end.

@@ -4,6 +4,7 @@ use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
 use pgproto::{Generation, NodeId, Term};
 
+use super::super::upstream::UpstreamEvent;
 use super::*;
 use crate::config::HostPort;
 

@@ -1,5 +1,6 @@
 //! Ends of a log that no ordinary cut makes: behind bytes that never came, begun and given up, refused half way.
 
+use std::io::ErrorKind;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -162,4 +163,42 @@ async fn a_log_that_finds_the_disk_full_begins_later() {
     drop((store, data_dir));
     let (_dir, store, recovered) = after_crash(&disk, Survivors::Nothing).await;
     assert_eq!((recovered.fault, store.end()), (None, wal.position()));
+}
+
+/// There may be space for the segment and none for its entries in the ledger.
+#[tokio::test]
+async fn an_append_that_finds_no_space_for_the_ledger_is_done_later() {
+    let start = Lsn(0x40_0000);
+    // As much as the first page of the ledger has places for, and some more.
+    let mut wal = WalWriter::new(start);
+    while wal.position() < Lsn(start.0 + (10 << 20)) {
+        wal.record(100_000, 1);
+    }
+    let mut refusals = 0;
+    for at in 0.. {
+        let disk = SimDisk::with_dir(Path::new(ROOT));
+        let data_dir = open(&disk);
+        let (mut store, recovered) = TimelineStore::create(&data_dir, new_timeline(TTID)).await.unwrap();
+        store.init_first_segment(start).await.unwrap();
+        store.persist(&elected(recovered.control, 1, start)).await.unwrap();
+        let before = disk.operations();
+        disk.fail_at(before + at, ErrorKind::StorageFull);
+        let made = store.make_room(wal.position());
+        if disk.operations() <= before + at {
+            break;
+        }
+        match made {
+            Ok(()) => {}
+            Err(StorageError::DiskFull(_)) => refusals += 1,
+            Err(error) => panic!("no space in {}: {error}", disk.describe(before + at)),
+        }
+        store.append(start, &[wal.since(start)]).await.unwrap();
+        let settled = store.settle().await;
+        settled.unwrap_or_else(|error| panic!("no space in {} before: {error}", disk.describe(before + at)));
+        drop((store, data_dir));
+        let (_dir, store, recovered) = after_crash(&disk, Survivors::Nothing).await;
+        assert_eq!((recovered.fault, store.end()), (None, wal.position()));
+    }
+    // A segment's space and the ledger's, at the least.
+    assert!(refusals >= 2, "{refusals} refusals");
 }
