@@ -56,10 +56,14 @@ impl Drop for Ctl {
 
 impl Ctl {
     fn start(scratch: &Scratch, cluster: &Cluster, to: &Postgres, args: &[&str]) -> Result<Ctl> {
+        Ctl::start_to(scratch, cluster, &to.conninfo(), args)
+    }
+
+    fn start_to(scratch: &Scratch, cluster: &Cluster, to: &str, args: &[&str]) -> Result<Ctl> {
         let addresses: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
         let child = Command::new(env!("CARGO_BIN_EXE_safekeeperctl"))
             .args(["switchover", "--json", "--safekeepers", &addresses.join(",")])
-            .args(["--from", &cluster.primary.conninfo(), "--to", &to.conninfo()])
+            .args(["--from", &cluster.primary.conninfo(), "--to", to])
             .args(args)
             .stdout(Stdio::piped())
             .stderr(File::options().create(true).append(true).open(scratch.log("safekeeperctl"))?)
@@ -220,6 +224,55 @@ fn what_was_interrupted_goes_on_from_where_it_was() {
         let to_do = json["result"]["to_do"].as_str().context("what to do for the old primary")?;
         ensure!(to_do.contains("standby.signal"), "{to_do}");
         new.sql()?.run("INSERT INTO t SELECT 1001")
+    });
+}
+
+/// The page before it is not WAL, as an idle server's is after a base backup or a switch of segments; it was taken for unreadable.
+#[test]
+fn a_shutdown_checkpoint_at_the_begin_of_a_segment_is_proof() {
+    scenario("switchover-segment", |scratch| {
+        let (mut cluster, new, _walproposer) = start(scratch)?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT 1 AS n")?;
+        cluster.primary.sql()?.run("SELECT pg_switch_wal()")?;
+        let stop = stop_command(scratch, &cluster.primary, "fast");
+        let (code, json) = Ctl::start(scratch, &cluster, &new, &["--stop", &stop])?.end()?;
+        ensure!(code == 0, "{code}: {json:#}");
+        let end: Lsn = json["result"]["lsn"].as_str().context("an LSN")?.parse()?;
+        ensure!(end.0 % (16 << 20) < 8192, "{end} is not in the first page of a segment");
+        let _ = cluster.primary.daemon().wait_exit(secs(60))?;
+        new.sql()?.run("INSERT INTO t SELECT 2")
+    });
+}
+
+/// Two servers may have been promoted to a timeline of one number. It was promoted all the same, with a remark.
+#[test]
+fn a_standby_whose_timelines_cannot_be_compared_is_not_promoted() {
+    scenario("switchover-unknown", |scratch| {
+        let (mut cluster, mut new, _walproposer) = start(scratch)?;
+        let stop = stop_command(scratch, &cluster.primary, "fast");
+        let follow = standby_command(&cluster, &cluster.primary);
+        let ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop, "--start-old", &follow])?;
+        start_as_standby(&mut cluster)?;
+        let (code, json) = ctl.end()?;
+        ensure!(code == 0 && json["result"]["old_follows"] == true, "{code}: {json:#}");
+        std::mem::swap(&mut cluster.primary, &mut new);
+        // A role that may do all but read WAL.
+        cluster.primary.sql()?.run("CREATE ROLE operator SUPERUSER LOGIN")?;
+        cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)?;
+        let rules = new.data_dir().join("pg_hba.conf");
+        let text = std::fs::read_to_string(&rules)?;
+        std::fs::write(&rules, format!("host replication operator all reject\n{text}"))?;
+        let loaded = || new.sql()?.value("SELECT pg_conf_load_time()");
+        let before = loaded()?;
+        new.sql()?.run("SELECT pg_reload_conf()")?;
+        wait_for(secs(60), "the rules to be read", || {
+            ensure!(loaded()? != before, "those of before");
+            Ok(())
+        })?;
+        wait_streaming(&new)?;
+        let operator = new.conninfo().replace("user=postgres", "user=operator");
+        let ended = Ctl::start_to(scratch, &cluster, &operator, &["--stop", "false"])?.end()?;
+        is_refused(&ended, 3, &["can't be asked for its Postgres timelines", "pg_hba.conf", "Nothing was changed"])
     });
 }
 

@@ -6,7 +6,7 @@ use pgproto::lsn::PAGE_SIZE;
 use pgproto::replication::message::ServerMessage;
 use pgproto::wal::page::header_size;
 use pgproto::wal::{RecordScanner, WalError};
-use pgproto::{HostPort, Lsn, SegmentSize, TenantTimelineId};
+use pgproto::{HostPort, Lsn, SegmentNumber, SegmentSize, TenantTimelineId};
 
 use crate::client::connection::ConnectError;
 use crate::client::safekeeper;
@@ -85,16 +85,27 @@ pub(super) async fn read(
     size: SegmentSize,
     pg_version: u32,
 ) -> Result<LastRecord, LastRecordError> {
-    // The page in which the last byte is and the one before: a checkpoint is far shorter than a page.
     let last_page = Lsn(end.0.saturating_sub(1)).page_start();
+    // Behind a segment switch the page before has zeros, not WAL; and before the first segment there is none.
+    let first_page = SegmentNumber::containing(last_page, size).start(size) == last_page;
+    if first_page {
+        let found = find(&fetch(node, ttid, last_page, end).await?, last_page, size, pg_version, end);
+        if found.is_ok() {
+            return found;
+        }
+    }
+    // The record may have begun in the page before: a checkpoint is far shorter than a page.
     let from = Lsn(last_page.0.saturating_sub(PAGE_SIZE));
-    let wal = fetch(node, ttid, from, end).await;
-    let wal = wal.map_err(|source| LastRecordError::Connection { node: node.clone(), source })?;
-    find(&wal, from, size, pg_version, end)
+    find(&fetch(node, ttid, from, end).await?, from, size, pg_version, end)
 }
 
 /// WAL from `from` up to `to`.
-async fn fetch(node: &HostPort, ttid: TenantTimelineId, from: Lsn, to: Lsn) -> Result<Vec<u8>, ConnectError> {
+async fn fetch(node: &HostPort, ttid: TenantTimelineId, from: Lsn, to: Lsn) -> Result<Vec<u8>, LastRecordError> {
+    let wal = stream(node, ttid, from, to).await;
+    wal.map_err(|source| LastRecordError::Connection { node: node.clone(), source })
+}
+
+async fn stream(node: &HostPort, ttid: TenantTimelineId, from: Lsn, to: Lsn) -> Result<Vec<u8>, ConnectError> {
     let length = usize::try_from(to.saturating_sub(from)).unwrap_or(usize::MAX);
     let mut connection = safekeeper::connect(node, ttid, Some("safekeeperctl")).await?;
     connection.start_copy(&format!("START_REPLICATION PHYSICAL {from}")).await?;
