@@ -160,6 +160,11 @@ fn wait_gone(pid: u32) -> Result<()> {
     })
 }
 
+/// The members of the timeline in its status.
+fn members_of(status: &Value) -> impl Iterator<Item = &Value> {
+    status.get("members").and_then(Value::as_array).into_iter().flatten()
+}
+
 #[test]
 fn a_leaving_node_sends_clients_on_and_shows_its_steps_until_a_second_signal() {
     scenario("leaving", |scratch| {
@@ -175,6 +180,14 @@ fn a_leaving_node_sends_clients_on_and_shows_its_steps_until_a_second_signal() {
         *launch = launch.clone().env("NOTIFY_SOCKET", &socket);
         cluster.safekeeper(0)?.start()?;
         wait_caught_up(&cluster, 0)?;
+        // Safekeepers look for each other every second; who isn't known yet can't be known to leave.
+        let staying = cluster.safekeepers.get(1).context("node 2")?;
+        wait_for(DEADLINE, "node 2 to know node 1", || {
+            let members = cluster.status(staying)?;
+            let known = members_of(&members).any(|member| member.get("node_id").and_then(Value::as_u64) == Some(1));
+            ensure!(known, "{members}");
+            Ok(())
+        })?;
         let running = status(cluster.safekeeper(0)?)?;
         ensure!(running.get("state").and_then(Value::as_str) == Some("running"), "{running}");
         ensure!(running.get("shutdown").is_some_and(Value::is_null), "{running}");
@@ -202,9 +215,8 @@ fn a_leaving_node_sends_clients_on_and_shows_its_steps_until_a_second_signal() {
         ensure!(refused.contains("this safekeeper is shutting down"), "{refused}");
         psql(&[leaving, staying])?;
         let members = cluster.status(cluster.safekeepers.get(1).context("node 2")?)?;
-        let told = members.pointer("/members/members").or(members.get("members")).and_then(Value::as_array);
         let leaves = |member: &&Value| member.get("leaving").and_then(Value::as_bool) == Some(true);
-        let leaving: Vec<&Value> = told.into_iter().flatten().filter(leaves).collect();
+        let leaving: Vec<&Value> = members_of(&members).filter(leaves).collect();
         ensure!(leaving.len() == 1, "node 2 was not told: {members}");
 
         // The first signal finds the shutdown under way, the second one is impatience.
