@@ -18,6 +18,7 @@ use safekeeper::timeline::holds::RetentionPolicy;
 use safekeeper::timeline::registry::Registry;
 use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
+use tokio_util::sync::CancellationToken;
 
 fn main() -> ExitCode {
     let Loaded::<SafekeeperSettings> { settings, warnings } =
@@ -113,12 +114,15 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     };
     let router =
         http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate.clone(), shutdown.clone());
-    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.done().clone()));
+    let no_more_requests = CancellationToken::new();
+    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), no_more_requests.clone()));
     let config = ServerConfig::default();
     let pg = tokio::spawn(server::serve(pg, Arc::clone(&registry), Arc::clone(&peers), config, shutdown.clone()));
     daemon::ready(&format!("{} timelines", registry.list().len()));
     let household = Household { registry, peers, candidate, retention, hooks: settings.shutdown_hook };
     household.conduct(&shutdown).await;
+    shutdown.last_word().await;
+    no_more_requests.cancel();
     pg.await.context("Postgres server")?;
     http.await.context("HTTP server")?;
     Ok(())

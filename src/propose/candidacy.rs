@@ -6,6 +6,7 @@
 //!   that says of itself that it doesn't reach the primary, for a while, counts as none for who does reach it.
 //! * When a majority hears no leader, somebody campaigns soon, and one after the other: each waits longer, by its place
 //!   among the candidates, and nobody campaigns while a vote that was given may still elect somebody.
+//! * A leader that is at work and lost the others, because they were started anew, has a moment to find them again.
 //! * A leader that hands over is followed by the successor it named at once, by others after a pause.
 //!
 //! No promise about the log depends on any of this: who leads is decided by votes, and two leaders of different terms can't
@@ -34,6 +35,9 @@ const RANK_DELAY: Duration = Duration::from_millis(150);
 
 /// How long the others leave the office to a successor that was named.
 const HEAD_START: Duration = Duration::from_secs(1);
+
+/// How long a leader that answers has to connect again to those it lost. It tries several times a second.
+const RECONNECT_TIME: Duration = Duration::from_secs(1);
 
 /// How often a leader is looked at that is heard.
 const LOOK: Duration = Duration::from_secs(1);
@@ -133,6 +137,13 @@ impl Situation<'_> {
         self.reaches_primary && self.views.iter().any(lost)
     }
 
+    /// Whether the leader of the highest term answers, and neither handed over nor lacks a primary that others reach.
+    fn leader_is_at_work(&self) -> bool {
+        let highest = self.highest_term();
+        let leads = |view: &View| view.report.proposing.is_some_and(|proposing| proposing.term == highest);
+        self.views.iter().any(leads) && self.resigned().is_none() && !self.is_replaceable(highest)
+    }
+
     /// The last word of a leader, unless somebody was voted for since. Of a term that nobody promised there was no leader: who
     /// says so is mistaken or lies, and would be believed for ever.
     fn resigned(&self) -> Option<Resigned> {
@@ -173,7 +184,11 @@ impl Situation<'_> {
         // Chance has to decide only among those that may not know of each other.
         let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;
         let jitter = if all_known { Duration::ZERO } else { self.jitter };
-        let head_start = if successor.is_some() { HEAD_START } else { Duration::ZERO };
+        let head_start = match successor {
+            Some(_) => HEAD_START,
+            None if self.leader_is_at_work() => RECONNECT_TIME,
+            None => Duration::ZERO,
+        };
         head_start.saturating_add(RANK_DELAY.saturating_mul(rank)).saturating_add(jitter)
     }
 }

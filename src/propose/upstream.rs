@@ -27,6 +27,13 @@ const PRIMARY_SILENCE_LIMIT: Duration = Duration::from_secs(30);
 /// Silence after which reports ask the primary for a sign of life.
 const ASK_AFTER: Duration = Duration::from_secs(10);
 
+/// WAL that is here already and with which a stream begins again, in bytes.
+///
+/// A primary releases commits on a report only if it counts the stream as caught up when it reads the report. It does so after
+/// it sent all it has, and doesn't tell. So there must be something to be sent: when that has come, reports count. Nothing
+/// would come at the end of its WAL, least of all when all its commits wait for a report.
+const LEAD: u64 = 8;
+
 /// Why the primary can't be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
@@ -148,14 +155,15 @@ pub enum UpstreamEvent {
 pub struct Upstream {
     connection: Connection,
     position: Lsn,
+    /// What comes below is here already.
+    wanted: Lsn,
     primary_flush_lsn: Lsn,
     commit_lsn: Lsn,
     throttle: AckThrottle,
     /// When the last message came.
     heard: Instant,
-    /// The primary has answered a report. One that comes before it counts us as streaming releases no commits, and there may
-    /// be no reason for another.
-    answered: bool,
+    /// All that the primary had has come once: from then on its commits are released by what it's told.
+    caught_up: bool,
     /// Where the stream stands.
     stage: Stage,
 }
@@ -209,7 +217,8 @@ pub async fn follow(
             UpstreamError::PrimaryBehind(start)
         });
     }
-    let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {timeline}", quoted(&settings.slot));
+    let begin = lead_in(start, facts.server.wal_seg_size);
+    let command = format!("START_REPLICATION SLOT {} PHYSICAL {begin} TIMELINE {timeline}", quoted(&settings.slot));
     let mut started = connection.start_stream(&command).await;
     if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
         // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
@@ -232,14 +241,21 @@ pub async fn follow(
     };
     Ok(Upstream {
         connection,
-        position: start,
+        position: begin,
+        wanted: start,
         primary_flush_lsn: flush_lsn,
         commit_lsn: Lsn::INVALID,
         throttle: AckThrottle::default(),
         heard: Instant::now(),
-        answered: false,
+        caught_up: false,
         stage,
     })
+}
+
+/// Where a stream begins of which everything from `start` on is wanted. The segment before may be gone.
+fn lead_in(start: Lsn, size: SegmentSize) -> Lsn {
+    let segment = SegmentNumber::containing(start, size).start(size);
+    Lsn(start.0.saturating_sub(LEAD)).max(segment)
 }
 
 /// What follows the Postgres timeline whose stream has ended.
@@ -271,9 +287,9 @@ fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
 }
 
 impl Upstream {
-    /// Position of the next byte to come.
+    /// Position of the next byte to come that isn't here yet.
     pub fn position(&self) -> Lsn {
-        self.position
+        self.position.max(self.wanted)
     }
 
     /// End of WAL at the primary as it last said.
@@ -350,14 +366,17 @@ impl Upstream {
                     return Err(UpstreamError::Gap { expected: self.position, got: start });
                 }
                 self.position = Lsn(start.0.saturating_add(data.len() as u64));
-                Ok(UpstreamEvent::Wal { start, wal: data })
+                if self.position >= end && !std::mem::replace(&mut self.caught_up, true) {
+                    self.throttle.forget();
+                }
+                let known = usize::try_from(self.wanted.saturating_sub(start)).unwrap_or(usize::MAX).min(data.len());
+                if known == data.len() {
+                    return Ok(UpstreamEvent::Idle);
+                }
+                Ok(UpstreamEvent::Wal { start: start.max(self.wanted), wal: data.slice(known..) })
             }
             ServerMessage::Keepalive { end, reply_requested, .. } => {
                 self.primary_flush_lsn = self.primary_flush_lsn.max(end);
-                if !std::mem::replace(&mut self.answered, true) {
-                    // So that everything is reported again.
-                    self.throttle = AckThrottle::default();
-                }
                 if reply_requested {
                     self.throttle.asked(Instant::now());
                 }
@@ -368,7 +387,7 @@ impl Upstream {
 
     /// The quorum has everything below `commit_lsn`: reports it if that is news.
     pub async fn acknowledge(&mut self, commit_lsn: Lsn) -> Result<(), UpstreamError> {
-        self.commit_lsn = self.commit_lsn.max(commit_lsn.min(self.position));
+        self.commit_lsn = self.commit_lsn.max(commit_lsn.min(self.position()));
         if self.throttle.advanced(self.commit_lsn) { self.send_status().await } else { Ok(()) }
     }
 
@@ -390,7 +409,7 @@ impl Upstream {
         let lsn = self.commit_lsn;
         let (write, flush, apply) = (lsn, lsn, lsn);
         let timestamp = crate::clock::since_2000();
-        let reply_requested = !self.answered || self.heard.elapsed() >= ASK_AFTER;
+        let reply_requested = self.heard.elapsed() >= ASK_AFTER;
         let status = StandbyStatus { write, flush, apply, timestamp, reply_requested };
         self.connection.send_copy_data(|body| status.encode(body)).await?;
         self.throttle.reported(lsn, Instant::now());
@@ -403,7 +422,7 @@ mod tests {
     use bytes::BytesMut;
     use pgproto::backend::{Column, encode};
     use pgproto::pg_timeline::parse_history;
-    use pgproto::replication::message::put_keepalive;
+    use pgproto::replication::message::put_xlog_data_header;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
@@ -478,9 +497,15 @@ mod tests {
         let (primary, ours) = tokio::io::duplex(1024);
         let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
         let (connection, stage) = (Connection::over(ours), Stage::Streaming);
-        let primary_flush_lsn = position;
-        let answered = true;
-        (primary, Upstream { connection, position, primary_flush_lsn, commit_lsn, throttle, heard, answered, stage })
+        let (primary_flush_lsn, wanted, caught_up) = (position, position, true);
+        let upstream =
+            Upstream { connection, position, wanted, primary_flush_lsn, commit_lsn, throttle, heard, caught_up, stage };
+        (primary, upstream)
+    }
+
+    fn put_wal(out: &mut BytesMut, start: Lsn, end: Lsn, wal: &[u8]) {
+        put_xlog_data_header(out, start, end, 0, wal.len());
+        out.extend_from_slice(wal);
     }
 
     /// What a primary says when the timeline ends (spec: postgres clients 4.6).
@@ -518,23 +543,50 @@ mod tests {
         assert_eq!(said, b"c\0\0\0\x04", "CopyDone and nothing else");
     }
 
-    /// The primary releases no commit on a report that comes before it counts the stream as such, and with nothing new to
-    /// commit there was none until a second later.
+    /// The primary releases no commit on a report that it reads before it counts the stream as caught up. It doesn't tell that, and
+    /// with nothing new to commit there was no other report until a second later.
     #[tokio::test]
-    async fn what_is_committed_before_a_stream_begins_is_reported_again_once_the_primary_answers() {
-        let (mut primary, mut upstream) = streaming(Lsn(8));
-        upstream.answered = false;
-        upstream.acknowledge(Lsn(8)).await.unwrap();
+    async fn what_is_committed_before_a_stream_begins_is_reported_when_the_primary_has_sent_all_it_has() {
+        let start = Lsn(0x100_0100);
+        let (mut primary, mut upstream) = streaming(lead_in(start, SegmentSize::DEFAULT));
+        (upstream.wanted, upstream.caught_up) = (start, false);
+        assert!(upstream.position() == start && upstream.position < start, "something has to be sent");
         let mut report = [0; 5 + 34];
+        upstream.acknowledge(start).await.unwrap();
         primary.read_exact(&mut report).await.unwrap();
-        assert_eq!(report[38], 1, "an answer is asked for");
-        let mut keepalive = BytesMut::new();
-        put_keepalive(&mut keepalive, Lsn(8), 0, false);
-        primary.write_all(&keepalive).await.unwrap();
-        assert!(matches!(upstream.next().await, Ok(UpstreamEvent::Idle)));
-        upstream.acknowledge(Lsn(8)).await.unwrap();
+        let mut wal = BytesMut::new();
+        put_wal(&mut wal, upstream.position, Lsn(start.0 + 8), &[7; LEAD as usize]);
+        put_wal(&mut wal, start, Lsn(start.0 + 8), &[1; 8]);
+        primary.write_all(&wal).await.unwrap();
+        assert!(matches!(upstream.next().await, Ok(UpstreamEvent::Idle)), "it is here already");
+        upstream.acknowledge(start).await.unwrap();
+        let fresh = upstream.next().await.unwrap();
+        assert!(
+            matches!(&fresh, UpstreamEvent::Wal { start: at, wal } if *at == start && *wal == [1; 8][..]),
+            "{fresh:?}"
+        );
+        upstream.acknowledge(start).await.unwrap();
         primary.read_exact(&mut report).await.unwrap();
-        assert_eq!((report[5], report[38]), (b'r', 0), "once is enough");
+        assert_eq!((report[5], &report[6..14]), (b'r', &start.0.to_be_bytes()[..]), "the same once more");
+        upstream.acknowledge(start).await.unwrap();
+        drop(upstream);
+        assert_eq!(primary.read(&mut report).await.unwrap(), 0, "once is enough");
+    }
+
+    #[tokio::test]
+    async fn wal_that_is_here_already_is_cut_off() {
+        let start = Lsn(0x100_0100);
+        let (mut primary, mut upstream) = streaming(lead_in(start, SegmentSize::DEFAULT));
+        upstream.wanted = start;
+        let mut wal = BytesMut::new();
+        put_wal(&mut wal, upstream.position, Lsn(start.0 + 1), b"already:X");
+        primary.write_all(&wal).await.unwrap();
+        let event = upstream.next().await.unwrap();
+        assert!(
+            matches!(&event, UpstreamEvent::Wal { start: at, wal } if *at == start && *wal == b"X"[..]),
+            "{event:?}"
+        );
+        assert_eq!(lead_in(Lsn(0x100_0000), SegmentSize::DEFAULT), Lsn(0x100_0000), "the segment before may be gone");
     }
 
     #[tokio::test]
