@@ -246,11 +246,7 @@ fn what_is_stuck_is_given_up_and_a_stuck_hook_ends_at_the_deadline() {
         let mut cluster = start(scratch, Proposing::Walproposer, &["--shutdown-timeout", "4s"])?;
         // A reader that takes nothing, with more WAL to come than the sockets between hold.
         let mut reader = ReceiveWal::start(scratch, "reader", &cluster.safekeeper(0)?.conninfo("reader"), &[])?;
-        let dir = reader.dir().to_owned();
-        reader.daemon().wait_until(DEADLINE, "the first file", || {
-            ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
-            Ok(())
-        })?;
+        reader.wait_first_file()?;
         reader.daemon().pause()?;
         cluster.primary.pgbench_init(scratch, 5)?;
         wait_caught_up(&cluster, 0)?;
@@ -288,11 +284,7 @@ fn being_killed_in_any_step_loses_nothing() {
             let mut reader = ReceiveWal::start(scratch, step, &cluster.safekeeper(0)?.conninfo("reader"), &[])?;
             match step {
                 "finishing" => {
-                    let dir = reader.dir().to_owned();
-                    reader.daemon().wait_until(DEADLINE, "the first file", || {
-                        ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
-                        Ok(())
-                    })?;
+                    reader.wait_first_file()?;
                     reader.daemon().pause()?;
                     cluster.primary.pgbench_init(scratch, 3)?;
                     wait_caught_up(&cluster, 0)?;

@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use pgproto::NodeId;
+use pgproto::{HostPort, NodeId};
 use tokio::time::{Instant, sleep};
 
 use super::node_api::{NodeApi, NodeApiError};
 use super::{Kind, Steps};
-use crate::config::HostPort;
 use crate::http::drain::NodeStatus;
 use crate::shutdown::{Step, StepView, View};
 

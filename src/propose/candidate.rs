@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pgproto::{NodeId, TenantTimelineId, Term};
+use pgproto::{HostPort, NodeId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
@@ -31,7 +31,6 @@ use super::primary::{self, PrimaryFacts};
 use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
 use super::{OUTDATED, PRIMARY_PAUSE, Settings, checks, fenced};
-use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
 use crate::peers::exchange::{LeaderReport, Proposing, Resigned};

@@ -5,13 +5,12 @@
 use bytes::Bytes;
 use pgproto::backend::BackendMessage;
 use pgproto::replication::message::ServerMessage;
-use pgproto::{Lsn, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, TenantTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::task::AbortHandle;
 
 use crate::client::safekeeper;
-use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 
 /// Pieces of up to 128 KiB that wait for the laggard.

@@ -24,8 +24,10 @@
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
 //! | `fenced` | what to do while the primary is fenced off |
+//! | `throttle` | when to report to the primary |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
+//! | `standby_names` | who `synchronous_standby_names` waits for |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
@@ -48,10 +50,9 @@ pub mod upstream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgproto::{SystemId, TenantId, TenantTimelineId, TimelineId};
+use pgproto::{HostPort, SystemId, TenantId, TenantTimelineId, TimelineId};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::HostPort;
 use crate::retry::Backoff;
 use driver::{Driver, Ended};
 use primary::PrimaryFacts;

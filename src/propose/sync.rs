@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pgproto::backend::SqlState;
-use pgproto::{Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,6 @@ use super::{STEP_DOWN_PAUSE, derived_ttid};
 use crate::client::connection::{ConnectError, Connection};
 use crate::client::replication::parse_segment_size;
 use crate::client::safekeeper;
-use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::consensus::state::ServerInfo;
 use crate::consensus::timelines::StockServer;

@@ -555,7 +555,7 @@ mod tests {
         upstream.acknowledge(start).await.unwrap();
         primary.read_exact(&mut report).await.unwrap();
         let mut wal = BytesMut::new();
-        put_wal(&mut wal, upstream.position, Lsn(start.0 + 8), &[7; LEAD as usize]);
+        put_wal(&mut wal, upstream.position, Lsn(start.0 + 8), &vec![7; usize::try_from(LEAD).unwrap()]);
         put_wal(&mut wal, start, Lsn(start.0 + 8), &[1; 8]);
         primary.write_all(&wal).await.unwrap();
         assert!(matches!(upstream.next().await, Ok(UpstreamEvent::Idle)), "it is here already");
