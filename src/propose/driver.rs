@@ -179,6 +179,8 @@ pub(super) struct Driver {
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
     connecting: bool,
+    /// Attempts to connect to the primary in this term.
+    connections: usize,
     standbys: StandbyFeedback,
     status: Arc<Status>,
     donor_events: mpsc::Sender<DonorEvent>,
@@ -245,6 +247,7 @@ impl Driver {
             upstream: None,
             upstream_retry: Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1),
             connecting: false,
+            connections: 0,
             standbys: StandbyFeedback::new(status.safekeepers().len(), now),
             primary,
             buffer_size,

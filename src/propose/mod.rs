@@ -18,6 +18,7 @@
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | [`witness`] | shows that a server's WAL is the log's, before it is followed |
 //! | `slot_takeover` | gets the replication slot from a former leader |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
@@ -44,6 +45,7 @@ pub mod status;
 pub mod sync;
 pub mod throttle;
 pub mod upstream;
+pub mod witness;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

@@ -15,9 +15,10 @@ use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
 use super::primary::{self, PrimaryFacts, Server, create_slot, text};
 use super::throttle::AckThrottle;
+use super::witness::{LogBefore, Witness};
 use super::{Settings, slot_takeover};
 use crate::client::connection::{ConnectError, Connection, Row};
-use crate::client::replication::quoted;
+use crate::client::replication::{has_segment, quoted};
 use crate::consensus::timelines::Divergence;
 
 /// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears
@@ -98,6 +99,22 @@ pub enum UpstreamError {
          Stopping without touching anything; decide which copy is right"
     )]
     PrimaryBehind(Lsn),
+    /// The primary has other WAL than the quorum, on the same Postgres timelines.
+    #[error(
+        "the server is on Postgres timeline {timeline} as the safekeepers' log is, but its WAL before {start} is not the same: \
+         another server was promoted to a timeline of the same number, or this one was restored from a backup. Commits that \
+         it lacks may have been acknowledged. Nothing was changed. Stop it, and point --primary at the server whose WAL this \
+         is; make this one anew from a base backup, as pg_rewind sees no difference"
+    )]
+    OtherWal {
+        /// The Postgres timeline.
+        timeline: PgTimelineId,
+        /// Where it was to be followed from.
+        start: Lsn,
+    },
+    /// Whether the primary has the same WAL as the quorum is not known.
+    #[error("the safekeepers' log can't be compared with the primary's WAL yet: {0}")]
+    NoWitness(ConnectError),
     /// The primary removed WAL that is needed.
     #[error("the primary no longer has the WAL from {0}: {1}")]
     WalRemoved(Lsn, String),
@@ -123,6 +140,7 @@ impl UpstreamError {
                 | Self::Diverged(_)
                 | Self::WrongSystem { .. }
                 | Self::PrimaryBehind(_)
+                | Self::OtherWal { .. }
                 | Self::WalRemoved(..)
         )
     }
@@ -147,6 +165,7 @@ pub enum UpstreamEvent {
 /// A stream that is flowing.
 pub struct Upstream {
     connection: Connection,
+    timeline: PgTimelineId,
     position: Lsn,
     primary_flush_lsn: Lsn,
     commit_lsn: Lsn,
@@ -158,6 +177,10 @@ pub struct Upstream {
     answered: bool,
     /// Where the stream stands.
     stage: Stage,
+    /// What the primary must have before this position, until it has shown that it does.
+    unproven: Option<(Witness, Lsn)>,
+    /// What came with the end of the proof.
+    held: Option<UpstreamEvent>,
 }
 
 /// Stages of a stream. The last ones are gone through when a Postgres timeline ends.
@@ -171,16 +194,18 @@ enum Stage {
     Told(Branch),
 }
 
-/// Begins to stream `timeline` from `start`. Given when a majority is known to have followed, whoever has our slot under our
+/// Begins to stream `timeline` where `log` ends, from a server that has shown that it has the same WAL before. Given when a majority is known to have followed, whoever has our slot under our
 /// name since before that is sent away: it is a former leader.
 pub async fn follow(
     settings: &Settings,
     facts: &PrimaryFacts,
     timeline: PgTimelineId,
-    start: Lsn,
+    log: &LogBefore,
     followed_at: Option<Instant>,
 ) -> Result<Upstream, UpstreamError> {
-    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
+    let start = log.start;
+    let (server, witness) = tokio::join!(primary::find(settings), log.witness());
+    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = server?;
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
     }
@@ -209,7 +234,16 @@ pub async fn follow(
             UpstreamError::PrimaryBehind(start)
         });
     }
-    let command = format!("START_REPLICATION SLOT {} PHYSICAL {start} TIMELINE {timeline}", quoted(&settings.slot));
+    let mut witness = witness.map_err(UpstreamError::NoWitness)?;
+    // The primary keeps the segment that it is followed from, and perhaps not the one before.
+    if let Some(before) = witness.as_ref().filter(|_| start.0.is_multiple_of(facts.server.wal_seg_size.bytes()))
+        && !has_segment(&mut connection, before.from(), timeline).await?
+    {
+        tracing::info!(%start, "the primary has no WAL before this position, which could be compared with the safekeepers'");
+        witness = None;
+    }
+    let from = witness.as_ref().map_or(start, Witness::from);
+    let command = format!("START_REPLICATION SLOT {} PHYSICAL {from} TIMELINE {timeline}", quoted(&settings.slot));
     let mut started = connection.start_stream(&command).await;
     if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
         // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
@@ -230,16 +264,21 @@ pub async fn follow(
         Err(ConnectError::Server(error)) => return Err(refused(start, error)),
         Err(error) => return Err(error.into()),
     };
-    Ok(Upstream {
+    let mut upstream = Upstream {
         connection,
-        position: start,
+        timeline,
+        position: from,
         primary_flush_lsn: flush_lsn,
         commit_lsn: Lsn::INVALID,
         throttle: AckThrottle::default(),
         heard: Instant::now(),
         answered: false,
         stage,
-    })
+        unproven: witness.map(|witness| (witness, start)),
+        held: None,
+    };
+    upstream.prove().await?;
+    Ok(upstream)
 }
 
 /// What follows the Postgres timeline whose stream has ended.
@@ -273,7 +312,10 @@ fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
 impl Upstream {
     /// Position of the next byte to come.
     pub fn position(&self) -> Lsn {
-        self.position
+        match &self.held {
+            Some(UpstreamEvent::Wal { start, .. }) => *start,
+            _ => self.position,
+        }
     }
 
     /// End of WAL at the primary as it last said.
@@ -281,8 +323,41 @@ impl Upstream {
         self.primary_flush_lsn
     }
 
+    /// Reads until the primary has shown that it has the log's WAL. Nothing is acknowledged before: the primary would take it
+    /// for its own.
+    async fn prove(&mut self) -> Result<(), UpstreamError> {
+        while let Some((_, start)) = &self.unproven {
+            let start = *start;
+            match self.next().await? {
+                UpstreamEvent::End(_) => return Err(UpstreamError::Gap { expected: start, got: self.position }),
+                UpstreamEvent::Idle => {}
+                wal @ UpstreamEvent::Wal { .. } => self.held = Some(wal),
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares WAL at `at` with what is to be shown. Returns what is behind that.
+    fn compare(&mut self, at: Lsn, mut wal: Bytes) -> Result<UpstreamEvent, UpstreamError> {
+        let Some((witness, start)) = &self.unproven else { return Ok(UpstreamEvent::Wal { start: at, wal }) };
+        let start = *start;
+        if !witness.agrees(at, &wal) {
+            return Err(UpstreamError::OtherWal { timeline: self.timeline, start });
+        }
+        if self.position < start {
+            return Ok(UpstreamEvent::Idle);
+        }
+        self.unproven = None;
+        let known = usize::try_from(start.saturating_sub(at)).unwrap_or(usize::MAX).min(wal.len());
+        let wal = wal.split_off(known);
+        Ok(if wal.is_empty() { UpstreamEvent::Idle } else { UpstreamEvent::Wal { start, wal } })
+    }
+
     /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
     pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        if let Some(held) = self.held.take() {
+            return Ok(held);
+        }
         match self.stage {
             Stage::Streaming => self.next_of_stream().await,
             Stage::Ending => self.next_of_end().await,
@@ -350,7 +425,7 @@ impl Upstream {
                     return Err(UpstreamError::Gap { expected: self.position, got: start });
                 }
                 self.position = Lsn(start.0.saturating_add(data.len() as u64));
-                Ok(UpstreamEvent::Wal { start, wal: data })
+                self.compare(start, data)
             }
             ServerMessage::Keepalive { end, reply_requested, .. } => {
                 self.primary_flush_lsn = self.primary_flush_lsn.max(end);
@@ -368,7 +443,7 @@ impl Upstream {
 
     /// The quorum has everything below `commit_lsn`: reports it if that is news.
     pub async fn acknowledge(&mut self, commit_lsn: Lsn) -> Result<(), UpstreamError> {
-        self.commit_lsn = self.commit_lsn.max(commit_lsn.min(self.position));
+        self.commit_lsn = self.commit_lsn.max(commit_lsn.min(self.position()));
         if self.throttle.advanced(self.commit_lsn) { self.send_status().await } else { Ok(()) }
     }
 
@@ -452,7 +527,8 @@ mod tests {
                 ttid: None,
                 buffer_size: 1 << 20,
             };
-            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), None).await.map(drop) };
+            let log = LogBefore::none(Lsn(0x400_0000));
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), &log, None).await.map(drop) };
             match tokio::join!(followed, server).0 {
                 Ok(()) => assert!(same),
                 Err(error) => assert!(!same && error.needs_new_term(), "{error}"),
@@ -479,8 +555,21 @@ mod tests {
         let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
         let (connection, stage) = (Connection::over(ours), Stage::Streaming);
         let primary_flush_lsn = position;
-        let answered = true;
-        (primary, Upstream { connection, position, primary_flush_lsn, commit_lsn, throttle, heard, answered, stage })
+        let (timeline, answered, unproven, held) = (PgTimelineId::FIRST, true, None, None);
+        let upstream = Upstream {
+            connection,
+            timeline,
+            position,
+            primary_flush_lsn,
+            commit_lsn,
+            throttle,
+            heard,
+            answered,
+            stage,
+            unproven,
+            held,
+        };
+        (primary, upstream)
     }
 
     /// What a primary says when the timeline ends (spec: postgres clients 4.6).
