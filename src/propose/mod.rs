@@ -120,7 +120,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         // Until the next driver reports: whoever looks in the pause must not see a leader.
         status.update(|report| (report.leading, report.streaming) = (false, false));
         match ended {
-            Ended::Shutdown(_) => return Ok(()),
+            Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
             Ended::TimelineOver => continue,
