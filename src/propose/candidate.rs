@@ -311,11 +311,13 @@ impl Task {
             self.known_term = views.iter().map(|view| view.report.term).fold(self.known_term, Term::max);
             self.probe_primary(&views).await;
             let vacant_for = vacant_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+            let leaving = self.peers.leaving();
             let situation = Situation {
                 own: self.own,
                 members: self.settings.safekeepers.len(),
                 views: &views,
                 resigned: last_word.filter(|word| word.ttid == ttid),
+                leaving: &leaving,
                 last_leader: self.last_leader,
                 vacant_for,
                 reaches_primary: self.reached_at.is_some_and(|at| at.elapsed() >= REACHED_LIMIT),
@@ -466,12 +468,8 @@ impl Task {
     /// Campaigns, and leads if it is elected.
     async fn hold_office(&mut self, facts: Arc<PrimaryFacts>) -> Next {
         self.stands(Role::Campaigning, None);
-        let limits = Limits {
-            election: Some(ELECTION_LIMIT),
-            known_term: Some(self.known_term),
-            majority: Some(ALONE_LIMIT),
-            own_node: Some(self.own),
-        };
+        let limits =
+            Limits { election: Some(ELECTION_LIMIT), known_term: Some(self.known_term), majority: Some(ALONE_LIMIT) };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
         let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
         let (mut driver, began) = (driver.limited(limits), Instant::now());
@@ -491,8 +489,10 @@ impl Task {
         }
         let resigned = |successor| Resigned { ttid: facts.ttid, term: report.term, successor };
         match ended {
-            Ended::Shutdown(successor) => {
+            Ended::Shutdown => {
                 if led {
+                    let leaving = self.peers.leaving();
+                    let successor = driver.successor(|node| node != self.own && !leaving.contains(&node));
                     tracing::info!(term = %report.term, ?successor, "handing over");
                     self.tell(resigned(successor)).await;
                 }

@@ -33,6 +33,9 @@ fn resigned(term: u64, successor: Option<u64>) -> Option<Resigned> {
     Some(Resigned { ttid: TTID, term: Term(term), successor: successor.map(NodeId) })
 }
 
+/// Nobody is about to stop.
+static NOBODY: BTreeSet<NodeId> = BTreeSet::new();
+
 /// Member 2 of three, which has waited for long enough.
 fn situation(views: &[View]) -> Situation<'_> {
     Situation {
@@ -40,6 +43,7 @@ fn situation(views: &[View]) -> Situation<'_> {
         members: 3,
         views,
         resigned: None,
+        leaving: &NOBODY,
         last_leader: Some(NodeId(1)),
         vacant_for: HEAD_START * 2,
         reaches_primary: false,
@@ -49,6 +53,16 @@ fn situation(views: &[View]) -> Situation<'_> {
 
 fn stands_by(situation: &Situation) -> bool {
     matches!(situation.decide(), Decision::StandBy { .. })
+}
+
+#[test]
+fn a_successor_that_is_about_to_stop_as_well_is_not_waited_for() {
+    let views = [view(3), view(2)];
+    let leaving = BTreeSet::from([NodeId(2)]);
+    let situation =
+        Situation { own: NodeId(3), resigned: resigned(5, Some(2)), vacant_for: Duration::ZERO, ..situation(&views) };
+    assert!(stands_by(&situation), "as long as it isn't known to leave");
+    assert_eq!(Situation { leaving: &leaving, ..situation }.decide(), Decision::Campaign);
 }
 
 #[test]
