@@ -388,7 +388,7 @@ impl Upstream {
                 self.stage = Stage::Told(next);
                 Ok(UpstreamEvent::Idle)
             }
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CommandComplete(_) | BackendMessage::ReadyForQuery(_) => Err(ConnectError::Closed.into()),
             BackendMessage::RowDescription(_) | BackendMessage::NoticeResponse(_) => Ok(UpstreamEvent::Idle),
             other => Err(UpstreamError::Unexpected(format!("{other:?} at the end of a Postgres timeline"))),
@@ -417,7 +417,7 @@ impl Upstream {
         self.heard = Instant::now();
         match message {
             BackendMessage::CopyData(body) => self.copy_data(body),
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CopyDone => {
                 self.stage = Stage::Ending;
                 self.connection.put_copy_done();
