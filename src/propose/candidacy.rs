@@ -168,7 +168,10 @@ impl Situation<'_> {
             return Duration::ZERO;
         }
         let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);
-        let before: BTreeSet<NodeId> = others.map(|view| view.node).filter(|node| *node < self.own).collect();
+        // Who led last goes last, in its own eyes as in theirs.
+        let goes_before = |node: &NodeId| self.last_leader == Some(self.own) || *node < self.own;
+        let before: BTreeSet<NodeId> =
+            others.map(|view| view.node).filter(|node| *node != self.own).filter(goes_before).collect();
         let rank = u32::try_from(before.len()).unwrap_or(u32::MAX);
         // Chance has to decide only among those that may not know of each other.
         let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;
