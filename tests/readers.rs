@@ -3,7 +3,6 @@
 use anyhow::{Context, Result, ensure};
 use testkit::{
     Binaries, Cluster, ClusterOptions, Postgres, ReceiveWal, Scratch, Signal, compare_wal, pg_waldump, scenario, secs,
-    wait_for,
 };
 
 fn start(scratch: &Scratch) -> Result<Cluster> {
@@ -122,18 +121,12 @@ fn a_hot_standby_survives_the_loss_of_the_safekeeper_it_reads_from() {
             cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
             let count = standby.sql()?.value("SELECT count(*) FROM t")?;
             ensure!(count == round.to_string(), "round {round}: the standby has {count} rows");
-            let source = wait_for(secs(60), "the standby's source", || {
-                standby.sql()?.parsed::<u16>("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
-            })?;
-            let victim = cluster.safekeepers.iter_mut().find(|safekeeper| safekeeper.pg_port() == source);
-            let victim = victim.with_context(|| format!("the standby reads from port {source}, no safekeeper's"))?;
-            victim.kill()?;
+            let source = cluster.source_of(&standby)?;
+            cluster.safekeeper(source)?.kill()?;
             // While it is away, the standby must get its WAL from another one.
             cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
             cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
-            for safekeeper in cluster.safekeepers.iter_mut().filter(|safekeeper| safekeeper.pg_port() == source) {
-                safekeeper.start()?;
-            }
+            cluster.safekeeper(source)?.start()?;
         }
         Ok(())
     });

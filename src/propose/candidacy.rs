@@ -6,6 +6,7 @@
 //!   that says of itself that it doesn't reach the primary, for a while, counts as none for who does reach it.
 //! * When a majority hears no leader, somebody campaigns soon, and one after the other: each waits longer, by its place
 //!   among the candidates, and nobody campaigns while a vote that was given may still elect somebody.
+//! * A leader that is at work and lost the others, because they were started anew, has a moment to find them again.
 //! * A leader that hands over is followed by the successor it named at once, by others after a pause.
 //!
 //! No promise about the log depends on any of this: who leads is decided by votes, and two leaders of different terms can't
@@ -35,6 +36,9 @@ const RANK_DELAY: Duration = Duration::from_millis(150);
 /// How long the others leave the office to a successor that was named.
 const HEAD_START: Duration = Duration::from_secs(1);
 
+/// How long a leader that answers has to connect again to those it lost. It tries several times a second.
+const RECONNECT_TIME: Duration = Duration::from_secs(1);
+
 /// How often a leader is looked at that is heard.
 const LOOK: Duration = Duration::from_secs(1);
 
@@ -61,6 +65,8 @@ pub struct Situation<'a> {
     pub views: &'a [View],
     /// The last word of a leader that handed over.
     pub resigned: Option<Resigned>,
+    /// Members that are about to stop, as they said.
+    pub leaving: &'a BTreeSet<NodeId>,
     /// Who led last, as far as this member knew.
     pub last_leader: Option<NodeId>,
     /// For how long the office has been vacant, as this member saw it: zero when it wasn't a moment ago.
@@ -133,6 +139,13 @@ impl Situation<'_> {
         self.reaches_primary && self.views.iter().any(lost)
     }
 
+    /// Whether the leader of the highest term answers, and neither handed over nor lacks a primary that others reach.
+    fn leader_is_at_work(&self) -> bool {
+        let highest = self.highest_term();
+        let leads = |view: &View| view.report.proposing.is_some_and(|proposing| proposing.term == highest);
+        self.views.iter().any(leads) && self.resigned().is_none() && !self.is_replaceable(highest)
+    }
+
     /// The last word of a leader, unless somebody was voted for since. Of a term that nobody promised there was no leader: who
     /// says so is mistaken or lies, and would be believed for ever.
     fn resigned(&self) -> Option<Resigned> {
@@ -163,20 +176,26 @@ impl Situation<'_> {
 
     /// How long the office must have been vacant before this member campaigns.
     fn delay(&self) -> Duration {
-        let successor = self.resigned().and_then(|resigned| resigned.successor);
+        // Who is about to stop as well doesn't take over, whoever named it.
+        let stays = |node: &NodeId| !self.leaving.contains(node);
+        let successor = self.resigned().and_then(|resigned| resigned.successor).filter(stays);
         if self.is_successor() {
             return Duration::ZERO;
         }
-        let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);
+        let stands = |view: &&View| view.report.candidate && Some(view.node) != self.last_leader && stays(&view.node);
+        let others = self.views.iter().filter(stands).map(|view| view.node).filter(|node| *node != self.own);
         // Who led last goes last, in its own eyes as in theirs.
         let goes_before = |node: &NodeId| self.last_leader == Some(self.own) || *node < self.own;
-        let before: BTreeSet<NodeId> =
-            others.map(|view| view.node).filter(|node| *node != self.own).filter(goes_before).collect();
+        let before: BTreeSet<NodeId> = others.filter(goes_before).collect();
         let rank = u32::try_from(before.len()).unwrap_or(u32::MAX);
         // Chance has to decide only among those that may not know of each other.
         let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;
         let jitter = if all_known { Duration::ZERO } else { self.jitter };
-        let head_start = if successor.is_some() { HEAD_START } else { Duration::ZERO };
+        let head_start = match successor {
+            Some(_) => HEAD_START,
+            None if self.leader_is_at_work() => RECONNECT_TIME,
+            None => Duration::ZERO,
+        };
         head_start.saturating_add(RANK_DELAY.saturating_mul(rank)).saturating_add(jitter)
     }
 }

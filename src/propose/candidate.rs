@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pgproto::{NodeId, TenantTimelineId, Term};
+use pgproto::{HostPort, NodeId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
@@ -31,7 +31,6 @@ use super::primary::{self, PrimaryFacts};
 use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
 use super::{PRIMARY_PAUSE, Settings, checks, fenced, lookout};
-use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
 use crate::peers::exchange::{LeaderReport, Proposing, Resigned};
@@ -319,11 +318,13 @@ impl Task {
             self.known_term = views.iter().map(|view| view.report.term).fold(self.known_term, Term::max);
             self.probe_primary(&views).await;
             let vacant_for = vacant_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+            let leaving = self.peers.leaving();
             let situation = Situation {
                 own: self.own,
                 members: self.settings.safekeepers.len(),
                 views: &views,
                 resigned: last_word.filter(|word| word.ttid == ttid),
+                leaving: &leaving,
                 last_leader: self.last_leader,
                 vacant_for,
                 reaches_primary: self.reached_at.is_some_and(|at| at.elapsed() >= REACHED_LIMIT),
@@ -479,12 +480,8 @@ impl Task {
     /// Campaigns, and leads if it is elected.
     async fn hold_office(&mut self, facts: Arc<PrimaryFacts>) -> Next {
         self.stands(Role::Campaigning, None);
-        let limits = Limits {
-            election: Some(ELECTION_LIMIT),
-            known_term: Some(self.known_term),
-            majority: Some(ALONE_LIMIT),
-            own_node: Some(self.own),
-        };
+        let limits =
+            Limits { election: Some(ELECTION_LIMIT), known_term: Some(self.known_term), majority: Some(ALONE_LIMIT) };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
         let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
         let (mut driver, began) = (driver.limited(limits), Instant::now());
@@ -504,8 +501,10 @@ impl Task {
         }
         let resigned = |successor| Resigned { ttid: facts.ttid, term: report.term, successor };
         match ended {
-            Ended::Shutdown(successor) => {
+            Ended::Shutdown => {
                 if led {
+                    let leaving = self.peers.leaving();
+                    let successor = driver.successor(|node| node != self.own && !leaving.contains(&node));
                     tracing::info!(term = %report.term, ?successor, "handing over");
                     self.tell(resigned(successor)).await;
                 }

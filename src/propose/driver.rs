@@ -88,8 +88,8 @@ pub(super) enum Ended {
     NotElected,
     /// No majority was heard for [`Limits::majority`]: another one may have been elected.
     Alone,
-    /// Asked to stop. A leader names the follower that has the most WAL, if it has one that isn't on this node.
-    Shutdown(Option<NodeId>),
+    /// Asked to stop.
+    Shutdown,
 }
 
 /// Why another candidate may do better.
@@ -108,7 +108,7 @@ impl std::fmt::Display for Ended {
             Self::Overtaken(term) => write!(f, "somebody else campaigned in term {term} meanwhile"),
             Self::NotElected => f.write_str("the campaign took too long: no majority answers"),
             Self::Alone => f.write_str("no majority was heard for a while"),
-            Self::Shutdown(_) => f.write_str("asked to stop"),
+            Self::Shutdown => f.write_str("asked to stop"),
         }
     }
 }
@@ -122,8 +122,6 @@ pub(super) struct Limits {
     pub(super) known_term: Option<Term>,
     /// Without hearing a majority, once elected.
     pub(super) majority: Option<Duration>,
-    /// The node on which this proposer runs, which doesn't succeed itself.
-    pub(super) own_node: Option<NodeId>,
 }
 
 struct PeerSlot {
@@ -181,6 +179,8 @@ pub(super) struct Driver {
     /// When to connect to the primary again; at once without it.
     upstream_due: Option<Due>,
     connecting: bool,
+    /// Attempts to connect to the primary in this term.
+    connections: usize,
     standbys: StandbyFeedback,
     status: Arc<Status>,
     donor_events: mpsc::Sender<DonorEvent>,
@@ -248,6 +248,7 @@ impl Driver {
             upstream_retry: Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1),
             upstream_due: None,
             connecting: false,
+            connections: 0,
             standbys: StandbyFeedback::new(status.safekeepers().len(), now),
             primary,
             buffer_size,
@@ -308,7 +309,7 @@ impl Driver {
             }
             self.publish();
             if self.is_finished() {
-                return Ended::Shutdown(self.successor());
+                return Ended::Shutdown;
             }
             if self.timeline_end.is_some_and(|end| self.proposer.commit_lsn() >= end) {
                 return Ended::TimelineOver;
@@ -328,13 +329,13 @@ impl Driver {
         committed || stopping_at.elapsed() >= FINISH_LIMIT || !self.majority_is_heard(HEARD_LATELY)
     }
 
-    /// The follower on another node that has the most WAL.
-    fn successor(&self) -> Option<NodeId> {
+    /// Of the followers that `can` take over, the one that has the most WAL.
+    pub(super) fn successor(&self, can: impl Fn(NodeId) -> bool) -> Option<NodeId> {
         self.elected_at?;
         let follower = |index: &PeerIndex| {
             let (slot, node) = (self.peers.get(index.0)?, self.proposer.node_id(*index)?);
             let follows = self.proposer.peer_state(*index) == PeerState::Following;
-            let counts = follows && slot.heard.elapsed() < HEARD_LATELY && Some(node) != self.limits.own_node;
+            let counts = follows && slot.heard.elapsed() < HEARD_LATELY && can(node);
             counts.then(|| (self.proposer.peer_flush_lsn(*index), std::cmp::Reverse(node)))
         };
         let best = (0..self.peers.len()).map(PeerIndex).filter_map(|index| follower(&index)).max();

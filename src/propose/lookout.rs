@@ -5,6 +5,7 @@
 //! for as long as it takes: making a connection, or standing for election, is work for both sides and leaves lines in logs.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use pgproto::{HostPort, PgTimelineId, TenantTimelineId};
@@ -47,8 +48,8 @@ pub(super) async fn pause(settings: &Settings, pause: Duration, lacks: Option<Pg
 /// Returns when there is a primary on the Postgres timeline `oldest` or a newer one. A single host is followed whatever it is.
 pub(super) async fn promoted(settings: &Settings, oldest: PgTimelineId) {
     let hosts = primary::addresses(&settings.primary);
-    let alone = hosts.len() == 1;
-    let question = |address| Question::Server { settings: settings.clone(), address, alone, oldest };
+    let (alone, settings) = (hosts.len() == 1, Arc::new(settings.clone()));
+    let question = |address| Question::Server { settings: Arc::clone(&settings), address, alone, oldest };
     until(hosts.into_iter().map(question).collect(), 1).await;
 }
 
@@ -91,7 +92,7 @@ async fn until(questions: Vec<Question>, enough: usize) {
 /// What one of them is asked.
 enum Question {
     /// Whether it's a primary on the timeline `oldest` or a newer one.
-    Server { settings: Settings, address: Address, alone: bool, oldest: PgTimelineId },
+    Server { settings: Arc<Settings>, address: Address, alone: bool, oldest: PgTimelineId },
     /// Whether it lets in a proposer of a primary on `timeline`.
     Safekeeper { address: HostPort, ttid: TenantTimelineId, timeline: PgTimelineId },
 }

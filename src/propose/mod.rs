@@ -18,6 +18,7 @@
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | [`witness`] | shows that a server's WAL is the log's, before it is followed |
 //! | `slot_takeover` | gets the replication slot from a former leader |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
@@ -25,8 +26,10 @@
 //! | `donor` | old WAL for a safekeeper that is far behind |
 //! | `fenced` | what to do while the primary is fenced off |
 //! | `lookout` | notices that a server was promoted, or a fence was lifted |
+//! | `throttle` | when to report to the primary |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
+//! | `standby_names` | who `synchronous_standby_names` waits for |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
@@ -46,14 +49,14 @@ pub mod status;
 pub mod sync;
 pub mod throttle;
 pub mod upstream;
+pub mod witness;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgproto::{SystemId, TenantId, TenantTimelineId, TimelineId};
+use pgproto::{HostPort, SystemId, TenantId, TenantTimelineId, TimelineId};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::HostPort;
 use crate::retry::Backoff;
 use driver::{Driver, Ended};
 use primary::PrimaryFacts;
@@ -116,7 +119,7 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         // Until the next driver reports: whoever looks in the pause must not see a leader.
         status.update(|report| (report.leading, report.streaming) = (false, false));
         match ended {
-            Ended::Shutdown(_) => return Ok(()),
+            Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
             Ended::TimelineOver => continue,

@@ -33,6 +33,9 @@ fn resigned(term: u64, successor: Option<u64>) -> Option<Resigned> {
     Some(Resigned { ttid: TTID, term: Term(term), successor: successor.map(NodeId) })
 }
 
+/// Nobody is about to stop.
+static NOBODY: BTreeSet<NodeId> = BTreeSet::new();
+
 /// Member 2 of three, which has waited for long enough.
 fn situation(views: &[View]) -> Situation<'_> {
     Situation {
@@ -40,6 +43,7 @@ fn situation(views: &[View]) -> Situation<'_> {
         members: 3,
         views,
         resigned: None,
+        leaving: &NOBODY,
         last_leader: Some(NodeId(1)),
         vacant_for: HEAD_START * 2,
         reaches_primary: false,
@@ -49,6 +53,16 @@ fn situation(views: &[View]) -> Situation<'_> {
 
 fn stands_by(situation: &Situation) -> bool {
     matches!(situation.decide(), Decision::StandBy { .. })
+}
+
+#[test]
+fn a_successor_that_is_about_to_stop_as_well_is_not_waited_for() {
+    let views = [view(3), view(2)];
+    let leaving = BTreeSet::from([NodeId(2)]);
+    let situation =
+        Situation { own: NodeId(3), resigned: resigned(5, Some(2)), vacant_for: Duration::ZERO, ..situation(&views) };
+    assert!(stands_by(&situation), "as long as it isn't known to leave");
+    assert_eq!(Situation { leaving: &leaving, ..situation }.decide(), Decision::Campaign);
 }
 
 #[test]
@@ -147,6 +161,27 @@ fn the_leader_is_known_by_what_it_says_itself() {
     assert!(matches!(situation(&views).decide(), Decision::StandBy { leader: Some(NodeId(1)), vacant: false, .. }));
 }
 
+/// Two members that were restarted within a moment were a majority that heard no leader, and elected another one although the
+/// leader was only about to connect to them again.
+#[test]
+fn a_leader_at_work_has_time_to_find_members_again_that_were_restarted() {
+    let mut leader = hearing(1, 10);
+    leader.report.proposing = Some(Proposing { term: Term(5), without_primary_ms: None });
+    let views = [view(2), view(3), leader.clone()];
+    let after = |vacant_for| Situation { vacant_for, ..situation(&views) }.decide();
+    assert!(matches!(after(Duration::ZERO), Decision::StandBy { vacant: true, .. }));
+    assert_eq!(after(RECONNECT_TIME), Decision::Campaign, "it doesn't reach them");
+    let now = |leader: &View, resigned, reaches_primary| {
+        let views = [view(2), view(3), leader.clone()];
+        Situation { resigned, reaches_primary, vacant_for: Duration::ZERO, ..situation(&views) }.decide()
+    };
+    assert_eq!(now(&leader, resigned(5, None), false), Decision::Campaign, "it handed over");
+    leader.report.proposing = Some(Proposing { term: Term(5), without_primary_ms: Some(3000) });
+    assert_eq!(now(&leader, None, true), Decision::Campaign, "it has no primary");
+    leader.report.proposing = Some(Proposing { term: Term(4), without_primary_ms: None });
+    assert_eq!(now(&leader, None, false), Decision::Campaign, "its term is over");
+}
+
 fn any_view(node: u64) -> impl Strategy<Value = View> {
     let age = || prop::option::of(0_u64..6000);
     let proposing = prop::option::of((4_u64..8, age()));
@@ -212,7 +247,9 @@ proptest! {
             waits += 1;
             prop_assert!(waits < 10);
         }
-        prop_assert!(vacant_for <= CAMPAIGN_TIME + RANK_DELAY * 5 + Situation::MAX_JITTER);
+        let at_work = situation(&views).leader_is_at_work();
+        let reconnect = if at_work { RECONNECT_TIME } else { Duration::ZERO };
+        prop_assert!(vacant_for <= CAMPAIGN_TIME + RANK_DELAY * 5 + Situation::MAX_JITTER + reconnect);
     }
 
     /// Candidates that know of each other come one after the other, with time for an election between them.

@@ -7,8 +7,10 @@ use std::time::Instant;
 use pgproto::PgTimelineId;
 
 use super::super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
+use super::super::witness::{self, LogBefore};
 use super::super::{lookout, primary};
-use super::{Driver, Ended};
+use super::{Driver, Ended, HEARD_LATELY};
+use crate::consensus::proposer::PeerIndex;
 use crate::metrics::walproposer as metrics;
 
 impl Driver {
@@ -24,13 +26,31 @@ impl Driver {
         // Those of earlier attempts, which have ended; they would pile up.
         while self.tasks.try_join_next().is_some() {}
         let (facts, events) = (Arc::clone(&self.facts), self.upstream_events.clone());
-        let (start, timeline) = (self.buffer.end(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
+        let (log, timeline) = (self.log_before(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
         // Somebody else's stream may be ended only by who leads, and knows it.
         let followed_at = self.is_followed(now).then_some(now);
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings, &facts, timeline, start, followed_at).await;
+            let result = upstream::follow(&settings, &facts, timeline, &log, followed_at).await;
             let _ = events.send(result).await;
         });
+    }
+
+    /// Where the log before the end of what was received can be had.
+    fn log_before(&mut self) -> LogBefore {
+        let start = self.buffer.end();
+        let heard = |index: &PeerIndex| self.peers.get(index.0).is_some_and(|slot| slot.heard.elapsed() < HEARD_LATELY);
+        let holders: Vec<_> = self.proposer.holders_of(self.buffer.start()).into_iter().filter(heard).collect();
+        // Another one each time: one may be unable to, and not say so.
+        self.connections = self.connections.wrapping_add(1);
+        let holder = self.connections.checked_rem(holders.len()).and_then(|index| holders.get(index));
+        let address = holder.and_then(|holder| self.status.safekeepers().get(holder.0).cloned());
+        LogBefore {
+            start,
+            begin: self.proposer.log_start().unwrap_or(start),
+            segment_size: self.facts.server.wal_seg_size,
+            received: self.buffer.last_pieces(witness::DEPTH),
+            holder: address.map(|address| (address, self.facts.ttid, self.proposer.term())),
+        }
     }
 
     pub(super) fn on_upstream_connected(&mut self, connected: Result<Upstream, UpstreamError>) -> Result<(), Ended> {

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use serde_json::Value;
 use testkit::{
     Binaries, Cluster, ClusterOptions, Launch, Ledger, Postgres, Proposing, Scratch, exit_code, percentile, run_within,
     secs, stop_on_signals, wait_for,
@@ -126,15 +127,14 @@ impl Bench<'_> {
     /// Remembers how long each step took, from the one that stops the old primary on.
     fn note_steps(&mut self, output: &str) -> Result<()> {
         let last = output.lines().rev().find(|line| line.starts_with('{')).context("no JSON")?;
-        let report: serde_json::Value = serde_json::from_str(last)?;
-        let steps = report["steps"].as_array().context("no steps")?;
-        for step in steps.iter().skip_while(|step| step["step"] != "stop") {
-            let name = step["step"].as_str().context("a step without a name")?;
-            let took = Duration::from_secs_f64(step["seconds"].as_f64().context("a step that wasn't done")?);
-            let millis = u64::try_from(took.as_millis())?;
-            match self.steps.iter_mut().find(|(known, _)| known == name) {
+        let report: Value = serde_json::from_str(last)?;
+        let steps = report.get("steps").and_then(Value::as_array).context("no steps")?;
+        let named = |step: &Value| Some((step.get("step")?.as_str()?.to_owned(), step.get("seconds")?.as_f64()?));
+        for (step, seconds) in steps.iter().filter_map(named).skip_while(|(step, _)| step != "stop") {
+            let millis = u64::try_from(Duration::from_secs_f64(seconds).as_millis())?;
+            match self.steps.iter_mut().find(|(known, _)| *known == step) {
                 Some((_, times)) => times.push(millis),
-                None => self.steps.push((name.to_owned(), vec![millis])),
+                None => self.steps.push((step, vec![millis])),
             }
         }
         Ok(())
