@@ -76,6 +76,27 @@ fn pause(commits: &[Commit], event: Instant, next: Option<Instant>) -> Duration 
     around.iter().zip(around.iter().skip(1)).map(|(last, next)| **next - **last).max().unwrap_or_default()
 }
 
+/// Three of which each was named otherwise in `--peers` were four for each of them: without one of them commits stopped.
+#[test]
+fn members_that_their_peers_name_otherwise_count_once() {
+    scenario("election-aliases", |scratch| {
+        let mut cluster = start(scratch, &ClusterOptions::default())?;
+        for index in 0..3 {
+            let safekeeper = cluster.safekeeper(index)?;
+            safekeeper.stop()?;
+            let name = format!("localhost:{}", safekeeper.pg_port());
+            safekeeper.add_args(&["--advertise-pg", &name]);
+            safekeeper.start()?;
+        }
+        let (index, _) = leader(&cluster)?;
+        let view = http_get(&cluster.safekeeper(index)?.http_address(), "/v1/proposer")?.json()?;
+        let members = view.get("safekeepers").and_then(serde_json::Value::as_array).context("safekeepers")?;
+        ensure!(members.len() == 3, "{members:?}");
+        cluster.safekeeper((index + 1) % 3)?.kill()?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT 1")
+    });
+}
+
 /// A running system with load on it.
 struct Loaded {
     cluster: Cluster,

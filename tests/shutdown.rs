@@ -328,6 +328,28 @@ fn being_killed_in_any_step_loses_nothing() {
     });
 }
 
+/// A node that was told to stop while it replayed its journal died of the signal, with a core dump on SIGQUIT.
+#[test]
+fn a_signal_that_comes_before_the_node_is_ready_is_a_clean_stop() {
+    scenario("stop-at-start", |scratch| {
+        let mut cluster = start(scratch, Proposing::Walproposer, &[])?;
+        cluster.safekeeper(0)?.kill()?;
+        for signal in [Signal::TERM, Signal::QUIT, Signal::INT] {
+            let daemon = cluster.safekeeper(0)?.daemon();
+            let before = daemon.output().matches("starting").count();
+            daemon.start()?;
+            wait_for(DEADLINE, "it to obey signals", || {
+                ensure!(daemon.output().matches("starting").count() > before, "not yet");
+                Ok(())
+            })?;
+            daemon.signal(signal)?;
+            let ended = daemon.wait_exit(DEADLINE)?;
+            ensure!(ended.code() == Some(0), "{signal:?}: {ended}");
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn safekeeperctl_drains_a_node_and_shows_the_steps() {
     scenario("ctl-drain", |scratch| {
@@ -346,6 +368,7 @@ fn safekeeperctl_drains_a_node_and_shows_the_steps() {
         }
         let ended = cluster.safekeeper(1)?.daemon().wait_exit(DEADLINE)?;
         ensure!(ended.code() == Some(0), "{ended}");
+        ensure!(!shown.contains("Not done"), "{shown}");
         // It is gone: nothing to be done, and nothing was.
         let again = ctl(&node, false).output()?;
         ensure!(again.status.code() == Some(3), "{again:?}");
@@ -353,6 +376,16 @@ fn safekeeperctl_drains_a_node_and_shows_the_steps() {
         let report: Value = serde_json::from_slice(&run(&mut ctl(&node, true))?.stdout)?;
         let steps = report.pointer("/result/shutdown/steps").and_then(Value::as_array).map(Vec::len);
         ensure!(steps == Some(6) && report.get("ok") == Some(&Value::Bool(true)), "{report}");
-        cluster.safekeeper(2)?.daemon().wait_exit(DEADLINE).map(drop)
+        cluster.safekeeper(2)?.daemon().wait_exit(DEADLINE)?;
+        // What could not be done is told, and is no failure: the node is out of service.
+        cluster.safekeeper(0)?.stop()?;
+        cluster.safekeeper(0)?.add_args(&["--shutdown-hook", "exit 7"]);
+        cluster.safekeeper(0)?.start()?;
+        let node = cluster.safekeeper(0)?.http_address();
+        let shown = String::from_utf8(run(&mut ctl(&node, false))?.stdout)?;
+        ensure!(shown.contains("Not done in hooks: hook \"exit 7\" failed: exit code 7"), "{shown}");
+        let ended = cluster.safekeeper(0)?.daemon().wait_exit(DEADLINE)?;
+        ensure!(ended.code() == Some(0), "{ended}");
+        Ok(())
     });
 }

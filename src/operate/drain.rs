@@ -38,6 +38,13 @@ pub struct Drained {
     pub shutdown: View,
 }
 
+impl Drained {
+    /// What the node could not do, and in which step. It is out of service all the same.
+    pub fn troubles(&self) -> impl Iterator<Item = (Step, &str)> {
+        self.shutdown.steps.iter().filter_map(|step| Some((step.step, step.trouble.as_deref()?)))
+    }
+}
+
 /// Why the node isn't drained.
 #[derive(Debug, thiserror::Error)]
 pub enum DrainError {

@@ -110,7 +110,7 @@ async fn sync(
         match driver.run(inbox, shutdown).await {
             Ended::Synced(lsn) => return Ok(report(Some(lsn))),
             Ended::NoLog => return Ok(report(None)),
-            Ended::Shutdown(_) => return Err(SyncError::Interrupted),
+            Ended::Shutdown => return Err(SyncError::Interrupted),
             Ended::Stalled | Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => {
                 tracing::warn!("no majority could be brought to the start of this term: electing anew")
             }

@@ -42,9 +42,6 @@ const PROOF_LIMIT: Duration = Duration::from_secs(5);
 /// The shortest time that a promotion gets: one that is begun is not to be given up for a deadline that is near.
 const MIN_PROMOTION: Duration = Duration::from_secs(10);
 
-/// How much longer the answer about it may take.
-const PROMOTION_ANSWER: Duration = Duration::from_secs(2);
-
 /// A commit that needs no table, and waits for synchronous standbys whatever the default is.
 const COMMIT: &str = "BEGIN; SET LOCAL synchronous_commit = on; \
                       SELECT pg_logical_emit_message(true, 'safekeeperctl', 'switchover'); COMMIT";
@@ -359,22 +356,27 @@ impl Switchover<'_> {
         let standby = self.to.name().to_owned();
         let step = self.steps.begin("promote", standby.clone());
         let failed = |reason: String| SwitchoverError::Promote { standby: standby.clone(), reason, lsn };
-        let limit = self.deadline.saturating_duration_since(Instant::now()).max(MIN_PROMOTION);
-        let sql = format!("SELECT pg_promote(true, {})", limit.as_secs().max(1));
-        // It answers by itself when the time is up, if it can.
-        let reason = match self.to.rows_within(&sql, limit + PROMOTION_ANSWER).await {
-            Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") => None,
-            Ok(_) => Some("pg_promote() says that it takes longer; its log says why".to_owned()),
+        let until = self.deadline.max(Instant::now() + MIN_PROMOTION);
+        // It could wait by itself, and would look ten times a second.
+        let asked = match self.to.row("SELECT pg_promote(false)").await {
+            Ok(row) if row.first().and_then(Option::as_deref) == Some("t") => None,
+            Ok(_) => Some("pg_promote() says that it can't".to_owned()),
             Err(error) => Some(error.to_string()),
         };
-        // What was begun goes on, whoever waits for it.
-        let promoted = reason.is_none() || matches!(self.to.state().await, Ok(state) if !state.in_recovery);
-        match reason.filter(|_| !promoted) {
-            Some(reason) => Err(failed(reason)),
-            None => {
-                step.done(format!("{standby} is the primary"));
-                Ok(())
+        loop {
+            let reason = match self.to.row("SELECT pg_is_in_recovery()").await {
+                Ok(row) if row.first().and_then(Option::as_deref) == Some("f") => {
+                    step.done(format!("{standby} is the primary"));
+                    return Ok(());
+                }
+                Ok(_) => "it takes longer; its log says why".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            // What was begun goes on, whoever waits for it.
+            if Instant::now() >= until || asked.is_some() {
+                return Err(failed(asked.unwrap_or(reason)));
             }
+            sleep(INTERVAL).await;
         }
     }
 
