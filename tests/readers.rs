@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, ReceiveWal, Scratch, Signal, compare_wal, pg_waldump, scenario, secs,
+    Binaries, Cluster, ClusterOptions, ReceiveWal, Scratch, Signal, compare_wal, pg_waldump, scenario, secs,
 };
 
 fn start(scratch: &Scratch) -> Result<Cluster> {
@@ -113,9 +113,7 @@ fn a_hot_standby_survives_the_loss_of_the_safekeeper_it_reads_from() {
     scenario("standby", |scratch| {
         let mut cluster = start(scratch)?;
         cluster.primary.sql()?.run("CREATE TABLE t (id int)")?;
-        let mut standby =
-            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        standby.start()?;
+        let standby = cluster.add_standby(scratch, "standby")?;
         for round in 1..=cluster.safekeepers.len() {
             cluster.primary.sql()?.run(&format!("INSERT INTO t VALUES ({round})"))?;
             cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;

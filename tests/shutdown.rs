@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Postgres, Programs, Proposing, ReceiveWal, Safekeeper,
-    Scratch, Signal, compare_wal, http_get, http_post, run, scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Programs, Proposing, ReceiveWal, Safekeeper, Scratch,
+    Signal, compare_wal, http_get, http_post, run, scenario, secs, wait_for,
 };
 
 const DEADLINE: Duration = secs(60);
@@ -81,8 +81,7 @@ fn no_client_notices_rolling_restarts_of_members_that_propose() {
 fn roll(scratch: &Scratch, proposing: Proposing) -> Result<()> {
     let mut cluster = start(scratch, proposing, &[])?;
     cluster.primary.pgbench_init(scratch, 1)?;
-    let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-    standby.start()?;
+    let mut standby = cluster.add_standby(scratch, "standby")?;
     let mut receiver = ReceiveWal::start(scratch, "receiver", &cluster.readers_conninfo("receiver"), &[])?;
     let ledger = Ledger::start(&cluster.primary, 2)?;
     let args = ["-c", "4", "-T", PGBENCH_SECONDS];

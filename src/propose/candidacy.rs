@@ -183,8 +183,10 @@ impl Situation<'_> {
             return Duration::ZERO;
         }
         let stands = |view: &&View| view.report.candidate && Some(view.node) != self.last_leader && stays(&view.node);
-        let others = self.views.iter().filter(stands);
-        let before: BTreeSet<NodeId> = others.map(|view| view.node).filter(|node| *node < self.own).collect();
+        let others = self.views.iter().filter(stands).map(|view| view.node).filter(|node| *node != self.own);
+        // Who led last goes last, in its own eyes as in theirs.
+        let goes_before = |node: &NodeId| self.last_leader == Some(self.own) || *node < self.own;
+        let before: BTreeSet<NodeId> = others.filter(goes_before).collect();
         let rank = u32::try_from(before.len()).unwrap_or(u32::MAX);
         // Chance has to decide only among those that may not know of each other.
         let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;

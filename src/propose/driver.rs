@@ -33,7 +33,7 @@ use crate::consensus::membership::majority;
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
 use crate::metrics::walproposer as metrics;
 use crate::retry::Backoff;
-use upstream_side::next_upstream;
+use upstream_side::{Due, due, next_upstream};
 
 /// Heartbeats to idle safekeepers, status to the primary, and looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
@@ -176,6 +176,8 @@ pub(super) struct Driver {
     commit_news_runs: bool,
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
+    /// When to connect to the primary again; at once without it.
+    upstream_due: Option<Due>,
     connecting: bool,
     /// Attempts to connect to the primary in this term.
     connections: usize,
@@ -244,6 +246,7 @@ impl Driver {
             commit_news_runs: false,
             upstream: None,
             upstream_retry: Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1),
+            upstream_due: None,
             connecting: false,
             connections: 0,
             standbys: StandbyFeedback::new(status.safekeepers().len(), now),
@@ -284,7 +287,6 @@ impl Driver {
             self.look_at_clock(Instant::now());
             let read_primary = self.reads_on();
             let lacks_primary = self.lacks_primary();
-            let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
                 () = shutdown.cancelled(), if self.stopping_at.is_none() => {
                     self.stopping_at = Some(Instant::now());
@@ -295,7 +297,7 @@ impl Driver {
                 Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
                 Some(event) = inbox.donors.recv() => { self.on_donor(event); Ok(()) }
                 () = &mut self.commit_news, if self.commit_news_runs => { self.tell_commit(); Ok(()) }
-                () = tokio::time::sleep(retry_in), if lacks_primary => { self.connect_upstream(); Ok(()) }
+                () = due(&mut self.upstream_due), if lacks_primary => { self.connect_upstream(); Ok(()) }
                 _ = tick.tick() => self.on_tick().await,
             };
             if let Err(ended) = step {

@@ -38,9 +38,12 @@ const LEAD: u64 = 8;
 /// Why the primary can't be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// No connection, or it was lost.
+    /// The connection was lost, or the server refuses.
     #[error("primary: {0}")]
     Connection(#[from] ConnectError),
+    /// No host answers.
+    #[error("primary: {0}")]
+    Unreachable(ConnectError),
     /// The slot belongs to another connection, or to our last one that the primary still thinks alive.
     #[error("replication slot \"{slot}\" is in use on the primary; waiting until it is free ({reason})")]
     SlotInUse {
@@ -135,7 +138,17 @@ impl UpstreamError {
 
     /// Whether the primary couldn't be reached, which another one might.
     pub fn is_of_the_way(&self) -> bool {
-        matches!(self, Self::Connection(_) | Self::OnlyStandbys | Self::FormerPrimary { .. })
+        matches!(self, Self::Connection(_)) || self.lacks_primary().is_some()
+    }
+
+    /// Whether there is no primary: the oldest Postgres timeline of one that would do. As soon as there is one this isn't so
+    /// any more.
+    pub fn lacks_primary(&self) -> Option<PgTimelineId> {
+        match self {
+            Self::Unreachable(_) | Self::OnlyStandbys => Some(PgTimelineId::FIRST),
+            Self::FormerPrimary { ours, .. } => Some(*ours),
+            _ => None,
+        }
     }
 
     /// Whether only an operator can help.
@@ -383,7 +396,7 @@ impl Upstream {
                 self.stage = Stage::Told(next);
                 Ok(UpstreamEvent::Idle)
             }
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CommandComplete(_) | BackendMessage::ReadyForQuery(_) => Err(ConnectError::Closed.into()),
             BackendMessage::RowDescription(_) | BackendMessage::NoticeResponse(_) => Ok(UpstreamEvent::Idle),
             other => Err(UpstreamError::Unexpected(format!("{other:?} at the end of a Postgres timeline"))),
@@ -412,7 +425,7 @@ impl Upstream {
         self.heard = Instant::now();
         match message {
             BackendMessage::CopyData(body) => self.copy_data(body),
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CopyDone => {
                 self.stage = Stage::Ending;
                 self.connection.put_copy_done();

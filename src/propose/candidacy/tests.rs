@@ -112,6 +112,20 @@ fn who_leads_next_campaigns_at_once_and_the_others_leave_it_time() {
     assert!(stands_by(&now(resigned(4, Some(2)))), "an old word: another was elected since");
 }
 
+/// A leader that was fenced off is well, and waits with the others for a promoted server. It counted itself among the first, as did who
+/// was first in the eyes of the others; both campaigned.
+#[test]
+fn who_led_last_goes_last_in_its_own_eyes_too() {
+    let views = [view(1), view(2), view(3)];
+    let last_leader = Some(NodeId(1));
+    let first = |own: u64| Situation { own: NodeId(own), last_leader, vacant_for: Duration::ZERO, ..situation(&views) };
+    assert_eq!(first(2).decide(), Decision::Campaign);
+    assert!(stands_by(&first(3)) && stands_by(&first(1)));
+    let Decision::StandBy { again: third, .. } = first(1).decide() else { panic!("not its turn") };
+    let Decision::StandBy { again: second, .. } = first(3).decide() else { panic!("not its turn") };
+    assert!(second < third, "{second:?} {third:?}");
+}
+
 /// Anybody who reaches the port can say such a thing, and one message made every member campaign until it was restarted.
 #[test]
 fn a_resignation_from_a_term_that_nobody_promised_deposes_nobody() {
