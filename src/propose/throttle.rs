@@ -24,6 +24,11 @@ impl AckThrottle {
         self.reported.map_or(Lsn::INVALID, |(lsn, _)| lsn) < commit_lsn
     }
 
+    /// What was reported so far didn't count: it has to be reported again.
+    pub fn forget(&mut self) {
+        self.reported = None;
+    }
+
     /// The primary asks for a reply.
     pub fn asked(&mut self, now: Instant) {
         let earliest = self.reported.and_then(|(_, at)| at.checked_add(PAUSE_WITHOUT_PROGRESS));
@@ -54,6 +59,8 @@ mod tests {
         throttle.reported(Lsn(8), Instant::now());
         assert!(!throttle.advanced(Lsn(8)));
         assert!(throttle.advanced(Lsn(16)));
+        throttle.forget();
+        assert!(throttle.advanced(Lsn(8)));
     }
 
     #[test]
