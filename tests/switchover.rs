@@ -170,6 +170,31 @@ fn what_was_interrupted_goes_on_from_where_it_was() {
     });
 }
 
+/// Behind a stop that failed it was said that commits go on; and a standby that somebody else had promoted was not noticed, so that the
+/// advice was to start the old primary again.
+#[test]
+fn who_else_stopped_or_promoted_is_found_out_before_anything_is_advised() {
+    scenario("switchover-else", |scratch| {
+        let (mut cluster, new, _walproposer) = start(scratch)?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        let refused = switch_over(scratch, &cluster, &new, &["--stop", "exit 3"])?.end_json()?;
+        is_refused(&refused, 1, &["is not known to be stopped", "ended with exit status: 3", "run this again"])?;
+        cluster.primary.sql()?.run("INSERT INTO t SELECT 1001")?;
+
+        let port = new.port();
+        let psql = new.programs().path("psql");
+        let commit = format!("{} -h 127.0.0.1 -p {port} -U postgres -Xqc", psql.display());
+        let promote = format!("{commit} 'SELECT pg_promote()' && {commit} 'CREATE TABLE promoted AS SELECT 1'");
+        let stop = format!("{} && {promote}", stop_command(scratch, &cluster.primary, "fast"));
+        let ended = switch_over(scratch, &cluster, &new, &["--stop", &stop])?.end_json()?;
+        is_refused(&ended, 1, &["was promoted meanwhile", "don't start it as a primary"])?;
+        let _ = cluster.primary.daemon().wait_exit(secs(60))?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
+        ensure!(code == 0 && json["result"]["pg_timeline"] == 2, "{code}: {json:#}");
+        Ok(())
+    });
+}
+
 /// The page before it is not WAL, as an idle server's is after a base backup or a switch of segments; it was taken for unreadable.
 #[test]
 fn a_shutdown_checkpoint_at_the_begin_of_a_segment_is_proof() {

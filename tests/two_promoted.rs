@@ -2,9 +2,9 @@
 //! same place. Only one of them is followed: what was acknowledged on it is never continued with the other's WAL.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
-use testkit::{Binaries, Cluster, ClusterOptions, Postgres, Scratch, scenario, secs};
+use testkit::{Binaries, Cluster, ClusterOptions, Postgres, Scratch, Walproposer, scenario, secs};
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
@@ -20,6 +20,21 @@ fn is_refused(scratch: &Scratch, cluster: &Cluster, name: &str, other: &Postgres
         assert_eq!(cluster.status_lsn(safekeeper, "flush_lsn")?, end, "{name}: safekeeper {}", safekeeper.id());
     }
     Ok(())
+}
+
+/// The server is lost, then its proposer is stopped. Returns where the log ends on every safekeeper: a server that nobody uses
+/// writes on by itself.
+fn lose(cluster: &Cluster, server: &mut Postgres, walproposer: &mut Walproposer) -> Result<Lsn> {
+    server.kill9()?;
+    let status = walproposer.wait_status("all that came to be committed", |status| {
+        let lsn = |field| status.get(field).filter(|lsn| lsn.is_string());
+        let lost = status.pointer("/primary/streaming") == Some(&serde_json::Value::Bool(false));
+        lost && lsn("received_lsn").is_some_and(|received| lsn("commit_lsn") == Some(received))
+    })?;
+    let end = status.get("received_lsn").and_then(|lsn| lsn.as_str()).context("received_lsn")?.parse()?;
+    cluster.wait_committed(end)?;
+    walproposer.stop()?;
+    Ok(end)
 }
 
 /// Adds `rows` to the table without waiting for anybody.
@@ -46,10 +61,8 @@ fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_l
         one.sql()?.run("INSERT INTO t VALUES (1)")?;
         // Behind a switch the WAL of both fits, whatever was before.
         one.sql()?.run("SELECT pg_switch_wal()")?;
-        let switched = one.flush_lsn()?;
-        cluster.wait_committed(switched)?;
-        walproposer.stop()?;
-        one.kill9()?;
+        cluster.wait_committed(one.flush_lsn()?)?;
+        let switched = lose(&cluster, &mut one, &mut walproposer)?;
         write_alone(&other, "2")?;
         other.sql()?.run("SELECT pg_switch_wal()")?;
         write_alone(&other, "3")?;
@@ -63,10 +76,7 @@ fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_l
         walproposer.stop()?;
         walproposer.start()?;
         one.sql()?.run("INSERT INTO t VALUES (5)")?;
-        let end = one.flush_lsn()?;
-        cluster.wait_committed(end)?;
-        walproposer.stop()?;
-        one.kill9()?;
+        let end = lose(&cluster, &mut one, &mut walproposer)?;
         while other.flush_lsn()? <= end {
             write_alone(&other, "6")?;
         }

@@ -90,6 +90,12 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
         forks: ForkLimits { bytes: settings.fork_keep_size.0, age: settings.fork_keep_age, ..ForkLimits::default() },
     };
     let disk = Arc::new(RealDisk::new(!settings.no_sync));
+    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
+    if !settings.init && !settings.recover_only {
+        // What is being loaded is loaded, or the deadline ends it.
+        daemon::obey_signals(&shutdown);
+        tracing::info!(datadir = %settings.datadir.display(), "starting");
+    }
     let data_dir = DataDir::open_with(disk, &settings.datadir, settings.id, options)?;
     if settings.init {
         return Ok(());
@@ -97,10 +103,6 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     if settings.recover_only {
         return recover(&data_dir).await;
     }
-    // From here on a signal is obeyed as ever: what is being loaded is loaded, or the deadline ends it.
-    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
-    daemon::obey_signals(&shutdown);
-    tracing::info!(datadir = %settings.datadir.display(), "starting");
     // Before the timelines are loaded, so that a taken port is found out at once.
     let pg = daemon::bind("--listen-pg", &settings.listen_pg).await?;
     let http = daemon::bind("--listen-http", &settings.listen_http).await?;

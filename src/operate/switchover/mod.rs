@@ -95,7 +95,10 @@ pub enum SwitchoverError {
     #[error("{0}. Nothing was changed")]
     Unfit(String),
     /// The old primary couldn't be stopped.
-    #[error("the old primary was not stopped: {0}. As long as it runs, commits go on there; nothing else was changed")]
+    #[error(
+        "the old primary is not known to be stopped: {0}. Nothing else was changed. If it runs, commits go on there. It may be on \
+         its way down, or be down: then start it again, or run this again, which goes on from there"
+    )]
     Stop(CommandError),
     /// Nobody stopped it.
     #[error("{0} still runs: nobody stopped it within the time limit. Nothing was changed")]
@@ -138,6 +141,12 @@ pub enum SwitchoverError {
     /// Somebody else promoted the standby.
     #[error("the old primary is stopped. {0}. If the proposer follows it, run this again: it goes on from there")]
     PromotedEarly(FailoverError),
+    /// Somebody else promoted the standby before anything was proven.
+    #[error(
+        "{0} was promoted meanwhile, not by this. The old primary is stopped; don't start it as a primary. Run this again: it goes \
+         on from there"
+    )]
+    PromotedMeanwhile(String),
     /// The promotion failed.
     #[error(
         "{standby} is not known to be promoted: {reason}. It was asked to, and may be yet: look (SELECT pg_is_in_recovery()). It \
@@ -189,9 +198,11 @@ impl SwitchoverError {
                 Kind::Refused => Kind::Failed,
                 kind => kind,
             },
-            Self::Stop(_) | Self::Promote { .. } | Self::NotAcknowledged { .. } | Self::NotFollowing { .. } => {
-                Kind::Failed
-            }
+            Self::Stop(_)
+            | Self::PromotedMeanwhile(_)
+            | Self::Promote { .. }
+            | Self::NotAcknowledged { .. }
+            | Self::NotFollowing { .. } => Kind::Failed,
         }
     }
 }
@@ -282,7 +293,14 @@ impl Switchover<'_> {
     /// From the stopped primary to the promoted one. Returns where the old one's WAL ends.
     async fn hand_over(&mut self, survey: &Survey) -> Result<Lsn, SwitchoverError> {
         let (safekeepers, ttid) = (&self.options.safekeepers, survey.ttid);
-        let Proof { end: proven, timeline } = self.prove(ttid).await?;
+        let Proof { end: proven, timeline } = match self.prove(ttid).await {
+            Ok(proof) => proof,
+            // What a promoted server wrote is no shutdown checkpoint.
+            Err(_) if matches!(self.to.state().await, Ok(state) if !state.in_recovery) => {
+                return Err(SwitchoverError::PromotedMeanwhile(self.to.name().to_owned()));
+            }
+            Err(error) => return Err(error),
+        };
         failover::fence_off(safekeepers, ttid, timeline, self.steps, self.deadline).await?;
         let end = failover::one_end(safekeepers, ttid, timeline, self.steps, self.deadline).await?;
         if end.lsn != proven {
