@@ -7,28 +7,13 @@ use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{Binaries, Cluster, ClusterOptions, Postgres, Scratch, Walproposer, scenario, secs};
 
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
-
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
 }
 
-fn standby(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<Postgres> {
-    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, &cluster.readers_conninfo(name))?;
-    standby.configure(&[SYNCHRONOUS])?;
-    standby.start()?;
-    Ok(standby)
-}
-
-fn proposer_of(scratch: &Scratch, cluster: &Cluster, name: &str, server: &Postgres) -> Result<Walproposer> {
-    let mut walproposer = Walproposer::named(scratch, &binaries(), name, server, &cluster.safekeepers, &[])?;
-    walproposer.start()?;
-    Ok(walproposer)
-}
-
 /// The proposer of `other` gives up and says why; the safekeepers' log ends where it did.
 fn is_refused(scratch: &Scratch, cluster: &Cluster, name: &str, other: &Postgres, end: Lsn) -> Result<()> {
-    let mut walproposer = proposer_of(scratch, cluster, name, other)?;
+    let mut walproposer = cluster.add_walproposer(scratch, name, &[other])?;
     let exit = walproposer.daemon().wait_exit(secs(60))?;
     let log = std::fs::read_to_string(scratch.log(name))?;
     ensure!(!exit.success() && log.contains("its WAL before") && log.contains("is not the same"), "{exit}: {log}");
@@ -64,7 +49,7 @@ fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_l
     scenario("two-promoted", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
         cluster.primary.sql()?.run("CREATE TABLE t (n int)")?;
-        let [mut one, other] = [standby(scratch, &cluster, "one")?, standby(scratch, &cluster, "other")?];
+        let [mut one, other] = [cluster.add_standby(scratch, "one")?, cluster.add_standby(scratch, "other")?];
         let end = cluster.primary.flush_lsn()?;
         cluster.primary.kill9()?;
         cluster.walproposer.stop()?;
@@ -74,7 +59,7 @@ fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_l
         for new in [&one, &other] {
             new.promote()?;
         }
-        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-one", &one)?;
+        let mut walproposer = cluster.add_walproposer(scratch, "walproposer-of-one", &[&one])?;
         one.sql()?.run("INSERT INTO t VALUES (1)")?;
         // Behind a switch the WAL of both fits, whatever was before.
         one.sql()?.run("SELECT pg_switch_wal()")?;
