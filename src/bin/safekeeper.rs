@@ -21,8 +21,8 @@ use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
 use tokio_util::sync::CancellationToken;
 
-/// How long the addresses of `--peers` may take to say whether they are this node's.
-const ALIAS_LIMIT: Duration = Duration::from_secs(1);
+/// How long the addresses of `--peers` may take to say whether they are this node's. Only one that hangs takes so long.
+const ALIAS_LIMIT: Duration = Duration::from_secs(2);
 
 fn main() -> ExitCode {
     let Loaded::<SafekeeperSettings> { settings, warnings } =
