@@ -7,12 +7,12 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use pgproto::HostPort;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::config::HostPort;
 use crate::shutdown::{Asked, Demand, Shutdown, Step, hooks};
 
 /// What the service manager waits beyond the deadline: enough to end a process.

@@ -79,9 +79,7 @@ fn kills_lose_no_acknowledged_transaction() {
         let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
         let mut cluster = Cluster::start(scratch, &binaries, &ClusterOptions::default())?;
         cluster.primary.pgbench_init(scratch, 1)?;
-        let conninfo = cluster.readers_conninfo("standby");
-        let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &conninfo)?;
-        standby.start()?;
+        let standby = cluster.add_standby(scratch, "standby")?;
         // A background load beside the writers whose transactions are counted.
         let pgbench = cluster.primary.pgbench_launch(scratch, &["-c", "2", "-T", "100000"]);
         let mut pgbench = Daemon::spawn(scratch, "pgbench", pgbench)?;

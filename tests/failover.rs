@@ -2,100 +2,22 @@
 //! primary acknowledges nothing any more.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
-use std::fs::File;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, Walproposer, http_get, scenario, secs,
-    wait_for,
+    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, is_refused, scenario, secs, wait_for,
 };
-
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
 }
 
-/// A standby that reads from the safekeepers.
-fn standby(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<Postgres> {
-    standby_from(scratch, cluster, name, &cluster.readers_conninfo(name))
-}
-
-fn standby_from(scratch: &Scratch, cluster: &Cluster, name: &str, conninfo: &str) -> Result<Postgres> {
-    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, conninfo)?;
-    standby.configure(&[SYNCHRONOUS])?;
-    standby.start()?;
-    Ok(standby)
-}
-
-/// A walproposer that knows these servers.
-fn proposer_of(scratch: &Scratch, cluster: &Cluster, name: &str, servers: &[&Postgres]) -> Result<Walproposer> {
-    let ports: Vec<_> = servers.iter().map(|server| server.port().to_string()).collect();
-    let hosts = vec!["127.0.0.1"; servers.len()].join(",");
-    let primary = format!("host={hosts} port={} user=postgres", ports.join(","));
-    let args = ["--primary", primary.as_str()];
-    let mut walproposer =
-        Walproposer::named(scratch, &binaries(), name, &cluster.primary, &cluster.safekeepers, &args)?;
-    walproposer.start()?;
-    Ok(walproposer)
-}
-
-fn wait_status(walproposer: &Walproposer, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    wait_for(secs(60), what, || {
-        let status = http_get(&walproposer.http_address(), "/v1/status")?.json()?;
-        ensure!(holds(&status), "{status}");
-        Ok(status)
-    })
-}
-
-fn streams_on(timeline: u64) -> impl Fn(&Value) -> bool {
-    move |status| status["pg_timeline"] == timeline && status.pointer("/primary/streaming") == Some(&Value::Bool(true))
-}
-
-fn addresses(safekeepers: &[Safekeeper]) -> String {
-    safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",")
-}
-
-/// A command under way.
-struct Ctl(Option<Child>);
-
-impl Drop for Ctl {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill().and_then(|()| child.wait());
-        }
-    }
-}
-
-impl Ctl {
-    fn start(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<Ctl> {
-        let child = Command::new(env!("CARGO_BIN_EXE_safekeeperctl"))
-            .args(args)
-            .args(["--safekeepers", &addresses(safekeepers), "--json"])
-            .stdout(Stdio::piped())
-            .stderr(File::options().create(true).append(true).open(scratch.log("safekeeperctl"))?)
-            .spawn()?;
-        Ok(Ctl(Some(child)))
-    }
-
-    /// Exit code, and the JSON that was printed.
-    fn end(mut self) -> Result<(i32, Value)> {
-        let child = self.0.as_mut().context("a process")?;
-        wait_for(secs(120), "safekeeperctl to end", || {
-            ensure!(child.try_wait()?.is_some(), "it still runs");
-            Ok(())
-        })?;
-        let output = self.0.take().context("a process")?.wait_with_output()?;
-        let json = serde_json::from_slice(&output.stdout).context("JSON on standard output")?;
-        Ok((output.status.code().context("an exit code")?, json))
-    }
-}
-
-fn ctl(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<(i32, Value)> {
-    Ctl::start(scratch, safekeepers, args)?.end()
+/// A command of `safekeeperctl`, to its end.
+fn ctl(scratch: &Scratch, cluster: &Cluster, args: &[&str]) -> Result<(i32, Value)> {
+    cluster.ctl(scratch, args)?.end_json()
 }
 
 /// Prepares the failover to `standby`, which must succeed; returns the LSN below which everything is.
@@ -103,7 +25,7 @@ fn prepare(scratch: &Scratch, cluster: &Cluster, standby: &Postgres, args: &[&st
     let conninfo = standby.conninfo();
     let mut all = vec!["failover", "prepare", "--standby", &conninfo];
     all.extend(args);
-    let (code, json) = ctl(scratch, &cluster.safekeepers, &all)?;
+    let (code, json) = ctl(scratch, cluster, &all)?;
     ensure!(code == 0, "{code}: {json:#}");
     for step in json["steps"].as_array().context("steps")? {
         println!("{}: {} s, {}", step["step"], step["seconds"], step["detail"]);
@@ -111,21 +33,11 @@ fn prepare(scratch: &Scratch, cluster: &Cluster, standby: &Postgres, args: &[&st
     json["result"]["lsn"].as_str().context("an LSN")?.parse().with_context(|| json.to_string())
 }
 
-/// It ended with this exit code, and said this.
-fn is_refused((code, json): &(i32, Value), expected: i32, parts: &[&str]) -> Result<()> {
-    let error = json["error"].as_str().unwrap_or_default();
-    ensure!(*code == expected && json["ok"] == false, "{code}: {json:#}");
-    for part in parts {
-        ensure!(error.contains(part), "{part:?} is not in {error:?}");
-    }
-    Ok(())
-}
-
 #[test]
 fn everything_acknowledged_is_on_the_standby_that_is_promoted() {
     scenario("failover", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-        let new = standby(scratch, &cluster, "standby")?;
+        let new = cluster.add_standby(scratch, "standby")?;
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(secs(60), 100)?;
         // One safekeeper misses some, so that the tails are unequal.
@@ -147,17 +59,17 @@ fn everything_acknowledged_is_on_the_standby_that_is_promoted() {
         );
 
         new.promote()?;
-        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-both", &[&cluster.primary, &new])?;
+        let walproposer = cluster.add_walproposer(scratch, "walproposer-of-both", &[&cluster.primary, &new])?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
-        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        walproposer.wait_streaming(2)?;
         Ledger::verify(&acknowledged, &new)?;
         // And again after the fact: it says that there is nothing to prepare, and does no harm.
         let conninfo = new.conninfo();
-        let again = ctl(scratch, &cluster.safekeepers, &["failover", "prepare", "--standby", &conninfo])?;
+        let again = ctl(scratch, &cluster, &["failover", "prepare", "--standby", &conninfo])?;
         is_refused(&again, 3, &["is a primary already", "timeline 2"])?;
         let old = ["failover", "prepare", "--pg-timeline", "1"];
-        is_refused(&ctl(scratch, &cluster.safekeepers, &old)?, 3, &["newer than 1"])?;
-        let cancel = ctl(scratch, &cluster.safekeepers, &["failover", "cancel", "--yes"])?;
+        is_refused(&ctl(scratch, &cluster, &old)?, 3, &["newer than 1"])?;
+        let cancel = ctl(scratch, &cluster, &["failover", "cancel", "--yes"])?;
         is_refused(&cancel, 3, &["a newer primary is at work"])?;
         new.sql()?.run("INSERT INTO after_the_failover SELECT 2")
     });
@@ -167,8 +79,8 @@ fn everything_acknowledged_is_on_the_standby_that_is_promoted() {
 fn a_primary_that_still_runs_acknowledges_nothing_that_is_not_on_the_next_one() {
     scenario("failover-alive", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-        let new = standby(scratch, &cluster, "standby")?;
-        let follower = standby(scratch, &cluster, "follower")?;
+        let new = cluster.add_standby(scratch, "standby")?;
+        let follower = cluster.add_standby(scratch, "follower")?;
         // Writers go on at the old primary all the time. Its walproposer runs, and one safekeeper doesn't.
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(secs(60), 100)?;
@@ -176,10 +88,10 @@ fn a_primary_that_still_runs_acknowledges_nothing_that_is_not_on_the_next_one() 
         ledger.wait_progress(secs(60), 100)?;
         prepare(scratch, &cluster, &new, &[])?;
         new.promote()?;
-        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let walproposer = cluster.add_walproposer(scratch, "walproposer-of-new", &[&new])?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
-        wait_status(&walproposer, "the new timeline", streams_on(2))?;
-        let told = wait_status(&cluster.walproposer, "the old one's walproposer to be refused", |status| {
+        walproposer.wait_streaming(2)?;
+        let told = cluster.walproposer.wait_status("the old one's walproposer to be refused", |status| {
             status["primary"]["error"]
                 .as_str()
                 .is_some_and(|error| error.contains("fenced") || error.contains("former"))
@@ -190,8 +102,8 @@ fn a_primary_that_still_runs_acknowledges_nothing_that_is_not_on_the_next_one() 
         cluster.primary.kill9()?;
         cluster.primary.start()?;
         cluster.safekeeper(1)?.start()?;
-        let revived = proposer_of(scratch, &cluster, "walproposer-of-revived", &[&cluster.primary])?;
-        wait_status(&revived, "the revived primary to be refused", |status| {
+        let revived = cluster.add_walproposer(scratch, "walproposer-of-revived", &[&cluster.primary])?;
+        revived.wait_status("the revived primary to be refused", |status| {
             status["primary"]["error"]
                 .as_str()
                 .is_some_and(|error| error.contains("fenced") || error.contains("former"))
@@ -211,31 +123,27 @@ fn a_standby_that_was_cut_off_is_made_to_stream_from_the_safekeepers() {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
         // It reads from the primary, with a slot, and then from nowhere.
         let direct = format!("{} application_name=direct", cluster.primary.conninfo());
-        let new = standby_from(scratch, &cluster, "standby", &direct)?;
+        let new = cluster.add_standby_from(scratch, "standby", &direct)?;
         cluster.primary.sql()?.run("SELECT pg_create_physical_replication_slot('direct')")?;
         new.set("primary_slot_name", "'direct'")?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)?;
-        new.set("primary_conninfo", "''")?;
-        wait_for(secs(60), "the standby to be cut off", || {
-            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
-            Ok(())
-        })?;
+        new.cut_off()?;
         cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
         cluster.primary.kill9()?;
         cluster.walproposer.kill()?;
 
         let conninfo = new.conninfo();
         let args = ["failover", "prepare", "--standby", &conninfo, "--timeout", "3s"];
-        let behind = ctl(scratch, &cluster.safekeepers, &args)?;
+        let behind = ctl(scratch, &cluster, &args)?;
         is_refused(&behind, 4, &["it doesn't stream from anywhere", "--repoint", "Don't promote it yet"])?;
         new.sql()?.run("SELECT pg_wal_replay_pause()")?;
-        let paused = ctl(scratch, &cluster.safekeepers, &args)?;
+        let paused = ctl(scratch, &cluster, &args)?;
         is_refused(&paused, 4, &["pg_wal_replay_resume()", "Don't promote it yet"])?;
         new.sql()?.run("SELECT pg_wal_replay_resume()")?;
         prepare(scratch, &cluster, &new, &["--repoint"])?;
         new.promote()?;
-        let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let _walproposer = cluster.add_walproposer(scratch, "walproposer-of-new", &[&new])?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
         ensure!(new.sql()?.value("SELECT count(*) FROM t")? == "3000");
         Ok(())
@@ -247,24 +155,20 @@ fn a_standby_that_was_cut_off_is_made_to_stream_from_the_safekeepers() {
 fn a_standby_that_is_promoted_before_it_has_everything_is_told_of() {
     scenario("failover-early", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-        let new = standby(scratch, &cluster, "standby")?;
-        new.set("primary_conninfo", "''")?;
-        wait_for(secs(60), "the standby to be cut off", || {
-            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
-            Ok(())
-        })?;
+        let new = cluster.add_standby(scratch, "standby")?;
+        new.cut_off()?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         cluster.primary.kill9()?;
         cluster.walproposer.kill()?;
         let conninfo = new.conninfo();
-        let ctl = Ctl::start(scratch, &cluster.safekeepers, &["failover", "prepare", "--standby", &conninfo])?;
+        let ctl = cluster.ctl(scratch, &["failover", "prepare", "--standby", &conninfo])?;
         wait_for(secs(60), "it to wait for the standby", || {
             let told = std::fs::read_to_string(scratch.log("safekeeperctl"))?;
             ensure!(told.contains("replay: waiting until"), "{told}");
             Ok(())
         })?;
         new.promote()?;
-        let ended = ctl.end()?;
+        let ended = ctl.end_json()?;
         is_refused(&ended, 5, &["was promoted while this waited", "not yet at", "is fenced off"])?;
         ensure!(!ended.1.to_string().contains("othing was changed"), "{}", ended.1);
         Ok(())
@@ -275,7 +179,7 @@ fn a_standby_that_is_promoted_before_it_has_everything_is_told_of() {
 fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
     scenario("failover-killed", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-        let new = standby(scratch, &cluster, "standby")?;
+        let new = cluster.add_standby(scratch, "standby")?;
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(secs(60), 200)?;
         cluster.primary.kill9()?;
@@ -285,22 +189,18 @@ fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
         for events in 1..=6 {
             let told = || std::fs::read_to_string(&log).map_or(0, |text| text.lines().count());
             let before = told();
-            let mut killed =
-                Ctl::start(scratch, &cluster.safekeepers, &["failover", "prepare", "--standby", &conninfo])?;
-            let child = killed.0.as_mut().context("a process")?;
+            let mut killed = cluster.ctl(scratch, &["failover", "prepare", "--standby", &conninfo])?;
             wait_for(secs(60), "so many events", || {
-                ensure!(told() >= before + events || child.try_wait()?.is_some());
+                ensure!(told() >= before + events || killed.has_ended()?);
                 Ok(())
             })?;
-            child.kill()?;
-            child.wait()?;
         }
         // A safekeeper hangs, the one that the standby reads from: it is neither there nor gone.
         cluster.safekeeper(0)?.daemon().pause()?;
         prepare(scratch, &cluster, &new, &["--repoint"])?;
         cluster.safekeeper(0)?.daemon().resume()?;
         new.promote()?;
-        let _walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&cluster.primary, &new])?;
+        let _walproposer = cluster.add_walproposer(scratch, "walproposer-of-new", &[&cluster.primary, &new])?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
         Ledger::verify(&ledger.finish(secs(60))?, &new).map(drop)
     });
@@ -310,7 +210,7 @@ fn a_preparation_that_is_killed_again_and_again_can_be_repeated() {
 fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
     scenario("failover-cancel", |scratch| {
         let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-        let new = standby(scratch, &cluster, "standby")?;
+        let new = cluster.add_standby(scratch, "standby")?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT 1")?;
         // A minority can prepare nothing, and says so before it changes anything.
         for index in [0, 1] {
@@ -318,7 +218,7 @@ fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
         }
         let conninfo = new.conninfo();
         let args = ["failover", "prepare", "--standby", &conninfo, "--timeout", "2s"];
-        is_refused(&ctl(scratch, &cluster.safekeepers, &args)?, 3, &["1 of 3 safekeepers answer", "2 are needed"])?;
+        is_refused(&ctl(scratch, &cluster, &args)?, 3, &["1 of 3 safekeepers answer", "2 are needed"])?;
         for index in [0, 1] {
             cluster.safekeeper(index)?.start()?;
         }
@@ -338,11 +238,11 @@ fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
         ensure!(output.status.code() == Some(3) && error.contains("are both node 1"), "{error}");
 
         prepare(scratch, &cluster, &new, &[])?;
-        wait_status(&cluster.walproposer, "the walproposer to be refused", |status| {
+        cluster.walproposer.wait_status("the walproposer to be refused", |status| {
             status["primary"]["error"].as_str().is_some_and(|error| error.contains("fenced"))
         })?;
         let nodes = cluster.safekeepers.iter().map(Safekeeper::http_address).collect::<Vec<_>>().join(",");
-        let (code, json) = ctl(scratch, &cluster.safekeepers, &["status", "--nodes", &nodes])?;
+        let (code, json) = ctl(scratch, &cluster, &["status", "--nodes", &nodes])?;
         let members = json["result"]["nodes"].as_array().context("nodes")?;
         ensure!(code == 0 && members.len() == 3, "{code}: {json:#}");
         for (index, member) in members.iter().enumerate() {
@@ -357,7 +257,7 @@ fn a_failover_that_is_cancelled_lets_the_old_primary_go_on() {
         println!("{table}");
         cluster.safekeeper(2)?.start()?;
 
-        let (code, json) = ctl(scratch, &cluster.safekeepers, &["failover", "cancel", "--yes"])?;
+        let (code, json) = ctl(scratch, &cluster, &["failover", "cancel", "--yes"])?;
         ensure!(code == 0 && json["result"]["missing"] == serde_json::json!([]), "{code}: {json:#}");
         cluster.primary.sql()?.run("INSERT INTO t SELECT 2")?;
         cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)

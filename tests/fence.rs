@@ -1,7 +1,6 @@
 //! The fence against real servers: what an old primary can still do behind it, and what it can't.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
@@ -14,8 +13,6 @@ use testkit::{
     Binaries, Cluster, ClusterOptions, Postgres, Proposing, Safekeeper, Scratch, Sql, Walproposer, http_get, http_post,
     scenario, secs, wait_for,
 };
-
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
@@ -51,37 +48,15 @@ fn lift(cluster: &Cluster, indexes: &[usize]) -> Result<()> {
     Ok(())
 }
 
-fn wait_status(walproposer: &Walproposer, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    wait_for(secs(60), what, || {
-        let status: Value = http_get(&walproposer.http_address(), "/v1/status")?.json()?;
-        ensure!(holds(&status), "{status}");
-        Ok(status)
-    })
-}
-
-fn streams_on(timeline: u64) -> impl Fn(&Value) -> bool {
-    move |status| status["pg_timeline"] == timeline && status.pointer("/primary/streaming") == Some(&Value::Bool(true))
-}
-
 /// It says that it is refused, why, and what to do.
 fn wait_refused(walproposer: &mut Walproposer) -> Result<()> {
-    wait_status(walproposer, "the proposer to say that it is fenced off", |status| {
+    walproposer.wait_status("the proposer to say that it is fenced off", |status| {
         status.pointer("/primary/streaming") == Some(&Value::Bool(false))
             && status["primary"]["error"].as_str().is_some_and(|error| {
                 error.contains("fenced off") && error.contains("failover cancel") && error.contains("timeline 1")
             })
     })?;
     walproposer.daemon().check_alive()
-}
-
-fn sync(scratch: &Scratch, cluster: &Cluster) -> Result<Lsn> {
-    let members: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
-    let output = Command::new(env!("CARGO_BIN_EXE_walproposer"))
-        .args(["--sync-safekeepers", "--safekeepers", &members.join(",")])
-        .stderr(std::fs::File::options().create(true).append(true).open(scratch.log("sync"))?)
-        .output()?;
-    ensure!(output.status.success(), "the sync ended with {}", output.status);
-    Ok(String::from_utf8(output.stdout)?.trim().parse()?)
 }
 
 /// Commits one row after the other, and counts those that were acknowledged.
@@ -174,7 +149,7 @@ fn a_commit_behind_a_fence_waits_whatever_is_restarted_until_the_fence_is_lifted
         // Of one alone lifted, there is a majority again; the other one is told as such.
         lift(&cluster, &[0])?;
         writer.end()?;
-        let status = wait_status(&cluster.walproposer, "WAL to flow", streams_on(1))?;
+        let status = cluster.walproposer.wait_streaming(1)?;
         let refused = &status["safekeepers"][1];
         assert!(refused["error"].as_str().is_some_and(|error| error.contains("fenced off")), "{refused}");
         lift(&cluster, &[1])?;
@@ -186,10 +161,10 @@ fn a_commit_behind_a_fence_waits_whatever_is_restarted_until_the_fence_is_lifted
 fn a_fence_on_a_minority_stops_and_deposes_nobody() {
     scenario("fence-minority", |scratch| {
         let cluster = start(scratch)?;
-        let before = wait_status(&cluster.walproposer, "WAL to flow", streams_on(1))?;
+        let before = cluster.walproposer.wait_streaming(1)?;
         fence(&cluster.safekeepers, &[2])?;
         Writer::start(&cluster.primary, 1, 200)?.end()?;
-        let now = wait_status(&cluster.walproposer, "the refusal to be shown", |status| {
+        let now = cluster.walproposer.wait_status("the refusal to be shown", |status| {
             status["safekeepers"][2]["error"].as_str().is_some_and(|error| error.contains("fenced off"))
         })?;
         assert_eq!((&now["term"], &now["state"]), (&before["term"], &json!("leading")), "{now}");
@@ -204,9 +179,7 @@ fn a_fence_on_a_minority_stops_and_deposes_nobody() {
 fn a_promoted_standby_is_let_in_by_itself_and_the_fence_reaches_those_that_were_away() {
     scenario("fence-promotion", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        new.configure(&[SYNCHRONOUS])?;
-        new.start()?;
+        let new = cluster.add_standby(scratch, "standby")?;
         Writer::start(&cluster.primary, 1, 100)?.end()?;
         // One is away while the fence is set, another one loses its disk afterwards.
         cluster.safekeeper(2)?.kill()?;
@@ -220,7 +193,7 @@ fn a_promoted_standby_is_let_in_by_itself_and_the_fence_reaches_those_that_were_
         std::fs::create_dir(&data_dir)?;
         cluster.safekeeper(0)?.start()?;
 
-        let end = sync(scratch, &cluster)?;
+        let end = cluster.sync(scratch)?;
         for safekeeper in &cluster.safekeepers {
             let fence = &cluster.status(safekeeper)?["fence"];
             assert_eq!(fence["pg_timeline"], 1, "safekeeper {}: {fence}", safekeeper.id());
@@ -235,12 +208,8 @@ fn a_promoted_standby_is_let_in_by_itself_and_the_fence_reaches_those_that_were_
 
         cluster.wait_replayed(&new, end)?;
         new.promote()?;
-        let primary = format!("host=127.0.0.1,127.0.0.1 port={},{} user=postgres", cluster.primary.port(), new.port());
-        let args = ["--primary", primary.as_str()];
-        let mut of_both =
-            Walproposer::named(scratch, &binaries(), "of-both", &cluster.primary, &cluster.safekeepers, &args)?;
-        of_both.start()?;
-        wait_status(&of_both, "WAL of the new primary to flow", streams_on(2))?;
+        let mut of_both = cluster.add_walproposer(scratch, "of-both", &[&cluster.primary, &new])?;
+        of_both.wait_streaming(2)?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
         assert_eq!(new.sql()?.value("SELECT count(*) FROM t WHERE id <= 100")?, "100");
         cluster.wait_committed(new.flush_lsn()?)?;
@@ -261,24 +230,18 @@ fn a_promoted_standby_is_let_in_by_itself_and_the_fence_reaches_those_that_were_
 fn a_proposer_that_waits_behind_the_fence_finds_the_promoted_server() {
     scenario("fence-waiting", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        new.configure(&[SYNCHRONOUS])?;
-        new.start()?;
+        let new = cluster.add_standby(scratch, "standby")?;
         cluster.walproposer.stop()?;
-        let primary = format!("host=127.0.0.1,127.0.0.1 port={},{} user=postgres", cluster.primary.port(), new.port());
-        let args = ["--primary", primary.as_str()];
-        let mut of_both =
-            Walproposer::named(scratch, &binaries(), "of-both", &cluster.primary, &cluster.safekeepers, &args)?;
-        of_both.start()?;
-        wait_status(&of_both, "WAL to flow", streams_on(1))?;
+        let mut of_both = cluster.add_walproposer(scratch, "of-both", &[&cluster.primary, &new])?;
+        of_both.wait_streaming(1)?;
         Writer::start(&cluster.primary, 1, 10)?.end()?;
         // The old primary lives, and its proposer is at it all the time.
         fence(&cluster.safekeepers, &[0, 1, 2])?;
         wait_refused(&mut of_both)?;
-        let end = sync(scratch, &cluster)?;
+        let end = cluster.sync(scratch)?;
         cluster.wait_replayed(&new, end)?;
         new.promote()?;
-        wait_status(&of_both, "WAL of the new primary to flow", streams_on(2))?;
+        of_both.wait_streaming(2)?;
         new.sql()?.run("INSERT INTO t VALUES (11)")?;
         assert_eq!(new.sql()?.value("SELECT count(*) FROM t")?, "11");
         Ok(())
@@ -326,9 +289,7 @@ fn no_member_that_proposes_gets_behind_the_fence() {
 fn whatever_was_acknowledged_is_below_the_lsn_of_a_sync_behind_the_fence() {
     scenario("fence-race", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut reader =
-            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        reader.start()?;
+        let reader = cluster.add_standby(scratch, "standby")?;
         let mut acknowledged = 0;
         for round in 0..5_u64 {
             let last = acknowledged + 100_000;
@@ -351,7 +312,7 @@ fn whatever_was_acknowledged_is_below_the_lsn_of_a_sync_behind_the_fence() {
                 walproposer.start()?;
                 fence.join().map_err(|_| anyhow!("panicked"))?
             })?;
-            let end = sync(scratch, &cluster)?;
+            let end = cluster.sync(scratch)?;
             let count = writer.acknowledged();
             wait_refused(&mut cluster.walproposer)?;
             wait_blocked(&cluster.primary)?;

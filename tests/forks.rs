@@ -14,8 +14,6 @@ use testkit::{
     wait_for,
 };
 
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
-
 fn start(scratch: &Scratch, safekeeper_args: &[&str]) -> Result<Cluster> {
     Cluster::start(scratch, &binaries(), &ClusterOptions { safekeeper_args, ..ClusterOptions::default() })
 }
@@ -106,29 +104,16 @@ fn promote(scratch: &Scratch, cluster: &mut Cluster, new: &Postgres) -> Result<W
     cluster.primary.kill9()?;
     cluster.safekeeper(1)?.start()?;
     cluster.safekeeper(2)?.start()?;
-    let members: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
-    let sync = Command::new(env!("CARGO_BIN_EXE_walproposer"))
-        .args(["--sync-safekeepers", "--safekeepers", &members.join(",")])
-        .stderr(std::fs::File::create(scratch.log("sync"))?)
-        .output()?;
-    ensure!(sync.status.success(), "the sync ended with {}", sync.status);
-    cluster.wait_replayed(new, String::from_utf8(sync.stdout)?.trim().parse()?)?;
+    cluster.wait_replayed(new, cluster.sync(scratch)?)?;
     new.promote()?;
-    let primary = new.conninfo();
-    let args = ["--primary", primary.as_str()];
-    let mut walproposer =
-        Walproposer::named(scratch, &binaries(), "walproposer-of-new", new, &cluster.safekeepers, &args)?;
-    walproposer.start()?;
-    Ok(walproposer)
+    cluster.add_walproposer(scratch, "walproposer-of-new", &[new])
 }
 
 #[test]
 fn what_a_lost_primary_wrote_to_one_member_can_be_read() {
     scenario("forks", |scratch| {
         let mut cluster = start(scratch, &[])?;
-        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        new.configure(&[SYNCHRONOUS])?;
-        new.start()?;
+        let new = cluster.add_standby(scratch, "standby")?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         let end = only_on_the_first(
             &mut cluster,

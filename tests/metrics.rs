@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, Prometheus, Scratch, Sql, http_get, in_ci, promtool, scenario, secs,
-    wait_for,
+    Binaries, Cluster, ClusterOptions, Prometheus, Scratch, Sql, http_get, in_ci, promtool, scenario, secs, wait_for,
 };
 
 /// Queries that are rightly empty on a healthy cluster, each with the reason. They must still be valid.
@@ -55,9 +54,7 @@ fn every_query_of_the_dashboard_finds_data() {
     }
     scenario("dashboard", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut standby =
-            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        standby.start()?;
+        let _standby = cluster.add_standby(scratch, "standby")?;
         let conninfo = cluster.readers_conninfo("test");
         wait_for(secs(60), "a slot", || {
             Sql::connect(&conninfo)?.rows("CREATE_REPLICATION_SLOT archive PHYSICAL RESERVE_WAL")

@@ -2,16 +2,12 @@
 //! and what becomes of the former primary. Also primaries that come with a past, and what hot standbys need kept.
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
-use std::process::Command;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use testkit::{
     Binaries, Cluster, ClusterOptions, Daemon, Postgres, Safekeeper, Scratch, StopMode, Walproposer, compare_wal,
-    http_get, scenario, secs, wait_for,
+    scenario, secs, wait_for,
 };
-
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
@@ -19,43 +15,6 @@ fn binaries() -> Binaries {
 
 fn start(scratch: &Scratch) -> Result<Cluster> {
     Cluster::start(scratch, &binaries(), &ClusterOptions::default())
-}
-
-/// What a walproposer says of itself.
-fn status(walproposer: &Walproposer) -> Result<Value> {
-    http_get(&walproposer.http_address(), "/v1/status")?.json()
-}
-
-fn wait_status(walproposer: &Walproposer, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    wait_for(secs(60), what, || {
-        let status = status(walproposer)?;
-        ensure!(holds(&status), "{status}");
-        Ok(status)
-    })
-}
-
-/// A standby that reads from the safekeepers, and is to be a primary one day.
-fn standby(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<Postgres> {
-    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, &cluster.readers_conninfo(name))?;
-    standby.configure(&[SYNCHRONOUS])?;
-    standby.start()?;
-    Ok(standby)
-}
-
-/// A walproposer that knows both servers.
-fn proposer_of(scratch: &Scratch, cluster: &Cluster, name: &str, servers: &[&Postgres]) -> Result<Walproposer> {
-    let ports: Vec<_> = servers.iter().map(|server| server.port().to_string()).collect();
-    let hosts = vec!["127.0.0.1"; servers.len()].join(",");
-    let primary = format!("host={hosts} port={} user=postgres", ports.join(","));
-    let args = ["--primary", primary.as_str()];
-    let mut walproposer =
-        Walproposer::named(scratch, &binaries(), name, &cluster.primary, &cluster.safekeepers, &args)?;
-    walproposer.start()?;
-    Ok(walproposer)
-}
-
-fn streams_on(timeline: u64) -> impl Fn(&Value) -> bool {
-    move |status| status["pg_timeline"] == timeline && status.pointer("/primary/streaming") == Some(&Value::Bool(true))
 }
 
 /// The safekeepers have what the old primary had and then what `new` has, byte for byte, up to the end of its WAL.
@@ -89,11 +48,11 @@ fn history_file(cluster: &Cluster, safekeeper: &Safekeeper, name: &str) -> Resul
 fn commits_go_on_on_a_promoted_standby_and_the_former_primary_gets_no_acknowledgement() {
     scenario("promotion", |scratch| {
         let mut cluster = start(scratch)?;
-        let new = standby(scratch, &cluster, "standby")?;
-        let follower = standby(scratch, &cluster, "follower")?;
+        let new = cluster.add_standby(scratch, "standby")?;
+        let follower = cluster.add_standby(scratch, "follower")?;
         cluster.walproposer.stop()?;
-        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-both", &[&cluster.primary, &new])?;
-        wait_status(&walproposer, "WAL to flow", streams_on(1))?;
+        let mut walproposer = cluster.add_walproposer(scratch, "walproposer-of-both", &[&cluster.primary, &new])?;
+        walproposer.wait_streaming(1)?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         let end = cluster.primary.flush_lsn()?;
         cluster.primary.kill9()?;
@@ -104,7 +63,7 @@ fn commits_go_on_on_a_promoted_standby_and_the_former_primary_gets_no_acknowledg
         new.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
         new.sql()?.run("SELECT pg_switch_wal()")?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(2001, 3000)")?;
-        let now = wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        let now = walproposer.wait_streaming(2)?;
         // Whoever reads from the safekeepers follows without being touched.
         cluster.wait_replayed(&follower, new.flush_lsn()?)?;
         assert_eq!(follower.sql()?.value("SELECT count(*) FROM t")?, "3000");
@@ -116,19 +75,19 @@ fn commits_go_on_on_a_promoted_standby_and_the_former_primary_gets_no_acknowledg
 
         // The former primary comes back, and with it a proposer that knows of nothing else.
         cluster.primary.start()?;
-        let former = proposer_of(scratch, &cluster, "walproposer-of-former", &[&cluster.primary])?;
+        let former = cluster.add_walproposer(scratch, "walproposer-of-former", &[&cluster.primary])?;
         let refused =
             |status: &Value| status["primary"]["error"].as_str().is_some_and(|error| error.contains("former primary"));
-        wait_status(&former, "the safekeepers to be closed to a former primary", refused)?;
+        former.wait_status("the safekeepers to be closed to a former primary", refused)?;
         let listens = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'";
         assert_eq!(cluster.primary.sql()?.value(listens)?, "0", "nobody acknowledges its commits");
         new.sql()?.run("INSERT INTO t SELECT generate_series(3001, 4000)")?;
-        let later = status(&walproposer)?;
+        let later = walproposer.status()?;
         assert_eq!(later["term"], now["term"], "the proposer of the new primary was left alone");
         // Both servers run, and the newer one is found.
         walproposer.stop()?;
         walproposer.start()?;
-        wait_status(&walproposer, "WAL to flow again", streams_on(2))?;
+        walproposer.wait_streaming(2)?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(4001, 5000)")?;
         assert_eq!(new.sql()?.value("SELECT count(*) FROM t")?, "5000");
         compare_with(scratch, &cluster, &new)
@@ -140,9 +99,7 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
     scenario("promotion-behind", |scratch| {
         let mut cluster = start(scratch)?;
         let primary = cluster.primary.conninfo();
-        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &primary)?;
-        new.configure(&[SYNCHRONOUS])?;
-        new.start()?;
+        let new = cluster.add_standby_from(scratch, "standby", &primary)?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         // The standby goes on alone, on the old timeline and then on its own. One safekeeper misses all of it.
         cluster.walproposer.stop()?;
@@ -155,9 +112,9 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
         cluster.wait_replayed(&new, end)?;
         cluster.primary.kill9()?;
         new.promote()?;
-        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let mut walproposer = cluster.add_walproposer(scratch, "walproposer-of-new", &[&new])?;
         new.sql()?.run("INSERT INTO t SELECT generate_series(20001, 21000)")?;
-        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        walproposer.wait_streaming(2)?;
         cluster.safekeeper(2)?.start()?;
         compare_with(scratch, &cluster, &new)?;
 
@@ -166,12 +123,7 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
         new.sql()?.run("INSERT INTO t SELECT generate_series(21001, 22000)")?;
         walproposer.stop()?;
         cluster.safekeeper(0)?.start()?;
-        let members: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
-        let sync = Command::new(env!("CARGO_BIN_EXE_walproposer"))
-            .args(["--sync-safekeepers", "--safekeepers", &members.join(",")])
-            .stderr(std::fs::File::create(scratch.log("sync"))?)
-            .output()?;
-        ensure!(sync.status.success(), "the sync ended with {}", sync.status);
+        cluster.sync(scratch)?;
         compare_with(scratch, &cluster, &new)?;
         // And the server that they were synced from can go on.
         walproposer.start()?;
@@ -184,10 +136,10 @@ fn what_the_safekeepers_lack_of_the_old_timeline_comes_from_the_new_primary() {
 fn a_primary_lost_under_load_is_replaced_without_an_operator() {
     scenario("promotion-load", |scratch| {
         let mut cluster = start(scratch)?;
-        let new = standby(scratch, &cluster, "standby")?;
+        let new = cluster.add_standby(scratch, "standby")?;
         cluster.walproposer.stop()?;
-        let walproposer = proposer_of(scratch, &cluster, "walproposer-of-both", &[&cluster.primary, &new])?;
-        wait_status(&walproposer, "WAL to flow", streams_on(1))?;
+        let walproposer = cluster.add_walproposer(scratch, "walproposer-of-both", &[&cluster.primary, &new])?;
+        walproposer.wait_streaming(1)?;
         cluster.primary.pgbench_init(scratch, 1)?;
         let begin = cluster.primary.flush_lsn()?;
         let mut load =
@@ -202,7 +154,7 @@ fn a_primary_lost_under_load_is_replaced_without_an_operator() {
         let _ = load.wait_exit(secs(60))?;
         // All that was received is committed soon, and the standby sees it; then it can be promoted.
         let whole = |status: &Value| status.pointer("/primary/streaming") == Some(&Value::Bool(false));
-        wait_status(&walproposer, "the loss to be noticed", whole)?;
+        walproposer.wait_status("the loss to be noticed", whole)?;
         let mut last = None;
         let committed = wait_for(secs(60), "all commits to be known everywhere", || {
             let of = |safekeeper| cluster.status_lsn(safekeeper, "commit_lsn");
@@ -214,7 +166,7 @@ fn a_primary_lost_under_load_is_replaced_without_an_operator() {
         cluster.wait_replayed(&new, committed)?;
         new.promote()?;
         new.sql()?.run("CREATE TABLE after_the_failover AS SELECT 1")?;
-        wait_status(&walproposer, "the new timeline", streams_on(2))?;
+        walproposer.wait_streaming(2)?;
         compare_with(scratch, &cluster, &new)
     });
 }
@@ -223,22 +175,18 @@ fn a_primary_lost_under_load_is_replaced_without_an_operator() {
 fn a_server_promoted_without_committed_records_is_refused() {
     scenario("promotion-too-early", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut new = standby(scratch, &cluster, "standby")?;
+        let mut new = cluster.add_standby(scratch, "standby")?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         cluster.wait_replayed(&new, cluster.primary.flush_lsn()?)?;
         // It is cut off from the safekeepers, misses commits, and becomes primary all the same.
-        new.set("primary_conninfo", "''")?;
-        wait_for(secs(60), "the standby to be cut off", || {
-            ensure!(new.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
-            Ok(())
-        })?;
+        new.cut_off()?;
         cluster.primary.sql()?.run("INSERT INTO t SELECT generate_series(1001, 2000)")?;
         let end = cluster.primary.flush_lsn()?;
         cluster.wait_committed(end)?;
         cluster.walproposer.stop()?;
         cluster.primary.kill9()?;
         new.promote()?;
-        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-new", &[&new])?;
+        let mut walproposer = cluster.add_walproposer(scratch, "walproposer-of-new", &[&new])?;
         let exit = walproposer.daemon().wait_exit(secs(60))?;
         ensure!(!exit.success(), "it gave up without an error");
         let log = std::fs::read_to_string(scratch.log("walproposer-of-new"))?;
@@ -283,8 +231,8 @@ fn a_primary_may_come_with_a_past() {
         }
         let mut walproposer = Walproposer::new(scratch, &binaries(), &primary, &safekeepers)?;
         walproposer.start()?;
-        wait_status(&walproposer, "WAL of timeline 3", streams_on(3))?;
-        primary.set(SYNCHRONOUS.0, SYNCHRONOUS.1)?;
+        walproposer.wait_streaming(3)?;
+        primary.set("synchronous_standby_names", "'ANY 1 (safekeeper)'")?;
         primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 100000) AS n")?;
         let (end, id) = (primary.flush_lsn()?, format!("{:032x}", primary.system_identifier()?));
         for safekeeper in &safekeepers {
@@ -307,7 +255,7 @@ fn kept(primary: &Postgres) -> Result<String> {
 fn what_a_hot_standby_sees_is_kept_on_the_primary_until_it_leaves() {
     scenario("promotion-feedback", |scratch| {
         let mut cluster = start(scratch)?;
-        let mut standby = standby(scratch, &cluster, "standby")?;
+        let mut standby = cluster.add_standby(scratch, "standby")?;
         standby.set("wal_receiver_status_interval", "'1s'")?;
         standby.set("hot_standby_feedback", "on")?;
         let wait_kept = |primary: &Postgres, some: bool| {
@@ -318,7 +266,7 @@ fn what_a_hot_standby_sees_is_kept_on_the_primary_until_it_leaves() {
             })
         };
         wait_kept(&cluster.primary, true)?;
-        wait_status(&cluster.walproposer, "the status to show it", |status| status["standbys"]["xmin"].is_u64())?;
+        cluster.walproposer.wait_status("the status to show it", |status| status["standbys"]["xmin"].is_u64())?;
         // Nobody is there to tell when the standby leaves. The primary keeps what it was told.
         cluster.walproposer.kill()?;
         standby.stop(StopMode::Fast)?;

@@ -2,8 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Postgres, ReceiveWal, Scratch, Signal, compare_wal, pg_waldump, scenario, secs,
-    wait_for,
+    Binaries, Cluster, ClusterOptions, ReceiveWal, Scratch, Signal, compare_wal, pg_waldump, scenario, secs,
 };
 
 fn start(scratch: &Scratch) -> Result<Cluster> {
@@ -114,26 +113,18 @@ fn a_hot_standby_survives_the_loss_of_the_safekeeper_it_reads_from() {
     scenario("standby", |scratch| {
         let mut cluster = start(scratch)?;
         cluster.primary.sql()?.run("CREATE TABLE t (id int)")?;
-        let mut standby =
-            Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        standby.start()?;
+        let standby = cluster.add_standby(scratch, "standby")?;
         for round in 1..=cluster.safekeepers.len() {
             cluster.primary.sql()?.run(&format!("INSERT INTO t VALUES ({round})"))?;
             cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
             let count = standby.sql()?.value("SELECT count(*) FROM t")?;
             ensure!(count == round.to_string(), "round {round}: the standby has {count} rows");
-            let source = wait_for(secs(60), "the standby's source", || {
-                standby.sql()?.parsed::<u16>("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
-            })?;
-            let victim = cluster.safekeepers.iter_mut().find(|safekeeper| safekeeper.pg_port() == source);
-            let victim = victim.with_context(|| format!("the standby reads from port {source}, no safekeeper's"))?;
-            victim.kill()?;
+            let source = cluster.source_of(&standby)?;
+            cluster.safekeeper(source)?.kill()?;
             // While it is away, the standby must get its WAL from another one.
             cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
             cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
-            for safekeeper in cluster.safekeepers.iter_mut().filter(|safekeeper| safekeeper.pg_port() == source) {
-                safekeeper.start()?;
-            }
+            cluster.safekeeper(source)?.start()?;
         }
         Ok(())
     });

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, Walproposer, scenario, secs};
+use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Postgres, Scratch, scenario, secs};
 
 /// The shell blocks below the heading `recipe`, in order.
 fn blocks(recipe: &str) -> Result<Vec<String>> {
@@ -52,15 +52,9 @@ fn the_recipe_for_pg_ctl_does_what_it_says() {
         let settings = [("wal_keep_size", "'8GB'"), ("wal_log_hints", "on")];
         let options = ClusterOptions { primary_settings: &settings, ..ClusterOptions::default() };
         let mut cluster = Cluster::start(scratch, &binaries, &options)?;
-        let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        new.configure(&[("synchronous_standby_names", "'ANY 1 (safekeeper)'")])?;
-        new.start()?;
+        let new = cluster.add_standby(scratch, "standby")?;
         cluster.walproposer.stop()?;
-        let both = format!("host=127.0.0.1,127.0.0.1 port={},{} user=postgres", cluster.primary.port(), new.port());
-        let args = ["--primary", both.as_str()];
-        let (name, members) = ("walproposer-of-both", &cluster.safekeepers);
-        let mut walproposer = Walproposer::named(scratch, &binaries, name, &cluster.primary, members, &args)?;
-        walproposer.start()?;
+        let _walproposer = cluster.add_walproposer(scratch, "walproposer-of-both", &[&cluster.primary, &new])?;
         cluster.wait_synchronous()?;
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(secs(60), 200)?;
@@ -71,14 +65,13 @@ fn the_recipe_for_pg_ctl_does_what_it_says() {
         let (pg_ctl, data) = (bin.join("pg_ctl"), cluster.primary.data_dir().to_owned());
         let _stopped_at_the_end = StartedByRecipe { scratch, pg_ctl, data };
         let script = format!("set -eux\n{}", blocks("Recipe: pg_ctl")?.join("\n"));
-        let addresses: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
         let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap_or_default());
         let log = std::fs::File::create(scratch.log("recipe"))?;
         let mut shell = Command::new("/bin/sh");
         shell
             .args(["-c", &script])
             .env("PATH", path)
-            .env("SAFEKEEPERCTL_SAFEKEEPERS", addresses.join(","))
+            .env("SAFEKEEPERCTL_SAFEKEEPERS", cluster.safekeeper_addresses())
             .env("SAFEKEEPERCTL_STANDBY", new.conninfo())
             .env("READ_FROM", cluster.readers_conninfo("former"))
             .env("NEW_DATA", new.data_dir())

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Postgres, Programs, Proposing, ReceiveWal, Safekeeper,
-    Scratch, Signal, compare_wal, http_get, http_post, run, scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Commit, Daemon, Ledger, Programs, Proposing, ReceiveWal, Safekeeper, Scratch,
+    Signal, compare_wal, http_get, http_post, run, scenario, secs, wait_for,
 };
 
 const DEADLINE: Duration = secs(60);
@@ -81,8 +81,7 @@ fn no_client_notices_rolling_restarts_of_members_that_propose() {
 fn roll(scratch: &Scratch, proposing: Proposing) -> Result<()> {
     let mut cluster = start(scratch, proposing, &[])?;
     cluster.primary.pgbench_init(scratch, 1)?;
-    let mut standby = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-    standby.start()?;
+    let mut standby = cluster.add_standby(scratch, "standby")?;
     let mut receiver = ReceiveWal::start(scratch, "receiver", &cluster.readers_conninfo("receiver"), &[])?;
     let ledger = Ledger::start(&cluster.primary, 2)?;
     let args = ["-c", "4", "-T", PGBENCH_SECONDS];
@@ -246,11 +245,7 @@ fn what_is_stuck_is_given_up_and_a_stuck_hook_ends_at_the_deadline() {
         let mut cluster = start(scratch, Proposing::Walproposer, &["--shutdown-timeout", "4s"])?;
         // A reader that takes nothing, with more WAL to come than the sockets between hold.
         let mut reader = ReceiveWal::start(scratch, "reader", &cluster.safekeeper(0)?.conninfo("reader"), &[])?;
-        let dir = reader.dir().to_owned();
-        reader.daemon().wait_until(DEADLINE, "the first file", || {
-            ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
-            Ok(())
-        })?;
+        reader.wait_first_file()?;
         reader.daemon().pause()?;
         cluster.primary.pgbench_init(scratch, 5)?;
         wait_caught_up(&cluster, 0)?;
@@ -288,11 +283,7 @@ fn being_killed_in_any_step_loses_nothing() {
             let mut reader = ReceiveWal::start(scratch, step, &cluster.safekeeper(0)?.conninfo("reader"), &[])?;
             match step {
                 "finishing" => {
-                    let dir = reader.dir().to_owned();
-                    reader.daemon().wait_until(DEADLINE, "the first file", || {
-                        ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
-                        Ok(())
-                    })?;
+                    reader.wait_first_file()?;
                     reader.daemon().pause()?;
                     cluster.primary.pgbench_init(scratch, 3)?;
                     wait_caught_up(&cluster, 0)?;
@@ -337,6 +328,28 @@ fn being_killed_in_any_step_loses_nothing() {
     });
 }
 
+/// A node that was told to stop while it replayed its journal died of the signal, with a core dump on SIGQUIT.
+#[test]
+fn a_signal_that_comes_before_the_node_is_ready_is_a_clean_stop() {
+    scenario("stop-at-start", |scratch| {
+        let mut cluster = start(scratch, Proposing::Walproposer, &[])?;
+        cluster.safekeeper(0)?.kill()?;
+        for signal in [Signal::TERM, Signal::QUIT, Signal::INT] {
+            let daemon = cluster.safekeeper(0)?.daemon();
+            let before = daemon.output().matches("starting").count();
+            daemon.start()?;
+            wait_for(DEADLINE, "it to obey signals", || {
+                ensure!(daemon.output().matches("starting").count() > before, "not yet");
+                Ok(())
+            })?;
+            daemon.signal(signal)?;
+            let ended = daemon.wait_exit(DEADLINE)?;
+            ensure!(ended.code() == Some(0), "{signal:?}: {ended}");
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn safekeeperctl_drains_a_node_and_shows_the_steps() {
     scenario("ctl-drain", |scratch| {
@@ -355,6 +368,7 @@ fn safekeeperctl_drains_a_node_and_shows_the_steps() {
         }
         let ended = cluster.safekeeper(1)?.daemon().wait_exit(DEADLINE)?;
         ensure!(ended.code() == Some(0), "{ended}");
+        ensure!(!shown.contains("Not done"), "{shown}");
         // It is gone: nothing to be done, and nothing was.
         let again = ctl(&node, false).output()?;
         ensure!(again.status.code() == Some(3), "{again:?}");
@@ -362,6 +376,16 @@ fn safekeeperctl_drains_a_node_and_shows_the_steps() {
         let report: Value = serde_json::from_slice(&run(&mut ctl(&node, true))?.stdout)?;
         let steps = report.pointer("/result/shutdown/steps").and_then(Value::as_array).map(Vec::len);
         ensure!(steps == Some(6) && report.get("ok") == Some(&Value::Bool(true)), "{report}");
-        cluster.safekeeper(2)?.daemon().wait_exit(DEADLINE).map(drop)
+        cluster.safekeeper(2)?.daemon().wait_exit(DEADLINE)?;
+        // What could not be done is told, and is no failure: the node is out of service.
+        cluster.safekeeper(0)?.stop()?;
+        cluster.safekeeper(0)?.add_args(&["--shutdown-hook", "exit 7"]);
+        cluster.safekeeper(0)?.start()?;
+        let node = cluster.safekeeper(0)?.http_address();
+        let shown = String::from_utf8(run(&mut ctl(&node, false))?.stdout)?;
+        ensure!(shown.contains("Not done in hooks: hook \"exit 7\" failed: exit code 7"), "{shown}");
+        let ended = cluster.safekeeper(0)?.daemon().wait_exit(DEADLINE)?;
+        ensure!(ended.code() == Some(0), "{ended}");
+        Ok(())
     });
 }

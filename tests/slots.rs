@@ -163,16 +163,13 @@ fn a_standby_finds_its_slot_wherever_it_connects_next() {
             let end = write_segments(&cluster, 2)?;
             cluster.wait_replayed(&standby, end)?;
             everywhere(&cluster, "the slot's position", |sk| Ok(position(&cluster, sk, "standby_1")? >= end))?;
-            let source = wait_for(secs(60), "the standby's source", || {
-                standby.sql()?.parsed::<u16>("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
-            })?;
-            let index =
-                cluster.safekeepers.iter().position(|sk| sk.pg_port() == source).context("no safekeeper's port")?;
+            let index = cluster.source_of(&standby)?;
             cluster.safekeeper(index)?.kill()?;
             cluster.primary.sql()?.run("SELECT pg_logical_emit_message(true, 'test', 'meanwhile')")?;
             let end = cluster.primary.flush_lsn()?;
             cluster.wait_replayed(&standby, end)?;
-            for safekeeper in cluster.safekeepers.iter().filter(|sk| sk.pg_port() != source) {
+            let left = cluster.safekeepers.iter().enumerate().filter(|(other, _)| *other != index);
+            for (_, safekeeper) in left {
                 wait_for(secs(60), "the slot's position on the nodes that are left", || {
                     let at = position(&cluster, safekeeper, "standby_1")?;
                     ensure!(at >= end, "it is at {at}");

@@ -2,17 +2,14 @@
 #![allow(clippy::expect_used, clippy::indexing_slicing)]
 
 use std::fs::File;
-use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Proposing, Safekeeper, Scratch, StopMode, Walproposer,
+    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Proposing, Scratch, StopMode, Tool, Walproposer, is_refused,
     scenario, secs, wait_for,
 };
-
-const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
@@ -21,76 +18,22 @@ fn binaries() -> Binaries {
 /// A cluster with a standby that reads from the safekeepers, and a walproposer that knows both servers.
 fn start(scratch: &Scratch) -> Result<(Cluster, Postgres, Walproposer)> {
     let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
-    let mut new = Postgres::standby_of(scratch, "standby", &cluster.primary, &cluster.readers_conninfo("standby"))?;
-    new.configure(&[SYNCHRONOUS])?;
-    new.start()?;
+    let new = cluster.add_standby(scratch, "standby")?;
     cluster.walproposer.stop()?;
-    let primary = format!("host=127.0.0.1,127.0.0.1 port={},{} user=postgres", cluster.primary.port(), new.port());
-    let args = ["--primary", primary.as_str()];
-    let (name, members) = ("walproposer-of-both", &cluster.safekeepers);
-    let mut walproposer = Walproposer::named(scratch, &binaries(), name, &cluster.primary, members, &args)?;
-    walproposer.start()?;
+    let walproposer = cluster.add_walproposer(scratch, "walproposer-of-both", &[&cluster.primary, &new])?;
     cluster.wait_synchronous()?;
-    wait_streaming(&new)?;
+    new.wait_receiving()?;
     Ok((cluster, new, walproposer))
 }
 
-fn wait_streaming(standby: &Postgres) -> Result<()> {
-    wait_for(secs(60), "the standby to stream", || {
-        let receiver = "SELECT count(*) FROM pg_stat_wal_receiver WHERE status = 'streaming'";
-        ensure!(standby.sql()?.value(receiver)? == "1", "it doesn't");
-        Ok(())
-    })
+/// Starts a switchover to a server.
+fn switch_over(scratch: &Scratch, cluster: &Cluster, to: &Postgres, args: &[&str]) -> Result<Tool> {
+    switch_over_to(scratch, cluster, &to.conninfo(), args)
 }
 
-/// A switchover under way.
-struct Ctl(Option<Child>);
-
-impl Drop for Ctl {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill().and_then(|()| child.wait());
-        }
-    }
-}
-
-impl Ctl {
-    fn start(scratch: &Scratch, cluster: &Cluster, to: &Postgres, args: &[&str]) -> Result<Ctl> {
-        Ctl::start_to(scratch, cluster, &to.conninfo(), args)
-    }
-
-    fn start_to(scratch: &Scratch, cluster: &Cluster, to: &str, args: &[&str]) -> Result<Ctl> {
-        let addresses: Vec<_> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
-        let child = Command::new(env!("CARGO_BIN_EXE_safekeeperctl"))
-            .args(["switchover", "--json", "--safekeepers", &addresses.join(",")])
-            .args(["--from", &cluster.primary.conninfo(), "--to", to])
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(File::options().create(true).append(true).open(scratch.log("safekeeperctl"))?)
-            .spawn()?;
-        Ok(Ctl(Some(child)))
-    }
-
-    /// Its exit code and what it printed.
-    fn end(mut self) -> Result<(i32, Value)> {
-        let child = self.0.as_mut().context("a process")?;
-        wait_for(secs(120), "safekeeperctl to end", || {
-            ensure!(child.try_wait()?.is_some(), "it still runs");
-            Ok(())
-        })?;
-        let output = self.0.take().context("a process")?.wait_with_output()?;
-        let json = serde_json::from_slice(&output.stdout).context("JSON on standard output")?;
-        Ok((output.status.code().context("an exit code")?, json))
-    }
-}
-
-fn is_refused((code, json): &(i32, Value), expected: i32, parts: &[&str]) -> Result<()> {
-    let error = json["error"].as_str().unwrap_or_default();
-    ensure!(*code == expected && json["ok"] == false, "{code}: {json:#}");
-    for part in parts {
-        ensure!(error.contains(part), "{part:?} is not in {error:?}");
-    }
-    Ok(())
+fn switch_over_to(scratch: &Scratch, cluster: &Cluster, to: &str, args: &[&str]) -> Result<Tool> {
+    let from = cluster.primary.conninfo();
+    cluster.ctl(scratch, &[&["switchover", "--from", &from, "--to", to], args].concat())
 }
 
 /// A shell command that runs as the servers do.
@@ -114,15 +57,30 @@ fn standby_command(cluster: &Cluster, server: &Postgres) -> String {
     format!("echo \"primary_conninfo='{conninfo}'\" >> {data}/postgresql.conf && touch {data}/standby.signal")
 }
 
-/// Starts the former primary once the switchover has made a standby of it.
-fn start_as_standby(cluster: &mut Cluster) -> Result<()> {
+/// Starts the former primary once the switchover has made a standby of it, if it doesn't end before.
+fn start_as_standby(cluster: &mut Cluster, switchover: &mut Tool) -> Result<()> {
     let signal = cluster.primary.data_dir().join("standby.signal");
     wait_for(secs(60), "the old primary to be made a standby", || {
-        ensure!(signal.exists(), "no standby.signal");
+        ensure!(signal.exists() || switchover.has_ended()?, "no standby.signal");
         Ok(())
     })?;
+    if !signal.exists() {
+        return Ok(());
+    }
     let _ = cluster.primary.daemon().wait_exit(secs(60))?;
     cluster.primary.start()
+}
+
+/// A switchover from the beginning to the end, after which the old primary follows; its result.
+fn switch_over_whole(scratch: &Scratch, cluster: &mut Cluster, new: &Postgres) -> Result<Value> {
+    let stop = stop_command(scratch, &cluster.primary, "fast");
+    let follow = standby_command(cluster, &cluster.primary);
+    let mut switchover = switch_over(scratch, cluster, new, &["--stop", &stop, "--start-old", &follow])?;
+    start_as_standby(cluster, &mut switchover)?;
+    let (code, mut json) = switchover.end_json()?;
+    ensure!(code == 0 && json["result"]["old_follows"] == true, "{code}: {json:#}");
+    println!("{:#}", json["steps"]);
+    Ok(json["result"].take())
 }
 
 #[test]
@@ -131,17 +89,10 @@ fn the_old_primary_follows_the_new_one_without_a_rewind() {
         let (mut cluster, new, _walproposer) = start(scratch)?;
         let ledger = Ledger::start(&cluster.primary, 4)?;
         ledger.wait_progress(secs(60), 200)?;
-        let stop = stop_command(scratch, &cluster.primary, "fast");
-        let follow = standby_command(&cluster, &cluster.primary);
-        let ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop, "--start-old", &follow])?;
-        start_as_standby(&mut cluster)?;
-        let (code, json) = ctl.end()?;
-        ensure!(code == 0, "{code}: {json:#}");
-        println!("{:#}", json["steps"]);
+        let result = switch_over_whole(scratch, &mut cluster, &new)?;
         Ledger::verify(&ledger.finish(secs(60))?, &new)?;
-        let result = &json["result"];
-        ensure!(result["pg_timeline"] == 2 && result["old_follows"] == true, "{json:#}");
-        ensure!(result["pause_seconds"].as_f64().is_some_and(|pause| pause > 0.0), "{json:#}");
+        ensure!(result["pg_timeline"] == 2, "{result:#}");
+        ensure!(result["pause_seconds"].as_f64().is_some_and(|pause| pause > 0.0), "{result:#}");
         // The new timeline begins exactly where the old primary's shutdown checkpoint ends.
         let switched: Lsn = result["lsn"].as_str().context("an LSN")?.parse()?;
         let history = std::fs::read_to_string(new.wal_dir().join("00000002.history"))?;
@@ -150,7 +101,7 @@ fn the_old_primary_follows_the_new_one_without_a_rewind() {
         cluster.wait_replayed(&cluster.primary, new.flush_lsn()?)?;
 
         // Once more, after all is done: it finds everything as it should be, and pauses nothing.
-        let (code, json) = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
         ensure!(code == 0 && json["result"]["pause_seconds"].is_null(), "{code}: {json:#}");
         ensure!(json["result"]["pg_timeline"] == 2, "{json:#}");
         Ok(())
@@ -163,24 +114,19 @@ fn members_that_propose_themselves_go_over_to_the_new_primary_and_back() {
         let options = ClusterOptions { proposing: Proposing::Members, further_servers: 1, ..ClusterOptions::default() };
         let mut cluster = Cluster::start(scratch, &binaries(), &options)?;
         let mut new = cluster.add_standby(scratch, "standby")?;
-        wait_streaming(&new)?;
+        new.wait_receiving()?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         // One of them is away, and another leads.
         let away = (cluster.wait_leader()? + 1) % 3;
         cluster.safekeeper(away)?.kill()?;
         for round in 1..=2 {
-            let stop = stop_command(scratch, &cluster.primary, "fast");
-            let follow = standby_command(&cluster, &cluster.primary);
-            let ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop, "--start-old", &follow])?;
-            start_as_standby(&mut cluster)?;
-            let (code, json) = ctl.end()?;
-            ensure!(code == 0 && json["result"]["old_follows"] == true, "{code}: {json:#}");
-            ensure!(json["result"]["pg_timeline"] == round + 1, "{json:#}");
-            println!("{} s", json["result"]["pause_seconds"]);
+            let result = switch_over_whole(scratch, &mut cluster, &new)?;
+            ensure!(result["pg_timeline"] == round + 1, "{result:#}");
+            println!("{} s", result["pause_seconds"]);
             // And back, which is the same with the names exchanged.
             std::mem::swap(&mut cluster.primary, &mut new);
             cluster.primary.sql()?.run("INSERT INTO t SELECT 1001")?;
-            wait_streaming(&new)?;
+            new.wait_receiving()?;
         }
         cluster.safekeeper(away)?.start()?;
         cluster.wait_committed(cluster.primary.flush_lsn()?)
@@ -193,7 +139,7 @@ fn nothing_is_promoted_when_the_old_primary_was_not_stopped_cleanly() {
         let (mut cluster, new, _walproposer) = start(scratch)?;
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
         let stop = stop_command(scratch, &cluster.primary, "immediate");
-        let ended = Ctl::start(scratch, &cluster, &new, &["--stop", &stop])?.end()?;
+        let ended = switch_over(scratch, &cluster, &new, &["--stop", &stop])?.end_json()?;
         is_refused(&ended, 5, &["isn't proven", "isn't a shutdown checkpoint", "Start the old primary again"])?;
         ensure!(new.sql()?.value("SELECT pg_is_in_recovery()")? == "t", "it was promoted");
         // As it says: the old primary can go on.
@@ -212,18 +158,40 @@ fn what_was_interrupted_goes_on_from_where_it_was() {
         let release = scratch.path().join("release");
         let hang = format!("until [ -e {} ]; do sleep 0.1; done", release.display());
         let stop = format!("{}; {hang}", stop_command(scratch, &cluster.primary, "fast"));
-        let mut ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop])?;
+        let killed = switch_over(scratch, &cluster, &new, &["--stop", &stop])?;
         let _ = cluster.primary.daemon().wait_exit(secs(60))?;
-        let child = ctl.0.as_mut().context("a process")?;
-        child.kill()?;
-        child.wait()?;
+        drop(killed);
         File::create(release)?;
-        drop(ctl);
-        let (code, json) = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
         ensure!(code == 0, "{code}: {json:#}");
         let to_do = json["result"]["to_do"].as_str().context("what to do for the old primary")?;
         ensure!(to_do.contains("standby.signal"), "{to_do}");
         new.sql()?.run("INSERT INTO t SELECT 1001")
+    });
+}
+
+/// Behind a stop that failed it was said that commits go on; and a standby that somebody else had promoted was not noticed, so that the
+/// advice was to start the old primary again.
+#[test]
+fn who_else_stopped_or_promoted_is_found_out_before_anything_is_advised() {
+    scenario("switchover-else", |scratch| {
+        let (mut cluster, new, _walproposer) = start(scratch)?;
+        cluster.primary.sql()?.run("CREATE TABLE t AS SELECT generate_series(1, 1000) AS n")?;
+        let refused = switch_over(scratch, &cluster, &new, &["--stop", "exit 3"])?.end_json()?;
+        is_refused(&refused, 1, &["is not known to be stopped", "ended with exit status: 3", "run this again"])?;
+        cluster.primary.sql()?.run("INSERT INTO t SELECT 1001")?;
+
+        let port = new.port();
+        let psql = new.programs().path("psql");
+        let commit = format!("{} -h 127.0.0.1 -p {port} -U postgres -Xqc", psql.display());
+        let promote = format!("{commit} 'SELECT pg_promote()' && {commit} 'CREATE TABLE promoted AS SELECT 1'");
+        let stop = format!("{} && {promote}", stop_command(scratch, &cluster.primary, "fast"));
+        let ended = switch_over(scratch, &cluster, &new, &["--stop", &stop])?.end_json()?;
+        is_refused(&ended, 1, &["was promoted meanwhile", "don't start it as a primary"])?;
+        let _ = cluster.primary.daemon().wait_exit(secs(60))?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
+        ensure!(code == 0 && json["result"]["pg_timeline"] == 2, "{code}: {json:#}");
+        Ok(())
     });
 }
 
@@ -235,7 +203,7 @@ fn a_shutdown_checkpoint_at_the_begin_of_a_segment_is_proof() {
         cluster.primary.sql()?.run("CREATE TABLE t AS SELECT 1 AS n")?;
         cluster.primary.sql()?.run("SELECT pg_switch_wal()")?;
         let stop = stop_command(scratch, &cluster.primary, "fast");
-        let (code, json) = Ctl::start(scratch, &cluster, &new, &["--stop", &stop])?.end()?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &["--stop", &stop])?.end_json()?;
         ensure!(code == 0, "{code}: {json:#}");
         let end: Lsn = json["result"]["lsn"].as_str().context("an LSN")?.parse()?;
         ensure!(end.0 % (16 << 20) < 8192, "{end} is not in the first page of a segment");
@@ -249,12 +217,7 @@ fn a_shutdown_checkpoint_at_the_begin_of_a_segment_is_proof() {
 fn a_standby_whose_timelines_cannot_be_compared_is_not_promoted() {
     scenario("switchover-unknown", |scratch| {
         let (mut cluster, mut new, _walproposer) = start(scratch)?;
-        let stop = stop_command(scratch, &cluster.primary, "fast");
-        let follow = standby_command(&cluster, &cluster.primary);
-        let ctl = Ctl::start(scratch, &cluster, &new, &["--stop", &stop, "--start-old", &follow])?;
-        start_as_standby(&mut cluster)?;
-        let (code, json) = ctl.end()?;
-        ensure!(code == 0 && json["result"]["old_follows"] == true, "{code}: {json:#}");
+        switch_over_whole(scratch, &mut cluster, &new)?;
         std::mem::swap(&mut cluster.primary, &mut new);
         // A role that may do all but read WAL.
         cluster.primary.sql()?.run("CREATE ROLE operator SUPERUSER LOGIN")?;
@@ -269,9 +232,9 @@ fn a_standby_whose_timelines_cannot_be_compared_is_not_promoted() {
             ensure!(loaded()? != before, "those of before");
             Ok(())
         })?;
-        wait_streaming(&new)?;
+        new.wait_receiving()?;
         let operator = new.conninfo().replace("user=postgres", "user=operator");
-        let ended = Ctl::start_to(scratch, &cluster, &operator, &["--stop", "false"])?.end()?;
+        let ended = switch_over_to(scratch, &cluster, &operator, &["--stop", "false"])?.end_json()?;
         is_refused(&ended, 3, &["can't be asked for its Postgres timelines", "pg_hba.conf", "Nothing was changed"])
     });
 }
@@ -286,17 +249,17 @@ fn a_promotion_that_takes_long_is_not_said_to_have_failed() {
         let hang = format!("until [ -e {} ]; do sleep 0.1; done", release.display());
         new.set("recovery_end_command", &format!("'{hang}'"))?;
         let stop = stop_command(scratch, &cluster.primary, "fast");
-        let slow = Ctl::start(scratch, &cluster, &new, &["--timeout", "15s", "--stop", &stop])?.end()?;
+        let slow = switch_over(scratch, &cluster, &new, &["--timeout", "15s", "--stop", &stop])?.end_json()?;
         is_refused(&slow, 1, &["is not known to be promoted", "may be yet", "run this again"])?;
         let _ = cluster.primary.daemon().wait_exit(secs(60))?;
-        let early = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        let early = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
         is_refused(&early, 3, &["is being promoted"])?;
         File::create(release)?;
         wait_for(secs(60), "the promotion", || {
             ensure!(new.sql()?.value("SELECT pg_is_in_recovery()")? == "f", "it goes on");
             Ok(())
         })?;
-        let (code, json) = Ctl::start(scratch, &cluster, &new, &[])?.end()?;
+        let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
         ensure!(code == 0 && json["result"]["pg_timeline"] == 2, "{code}: {json:#}");
         new.sql()?.run("INSERT INTO t SELECT 1001")
     });
@@ -308,12 +271,12 @@ fn nothing_is_touched_when_a_check_fails() {
         let (cluster, mut new, mut walproposer) = start(scratch)?;
         let never = format!("touch {}", scratch.path().join("was-stopped").display());
         let refused = |new: &Postgres, part: &str| {
-            let ended = Ctl::start(scratch, &cluster, new, &["--stop", &never])?.end()?;
+            let ended = switch_over(scratch, &cluster, new, &["--stop", &never])?.end_json()?;
             is_refused(&ended, 3, &[part, "Nothing was changed"])
         };
         new.set("synchronous_standby_names", "''")?;
         refused(&new, "synchronous_standby_names = 'ANY 1 (safekeeper)'")?;
-        new.set("synchronous_standby_names", SYNCHRONOUS.1)?;
+        new.set("synchronous_standby_names", "'ANY 1 (safekeeper)'")?;
         new.sql()?.run("SELECT pg_wal_replay_pause()")?;
         refused(&new, "pg_wal_replay_resume()")?;
         new.sql()?.run("SELECT pg_wal_replay_resume()")?;

@@ -1,69 +1,13 @@
 //! `walproposer --sync-safekeepers`: after the primary is lost, unequal tails of the safekeepers become one log.
 
-use std::fs::File;
-use std::process::{Child, Command, Stdio};
-
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
-use serde_json::Value;
-use testkit::{Binaries, Cluster, ClusterOptions, Safekeeper, Scratch, StopMode, scenario, secs, wait_for};
+use testkit::{
+    Binaries, Cluster, ClusterOptions, Launch, Safekeeper, Scratch, StopMode, Tool, scenario, secs, synced, wait_for,
+};
 
 fn binaries() -> Binaries {
     Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
-}
-
-/// A sync under way.
-struct Sync(Option<Child>);
-
-impl Drop for Sync {
-    fn drop(&mut self) {
-        if let Some(child) = &mut self.0 {
-            let _ = child.kill().and_then(|()| child.wait());
-        }
-    }
-}
-
-impl Sync {
-    fn start(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<Sync> {
-        let addresses: Vec<_> = safekeepers.iter().map(Safekeeper::pg_address).collect();
-        let child = Command::new(env!("CARGO_BIN_EXE_walproposer"))
-            .args(["--sync-safekeepers", "--safekeepers", &addresses.join(",")])
-            .args(args)
-            .stdout(Stdio::piped())
-            .stderr(File::options().create(true).append(true).open(scratch.log("sync"))?)
-            .spawn()?;
-        Ok(Sync(Some(child)))
-    }
-
-    fn has_ended(&mut self) -> Result<bool> {
-        Ok(self.0.as_mut().context("a process")?.try_wait()?.is_some())
-    }
-
-    /// Waits for the end; what was printed on standard output, and whether it succeeded.
-    fn end(mut self) -> Result<(String, bool)> {
-        wait_for(secs(120), "the sync to end", || {
-            ensure!(self.has_ended()?, "it still runs");
-            Ok(())
-        })?;
-        let output = self.0.take().context("a process")?.wait_with_output()?;
-        Ok((String::from_utf8(output.stdout)?, output.status.success()))
-    }
-}
-
-/// Runs a sync to its end.
-fn run(scratch: &Scratch, safekeepers: &[Safekeeper], args: &[&str]) -> Result<(String, bool)> {
-    Sync::start(scratch, safekeepers, args)?.end()
-}
-
-/// The LSN that a sync printed, and nothing else.
-fn printed((printed, success): (String, bool)) -> Result<Lsn> {
-    ensure!(success, "the sync failed");
-    let lsn = printed.strip_suffix('\n').context("a line")?;
-    lsn.parse().with_context(|| format!("it printed {printed:?}, not an LSN alone"))
-}
-
-fn sync(scratch: &Scratch, cluster: &Cluster) -> Result<Lsn> {
-    printed(run(scratch, &cluster.safekeepers, &[])?)
 }
 
 fn flush_lsns(cluster: &Cluster) -> Result<Vec<Lsn>> {
@@ -123,16 +67,15 @@ fn wreck(scratch: &Scratch) -> Result<(Cluster, Vec<Lsn>)> {
 fn unequal_tails_become_one_log() {
     scenario("sync", |scratch| {
         let (cluster, tails) = wreck(scratch)?;
-        let lsn = sync(scratch, &cluster)?;
+        let lsn = cluster.sync(scratch)?;
         // Whose log is continued depends on who votes first, but a majority always has what was committed.
         ensure!(tails.iter().take(2).any(|tail| *tail == lsn), "{lsn} of {tails:?}");
         assert_equal(&cluster, lsn)?;
         cluster.compare_all(lsn)?;
-        ensure!(sync(scratch, &cluster)? == lsn, "a second run finds everything in place");
+        ensure!(cluster.sync(scratch)? == lsn, "a second run finds everything in place");
         assert_equal(&cluster, lsn)?;
-        let (json, success) = run(scratch, &cluster.safekeepers, &["--json"])?;
-        ensure!(success);
-        let report: Value = serde_json::from_str(&json)?;
+        let (code, report) = cluster.begin_sync(scratch, &["--json"])?.end_json()?;
+        ensure!(code == 0, "{code}: {report}");
         ensure!(report["lsn"] == lsn.to_string() && report["timeline"]["tenant_id"] == cluster.ttid(), "{report}");
         let listed = report["safekeepers"].as_array().context("a list")?;
         ensure!(listed.len() == 3 && listed.iter().all(|one| one["commit_lsn"] == lsn.to_string()), "{report}");
@@ -146,10 +89,10 @@ fn a_node_that_is_down_is_not_waited_for_and_follows_later() {
         let (mut cluster, tails) = wreck(scratch)?;
         // The one with the tail that was never committed.
         cluster.safekeeper(0)?.kill()?;
-        let lsn = sync(scratch, &cluster)?;
+        let lsn = cluster.sync(scratch)?;
         ensure!(tails.get(1) == Some(&lsn), "safekeepers 2 and 3 have up to {:?}, not {lsn}", tails.get(1));
         cluster.safekeeper(0)?.start()?;
-        ensure!(sync(scratch, &cluster)? == lsn, "what was committed meanwhile wins over the longer tail");
+        ensure!(cluster.sync(scratch)? == lsn, "what was committed meanwhile wins over the longer tail");
         assert_equal(&cluster, lsn)?;
         cluster.compare_all(lsn)?;
         Ok(())
@@ -169,7 +112,7 @@ fn a_safekeeper_with_an_emptied_disk_does_not_vote_away_what_it_had() {
         emptied.start()?;
         let ttid = cluster.ttid().to_owned();
         let args = ["--tenant-id", ttid.as_str(), "--timeline-id", ttid.as_str()];
-        let mut sync = Sync::start(scratch, &cluster.safekeepers, &args)?;
+        let mut sync = cluster.begin_sync(scratch, &args)?;
         wait_for(secs(60), "the emptied safekeeper to be found out", || {
             let log = std::fs::read_to_string(scratch.log("sync"))?;
             ensure!(!sync.has_ended()?, "it ended without anybody who has what was committed");
@@ -177,7 +120,7 @@ fn a_safekeeper_with_an_emptied_disk_does_not_vote_away_what_it_had() {
             Ok(())
         })?;
         cluster.safekeeper(0)?.start()?;
-        let lsn = printed(sync.end()?)?;
+        let lsn = synced(sync)?;
         ensure!(tails.first() == Some(&lsn), "{lsn} of {tails:?}");
         // The emptied one was filled once a leader was elected without it.
         assert_equal(&cluster, lsn)?;
@@ -196,10 +139,13 @@ fn there_is_nothing_to_sync_on_empty_safekeepers() {
             safekeepers.push(safekeeper);
         }
         let id = "00000000000000000000000000000001";
-        let (printed, success) = run(scratch, &safekeepers, &["--tenant-id", id, "--timeline-id", id])?;
-        ensure!(success && printed == "0/0\n", "{printed:?}");
-        let (printed, success) = run(scratch, &safekeepers, &[])?;
-        ensure!(!success && printed.is_empty(), "without a name nobody can tell which timeline is meant: {printed:?}");
+        let members = safekeepers.iter().map(Safekeeper::pg_address).collect::<Vec<_>>().join(",");
+        let sync = Launch::new(binaries().walproposer).args(["--sync-safekeepers", "--safekeepers", &members]);
+        let named = sync.clone().args(["--tenant-id", id, "--timeline-id", id]);
+        let (code, printed) = Tool::start(scratch, "sync", &named)?.end()?;
+        ensure!(code == 0 && printed == "0/0\n", "{code}: {printed:?}");
+        let (code, printed) = Tool::start(scratch, "sync", &sync)?.end()?;
+        ensure!(code != 0 && printed.is_empty(), "without a name nobody can tell which timeline is meant: {printed:?}");
         Ok(())
     });
 }

@@ -9,6 +9,7 @@ use pgproto::wal::RecordScanner;
 use pgproto::{Lsn, SystemId};
 use safekeeper::propose::primary::{self, PrimaryFacts};
 use safekeeper::propose::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
+use safekeeper::propose::witness::LogBefore;
 use safekeeper::propose::{Settings, checks};
 use testkit::{Postgres, Scratch, StopMode, scenario, secs, wait_for};
 use tokio::runtime::Runtime;
@@ -33,7 +34,7 @@ async fn facts(settings: &Settings) -> Result<PrimaryFacts, UpstreamError> {
 
 /// The stream of the primary's own timeline.
 async fn follow(settings: &Settings, facts: &PrimaryFacts, start: Lsn) -> Result<Upstream, UpstreamError> {
-    upstream::follow(settings, facts, facts.stock.ancestry.current(), start, None).await
+    upstream::follow(settings, facts, facts.stock.ancestry.current(), &LogBefore::none(start), None).await
 }
 
 fn runtime() -> Result<Runtime> {
@@ -352,7 +353,8 @@ fn a_new_leader_gets_the_slot_from_a_connection_that_holds_it() {
         let (runtime, mine) = (runtime()?, settings(&conninfo)?);
         let timeline = facts.stock.ancestry.current();
         let begin = |settings: &Settings, followed_at| {
-            runtime.block_on(upstream::follow(settings, &facts, timeline, facts.initial_start, followed_at))
+            let log = LogBefore::none(facts.initial_start);
+            runtime.block_on(upstream::follow(settings, &facts, timeline, &log, followed_at))
         };
         let mut former = begin(&mine, None)?;
         ensure!(matches!(begin(&mine, None), Err(UpstreamError::SlotInUse { .. })));

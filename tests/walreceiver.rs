@@ -26,11 +26,6 @@ fn start_cluster(scratch: &Scratch) -> Result<Cluster> {
     Cluster::start(scratch, &binaries, &ClusterOptions { segment_megabytes: 1, ..ClusterOptions::default() })
 }
 
-fn safekeepers(cluster: &Cluster) -> String {
-    let addresses: Vec<String> = cluster.safekeepers.iter().map(testkit::Safekeeper::pg_address).collect();
-    addresses.join(",")
-}
-
 /// A walreceiver that writes into a directory.
 struct Receiver {
     dir: PathBuf,
@@ -120,7 +115,8 @@ fn write_some(primary: &Postgres, scratch: &Scratch) -> Result<()> {
 fn what_is_received_is_the_primarys_wal_across_kill_and_stop() {
     scenario("wr-resume", |scratch| {
         let cluster = start_cluster(scratch)?;
-        let mut receiver = Receiver::start(scratch, "received", &safekeepers(&cluster), &["--start", "oldest"])?;
+        let mut receiver =
+            Receiver::start(scratch, "received", &cluster.safekeeper_addresses(), &["--start", "oldest"])?;
         cluster.primary.pgbench_init(scratch, 1)?;
         receiver.wait_equal(&cluster.primary)?;
         for round in 0..3 {
@@ -202,7 +198,8 @@ fn nodes_are_killed_paused_and_restarted_and_the_directory_is_the_primarys_wal()
             std::env::var("WALRECEIVER_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(DEFAULT_ROUNDS);
         let mut random = Random::from_env("WALRECEIVER_SEED");
         let mut cluster = start_cluster(scratch)?;
-        let mut receiver = Receiver::start(scratch, "received", &safekeepers(&cluster), &["--start", "oldest"])?;
+        let mut receiver =
+            Receiver::start(scratch, "received", &cluster.safekeeper_addresses(), &["--start", "oldest"])?;
         cluster.primary.pgbench_init(scratch, 1)?;
         let pgbench = cluster.primary.pgbench_launch(scratch, &["-c", "2", "-T", "100000"]);
         let mut pgbench = Daemon::spawn(scratch, "pgbench", pgbench)?;
@@ -231,7 +228,7 @@ fn nodes_are_killed_paused_and_restarted_and_the_directory_is_the_primarys_wal()
 fn a_paused_node_is_left_after_ten_seconds_and_a_metric_says_why() {
     scenario("wr-pause", |scratch| {
         let mut cluster = start_cluster(scratch)?;
-        let mut receiver = Receiver::start(scratch, "received", &safekeepers(&cluster), &[])?;
+        let mut receiver = Receiver::start(scratch, "received", &cluster.safekeeper_addresses(), &[])?;
         receiver.wait_equal(&cluster.primary)?;
         let index = receiver.followed(&cluster).context("a node is followed")?;
         cluster.safekeeper(index)?.daemon().pause()?;
@@ -256,7 +253,7 @@ fn endpos_ends_it_and_standard_output_has_the_same_bytes() {
         cluster.primary.pgbench_init(scratch, 1)?;
         write_some(&cluster.primary, scratch)?;
         let end = cluster.primary.flush_lsn()?;
-        let (nodes, end_text) = (safekeepers(&cluster), end.to_string());
+        let (nodes, end_text) = (cluster.safekeeper_addresses(), end.to_string());
         let common = ["--safekeepers", &nodes, "--start", "oldest", "--endpos", &end_text];
         let mut received: Vec<Vec<u8>> = Vec::new();
         for (name, more) in [("plain", &[][..]), ("zstd", &["--compress", "zstd:3"]), ("gzip", &["-Z", "gzip"])] {
@@ -471,7 +468,7 @@ fn members_are_found_through_one_of_them_and_the_nearest_is_preferred() {
 fn a_slot_goes_with_the_receiver_from_node_to_node() {
     scenario("wr-slot", |scratch| {
         let mut cluster = start_cluster(scratch)?;
-        let nodes = safekeepers(&cluster);
+        let nodes = cluster.safekeeper_addresses();
         let slot = ["--safekeepers", &nodes, "--slot", "archive"];
         succeed(&[&slot[..], &["--create-slot"]].concat())?;
         let mut receiver = Receiver::start(scratch, "received", &nodes, &["--slot", "archive", "--synchronous"])?;
@@ -496,12 +493,9 @@ fn a_slot_goes_with_the_receiver_from_node_to_node() {
 #[test]
 fn a_promotion_behind_the_safekeepers_is_followed_through_them() {
     scenario("wr-quorum-promotion", |scratch| {
-        let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
         let mut cluster = start_cluster(scratch)?;
-        let nodes = safekeepers(&cluster);
-        let mut standby = standby_of(scratch, &cluster.primary, &cluster.readers_conninfo("standby"))?;
-        standby.configure(&[("synchronous_standby_names", "'ANY 1 (safekeeper)'")])?;
-        standby.start()?;
+        let nodes = cluster.safekeeper_addresses();
+        let standby = cluster.add_standby(scratch, "standby")?;
         cluster.wait_replayed(&standby, cluster.primary.flush_lsn()?)?;
         let mut receiver = Receiver::start(scratch, "received", &nodes, &[])?;
         let mut late = Receiver::start(scratch, "late", &nodes, &[])?;
@@ -514,11 +508,7 @@ fn a_promotion_behind_the_safekeepers_is_followed_through_them() {
         cluster.wait_replayed(&standby, end)?;
         cluster.walproposer.stop()?;
         standby.promote()?;
-        let primary = format!("host=127.0.0.1 port={} user=postgres", standby.port());
-        let args = ["--primary", primary.as_str()];
-        let mut walproposer =
-            testkit::Walproposer::named(scratch, &binaries, "of-new", &cluster.primary, &cluster.safekeepers, &args)?;
-        walproposer.start()?;
+        let _walproposer = cluster.add_walproposer(scratch, "of-new", &[&standby])?;
         standby.pgbench(scratch, secs(120), &["-c", "2", "-t", "100"])?;
         late.daemon.start()?;
         for receiver in [&mut receiver, &mut late] {

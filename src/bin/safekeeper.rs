@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use safekeeper::config::{self, Loaded, SafekeeperSettings};
@@ -18,6 +19,10 @@ use safekeeper::timeline::holds::RetentionPolicy;
 use safekeeper::timeline::registry::Registry;
 use safekeeper::timeline::retention;
 use safekeeper::{daemon, http};
+use tokio_util::sync::CancellationToken;
+
+/// How long the addresses of `--peers` may take to say whether they are this node's.
+const ALIAS_LIMIT: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let Loaded::<SafekeeperSettings> { settings, warnings } =
@@ -60,6 +65,8 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     config::init_logging(settings.log_format)?;
     warnings.iter().for_each(|warning| tracing::warn!("{warning}"));
     daemon::raise_file_limit();
+    let own_address = settings.own_address().clone();
+    let may_be_alias = !settings.peers.contains(&own_address);
     let candidacy = settings.upstream.clone().map(|upstream| CandidateSettings {
         upstream,
         safekeepers: settings.members(),
@@ -83,6 +90,12 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
         forks: ForkLimits { bytes: settings.fork_keep_size.0, age: settings.fork_keep_age, ..ForkLimits::default() },
     };
     let disk = Arc::new(RealDisk::new(!settings.no_sync));
+    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
+    if !settings.init && !settings.recover_only {
+        // What is being loaded is loaded, or the deadline ends it.
+        daemon::obey_signals(&shutdown);
+        tracing::info!(datadir = %settings.datadir.display(), "starting");
+    }
     let data_dir = DataDir::open_with(disk, &settings.datadir, settings.id, options)?;
     if settings.init {
         return Ok(());
@@ -99,13 +112,17 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
         node_id = %registry.node_id(), timelines = registry.list().len(), pg = %settings.listen_pg,
         http = %settings.listen_http, "safekeeper is ready"
     );
-    let shutdown = Shutdown::new(settings.shutdown_timeout.into());
-    daemon::obey_signals(&shutdown);
     let peers = Peers::new(Arc::clone(&registry), peer_options, shutdown.done().clone());
     tokio::spawn(Arc::clone(&peers).run());
     let retention = tokio::spawn(retention::run(Arc::clone(&registry), shutdown.saving().clone()));
+    let config = ServerConfig::default();
+    let (served, known) = (Arc::clone(&registry), Arc::clone(&peers));
+    let pg = tokio::spawn(server::serve(pg, served, known, config, shutdown.clone()));
     let candidate = match candidacy {
-        Some(settings) => {
+        Some(mut settings) => {
+            if may_be_alias {
+                settings.safekeepers = peers.without_aliases(&settings.safekeepers, &own_address, ALIAS_LIMIT).await;
+            }
             let (registry, peers) = (Arc::clone(&registry), Arc::clone(&peers));
             Some(Candidate::start(registry, peers, settings, shutdown.done()).context("cannot start the proposer")?)
         }
@@ -113,12 +130,13 @@ async fn start(settings: SafekeeperSettings, warnings: Vec<String>) -> anyhow::R
     };
     let router =
         http::safekeeper::router(Arc::clone(&registry), Arc::clone(&peers), candidate.clone(), shutdown.clone());
-    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), shutdown.done().clone()));
-    let config = ServerConfig::default();
-    let pg = tokio::spawn(server::serve(pg, Arc::clone(&registry), Arc::clone(&peers), config, shutdown.clone()));
+    let no_more_requests = CancellationToken::new();
+    let http = tokio::spawn(http::serve(http, router, http::Limits::default(), no_more_requests.clone()));
     daemon::ready(&format!("{} timelines", registry.list().len()));
     let household = Household { registry, peers, candidate, retention, hooks: settings.shutdown_hook };
     household.conduct(&shutdown).await;
+    shutdown.last_word().await;
+    no_more_requests.cancel();
     pg.await.context("Postgres server")?;
     http.await.context("HTTP server")?;
     Ok(())

@@ -174,7 +174,11 @@ async fn members(settings: &SafekeeperctlSettings) -> Report {
 async fn drained(settings: &SafekeeperctlSettings, args: DrainArgs, steps: &Steps) -> Report {
     let options = drain::DrainOptions { node: args.node, timeout: settings.timeout.into() };
     match drain::run(&options, steps).await {
-        Ok(drained) => Report::done(&drained, format!("{} is out of service, its process is gone", drained.node)),
+        Ok(drained) => {
+            let mut text = format!("{} is out of service, its process is gone", drained.node);
+            drained.troubles().for_each(|(step, trouble)| text += &format!("\nNot done in {}: {trouble}", step.name()));
+            Report::done(&drained, text)
+        }
         Err(error) => Report::failed(error.kind(), &error),
     }
 }

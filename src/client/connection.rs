@@ -291,6 +291,17 @@ impl Connection {
         timeout(CONNECT_LIMIT, self.rows_of(text)).await.map_err(|_| ConnectError::TimedOut)?
     }
 
+    /// Has the server report the settings that changed, see [`Self::parameter`]. It does and logs nothing else.
+    pub async fn sync(&mut self) -> Result<(), ConnectError> {
+        let answer = async {
+            let mut out = BytesMut::new();
+            client::sync(&mut out);
+            self.writer.write_all(&out).await?;
+            self.rest_of_rows("Sync").await.map(drop)
+        };
+        timeout(CONNECT_LIMIT, answer).await.map_err(|_| ConnectError::TimedOut)?
+    }
+
     async fn rows_of(&mut self, text: &str) -> Result<Vec<Row>, ConnectError> {
         self.send_query(text).await?;
         self.rest_of_rows(text).await
@@ -305,10 +316,12 @@ impl Connection {
                 BackendMessage::DataRow(row) if rows.len() < MAX_ROWS => rows.push(row),
                 BackendMessage::ErrorResponse(error) => failure = Some(error),
                 BackendMessage::ReadyForQuery(_) => return failure.map_or(Ok(rows), |e| Err(ConnectError::Server(e))),
+                BackendMessage::ParameterStatus { name, value } => {
+                    self.parameters.insert(name, value);
+                }
                 BackendMessage::RowDescription(_)
                 | BackendMessage::CommandComplete(_)
-                | BackendMessage::NoticeResponse(_)
-                | BackendMessage::ParameterStatus { .. } => {}
+                | BackendMessage::NoticeResponse(_) => {}
                 // Left of a COPY that is ending.
                 BackendMessage::CopyData(_) | BackendMessage::CopyDone => {}
                 other => return Err(ConnectError::Protocol(format!("unexpected {other:?} in answer to {text}"))),

@@ -112,7 +112,12 @@ pub(crate) async fn oldest_segment(
     Ok(SegmentNumber(there).start(size))
 }
 
-async fn has_segment(connection: &mut Connection, at: Lsn, timeline: PgTimelineId) -> Result<bool, ConnectError> {
+/// Whether the server has the segment of `timeline` that `at` is in.
+pub(crate) async fn has_segment(
+    connection: &mut Connection,
+    at: Lsn,
+    timeline: PgTimelineId,
+) -> Result<bool, ConnectError> {
     let stream = async {
         connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} TIMELINE {timeline}")).await?;
         connection.first_copy_data().await

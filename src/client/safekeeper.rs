@@ -1,9 +1,8 @@
 //! How our own programs log in to a safekeeper.
 
-use pgproto::TenantTimelineId;
+use pgproto::{HostPort, TenantTimelineId};
 
 use super::connection::{ConnectError, Connection, Login};
-use crate::config::HostPort;
 
 /// Logs in at `address` and names the timeline, if there is a name. Nothing is asked yet.
 pub(crate) async fn connect(

@@ -234,8 +234,9 @@ impl SafekeeperSettings {
         // Three peers and this one are more likely three.
         if count.is_multiple_of(2) && count > 2 && !self.peers.contains(own) {
             let named = format!("{own}, this safekeeper, isn't in --peers and is counted as one more: {count}");
-            let remedy = "If it is there under another name, give that as --advertise-pg; as it is, fewer may fail";
-            return Ok(Some(format!("{named}. {remedy}")));
+            let remedy = "unless one of them is found to be this one when it starts. If it is there under another name, give \
+                          that as --advertise-pg; with one more, fewer may fail";
+            return Ok(Some(format!("{named}, {remedy}")));
         }
         Ok(few)
     }

@@ -10,16 +10,22 @@ use super::{HostPort, Settings, values};
 
 /// Operates safekeepers and the failover of the primary that they serve.
 ///
-/// The settings that several commands have in common may be given as flags, as environment variables, or in a TOML file
-/// (--config), where the key is the flag's name without the dashes.
+/// The settings of all commands may be given as flags, before or behind the command, as environment variables, or in a TOML
+/// file (--config), where the key is the flag's name without the dashes.
 #[derive(Clone, Debug, Parser)]
-#[command(name = "safekeeperctl", version, arg_required_else_help = true, after_long_help = EXIT_CODES)]
+#[command(
+    name = "safekeeperctl",
+    version,
+    arg_required_else_help = true,
+    next_help_heading = "Settings of all commands",
+    after_long_help = EXAMPLES
+)]
 pub struct SafekeeperctlSettings {
-    /// TOML file with any of the settings that the commands have in common.
+    /// TOML file with any of these settings.
     #[arg(long, value_name = "FILE", env = "SAFEKEEPERCTL_CONFIG", global = true)]
     pub config: Option<PathBuf>,
 
-    /// Postgres-protocol addresses of all safekeepers, separated by commas.
+    /// Postgres-protocol addresses of all safekeepers, separated by commas: for failover and switchover.
     #[arg(
         long,
         value_name = "HOST:PORT,...",
@@ -30,7 +36,7 @@ pub struct SafekeeperctlSettings {
     )]
     pub safekeepers: Vec<HostPort>,
 
-    /// HTTP addresses of the safekeepers, separated by commas.
+    /// HTTP addresses of the safekeepers, separated by commas: for status.
     #[arg(
         long,
         value_name = "HOST:PORT,...",
@@ -229,7 +235,25 @@ impl Settings for SafekeeperctlSettings {
     }
 }
 
-const EXIT_CODES: &str = "\
+const EXAMPLES: &str = "\
+Examples:
+  The primary is lost; make it safe to promote the standby on db2, then promote it:
+    safekeeperctl failover prepare --safekeepers sk1:5454,sk2:5454,sk3:5454 --standby 'host=db2 user=postgres'
+
+  From db1 to db2 on purpose:
+    safekeeperctl switchover --safekeepers sk1:5454,sk2:5454,sk3:5454 \\
+        --from 'host=db1 user=postgres' --to 'host=db2 user=postgres' --stop 'ssh db1 pg_ctl stop -m fast -D DATADIR'
+
+  How far is each safekeeper, and who leads:
+    safekeeperctl status --nodes sk1:7676,sk2:7676,sk3:7676
+
+  Take one out:
+    safekeeperctl drain --node sk1:7676
+
+  WAL that a newer leader cut off, for pg_waldump:
+    safekeeperctl timeline forks list --node sk1:7676
+    safekeeperctl timeline forks export --node sk1:7676 1 --output fork
+
 Exit codes:
   0  done
   1  it went wrong on the way: the message says how far it came; once the reason is gone, run it again

@@ -232,6 +232,7 @@ fn help_teaches() {
         ),
         (WalproposerSettings::command(), &["--buffer-size", "WALPROPOSER_SLOT", "Examples:", "[default: 64MiB]"]),
         (WalreceiverSettings::command(), &["--endpos", "WALRECEIVER_SLOT", "Examples:", "[default: current]"]),
+        (SafekeeperctlSettings::command(), &["--nodes", "SAFEKEEPERCTL_TIMEOUT", "Examples:", "[default: 5min]"]),
     ] {
         let help = command.render_long_help().to_string();
         for text in flags {
@@ -241,22 +242,37 @@ fn help_teaches() {
     }
 }
 
-/// One row per setting: flag, variable, default, meaning.
+/// The row of a setting: flag, variable, default, meaning.
+fn row(arg: &Arg) -> String {
+    let short = arg.get_short().map(|short| format!(", `-{short}`")).unwrap_or_default();
+    let name = match arg.get_long() {
+        Some(long) => format!("`--{long}`{short}"),
+        None => format!("`{}`", arg.get_value_names().unwrap()[0]),
+    };
+    let env = arg.get_env().map(|env| format!("`{}`", env.to_str().unwrap())).unwrap_or_default();
+    let shown = !matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::Version);
+    let defaults: Vec<_> = arg.get_default_values().iter().filter_map(|value| value.to_str()).collect();
+    let default = if shown && !defaults.is_empty() { format!("`{}`", defaults.join(",")) } else { String::new() };
+    let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
+    let help = help.replace("\n\n", " ").replace('|', "\\|");
+    let help = if help.ends_with('.') { help } else { format!("{help}.") };
+    format!("| {name} | {env} | {default} | {help} |\n")
+}
+
+/// All settings of a program.
 fn reference<S: Settings>() -> String {
-    let mut table = String::from("| Flag | Environment | Default | Meaning |\n|---|---|---|---|\n");
-    for arg in S::command().get_arguments().filter(|arg| arg.get_long().is_some_and(|long| long != "help")) {
-        let long = arg.get_long().unwrap();
-        let short = arg.get_short().map(|short| format!(", `-{short}`")).unwrap_or_default();
-        let env = arg.get_env().map(|env| format!("`{}`", env.to_str().unwrap())).unwrap_or_default();
-        let shown = !matches!(arg.get_action(), ArgAction::SetTrue | ArgAction::Version);
-        let defaults: Vec<_> = arg.get_default_values().iter().filter_map(|value| value.to_str()).collect();
-        let default = if shown && !defaults.is_empty() { format!("`{}`", defaults.join(",")) } else { String::new() };
-        let help = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
-        let help = help.replace("\n\n", " ").replace('|', "\\|");
-        let help = if help.ends_with('.') { help } else { format!("{help}.") };
-        table += &format!("| `--{long}`{short} | {env} | {default} | {help} |\n");
-    }
-    table
+    let rows: String = S::command().get_arguments().map(row).collect();
+    format!("| Flag | Environment | Default | Meaning |\n|---|---|---|---|\n{rows}")
+}
+
+/// What each command of a program takes beside them.
+fn of_commands(parent: &Command, path: &str) -> String {
+    let rows = parent.get_subcommands().map(|command| {
+        let path = format!("{path} {}", command.get_name()).trim_start().to_owned();
+        let own: String = command.get_arguments().map(|arg| format!("| `{path}` {}", row(arg))).collect();
+        own + &of_commands(command, &path)
+    });
+    rows.collect()
 }
 
 #[test]
@@ -266,6 +282,8 @@ fn the_document_has_every_setting() {
         ("## safekeeper", reference::<SafekeeperSettings>()),
         ("## walproposer", reference::<WalproposerSettings>()),
         ("## walreceiver", reference::<WalreceiverSettings>()),
+        ("## safekeeperctl", reference::<SafekeeperctlSettings>()),
+        ("## safekeeperctl", of_commands(&SafekeeperctlSettings::command(), "")),
     ] {
         let section = doc.split_once(&format!("{heading}\n")).map(|(_, rest)| rest).unwrap_or_default();
         let section = section.split_once("\n## ").map_or(section, |(section, _)| section);

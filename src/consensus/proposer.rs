@@ -372,6 +372,29 @@ impl Proposer {
         self.peers.iter().enumerate().filter(|p| able(&p)).max_by_key(|(_, p)| p.flush_lsn).map(|(i, _)| PeerIndex(i))
     }
 
+    /// Acceptors that can hand out the log up to `lsn`, in this term: those above, and, of what was there when the term was won,
+    /// voters with that very log, which they needn't have been told yet.
+    pub fn holders_of(&self, lsn: Lsn) -> Vec<PeerIndex> {
+        let Phase::Leading { start, history, .. } = &self.phase else { return Vec::new() };
+        let before = history.entries().iter().rev().nth(1).map_or(Term(0), |entry| entry.term);
+        let is_best = |vote: &VoteResponse| {
+            vote.flush_lsn == *start && vote.term_history.last().map_or(Term(0), |entry| entry.term) == before
+        };
+        let able = |(_, p): &(usize, &Peer)| {
+            let voted = || lsn <= *start && p.vote.as_ref().is_some_and(is_best);
+            p.state == PeerState::Following && (voted() || p.acknowledged && p.flush_lsn >= lsn)
+        };
+        self.peers.iter().enumerate().filter(able).map(|(index, _)| PeerIndex(index)).collect()
+    }
+
+    /// Where the log begins, once elected.
+    pub fn log_start(&self) -> Option<Lsn> {
+        match &self.phase {
+            Phase::Leading { history, .. } => history.first().map(|entry| entry.lsn),
+            _ => None,
+        }
+    }
+
     /// A connection to `peer` stands and is in COPY mode: greet.
     pub fn connected(&mut self, index: PeerIndex) -> Vec<Effect> {
         let Some(peer) = self.peers.get_mut(index.0) else { return Vec::new() };

@@ -32,8 +32,9 @@ pub(super) async fn begin(
     State(registry): Timelines,
     State(shutdown): State<Shutdown>,
 ) -> (StatusCode, Json<NodeStatus>) {
+    shutdown.follow();
     shutdown.ask(Asked::ByRequest, "POST /v1/drain");
-    (StatusCode::ACCEPTED, Json(NodeStatus::of(&registry, &shutdown)))
+    (StatusCode::ACCEPTED, Json(told(&registry, &shutdown)))
 }
 
 #[derive(Deserialize)]
@@ -41,7 +42,7 @@ pub(super) struct After {
     after: Step,
 }
 
-/// Whoever has asked for this when the process ends still gets an answer.
+/// Whoever has asked for this when all is done still gets an answer, and whoever began the shutdown has a moment to ask.
 pub(super) async fn after(
     State(registry): Timelines,
     State(shutdown): State<Shutdown>,
@@ -49,5 +50,13 @@ pub(super) async fn after(
 ) -> Json<NodeStatus> {
     // It can't fail: the sender is in `shutdown`.
     let _ = shutdown.watch().wait_for(|step| *step > after || *step == Step::Done).await;
-    Json(NodeStatus::of(&registry, &shutdown))
+    Json(told(&registry, &shutdown))
+}
+
+fn told(registry: &Registry, shutdown: &Shutdown) -> NodeStatus {
+    let status = NodeStatus::of(registry, shutdown);
+    if status.state == Step::Done {
+        shutdown.tell_last();
+    }
+    status
 }

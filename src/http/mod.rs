@@ -18,8 +18,9 @@
 //! | [`drain`] | taking a node out |
 //! | [`safekeeper`] | routes of the safekeeper |
 //! | `status` | routes of a program with nothing to manage |
+//! | `fence` | keeps a lost primary out |
 //! | [`forks`] | WAL that leaders cut off |
-//! | `timeline_status` | the JSON form of a timeline |
+//! | `timeline_status`, `retention_status` | the JSON form of a timeline, and of what holds its WAL |
 //! | [`walproposer`] | routes of the walproposer |
 //! | [`walreceiver`] | routes of the walreceiver |
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use pgproto::{Lsn, TenantTimelineId, Term};
+use pgproto::{Lsn, PgTimelineId, TenantTimelineId, Term};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::MetricFamily;
 use prometheus::{Gauge, GaugeVec, Opts};
@@ -87,6 +87,10 @@ pub struct TimelineSample {
     pub active: bool,
     /// Highest term promised.
     pub term: Term,
+    /// Newest Postgres timeline that its WAL is of; `None` while there is no WAL.
+    pub pg_timeline: Option<PgTimelineId>,
+    /// Primaries on this Postgres timeline and older ones are fenced off.
+    pub fenced_pg_timeline: Option<PgTimelineId>,
     /// Durable here.
     pub flush_lsn: Lsn,
     /// Known committed by the quorum.
@@ -125,7 +129,7 @@ const MAX_INACTIVE: usize = 1000;
 
 const LABELS: [&str; 2] = ["tenant_id", "timeline_id"];
 
-const READINGS: [Reading<TimelineSample>; 14] = [
+const READINGS: [Reading<TimelineSample>; 16] = [
     Reading::gauge("safekeeper_flush_lsn", "End of the WAL that is durable on this node.", |t| known_lsn(t.flush_lsn)),
     Reading::gauge("safekeeper_commit_lsn", "End of the WAL that is known committed by the quorum.", |t| {
         known_lsn(t.commit_lsn)
@@ -142,6 +146,14 @@ const READINGS: [Reading<TimelineSample>; 14] = [
     Reading::gauge("safekeeper_acceptor_term", "Highest term promised to a proposer.", |t| {
         Some(number_value(t.term.0))
     }),
+    Reading::gauge("safekeeper_pg_timeline", "Newest Postgres timeline that the WAL here is of.", |t| {
+        t.pg_timeline.map(|timeline| f64::from(timeline.0))
+    }),
+    Reading::gauge(
+        "safekeeper_fenced_pg_timeline",
+        "Newest Postgres timeline whose primaries are fenced off; absent while none is.",
+        |t| t.fenced_pg_timeline.map(|timeline| f64::from(timeline.0)),
+    ),
     Reading::gauge(
         "safekeeper_timeline_health",
         "Whether the timeline can do its work: 0 sound, 1 fault, 2 quarantined, 3 stopped.",

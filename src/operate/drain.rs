@@ -2,12 +2,11 @@
 
 use std::time::Duration;
 
-use pgproto::NodeId;
+use pgproto::{HostPort, NodeId};
 use tokio::time::{Instant, sleep};
 
 use super::node_api::{NodeApi, NodeApiError};
 use super::{Kind, Steps};
-use crate::config::HostPort;
 use crate::http::drain::NodeStatus;
 use crate::shutdown::{Step, StepView, View};
 
@@ -37,6 +36,13 @@ pub struct Drained {
     pub took_ms: u64,
     /// What the node did.
     pub shutdown: View,
+}
+
+impl Drained {
+    /// What the node could not do, and in which step. It is out of service all the same.
+    pub fn troubles(&self) -> impl Iterator<Item = (Step, &str)> {
+        self.shutdown.steps.iter().filter_map(|step| Some((step.step, step.trouble.as_deref()?)))
+    }
 }
 
 /// Why the node isn't drained.

@@ -17,7 +17,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use pgproto::{Ancestry, Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
+use pgproto::{Ancestry, HostPort, Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -26,7 +26,6 @@ use super::quorum::{self, FenceError, Fenced, Survey, SurveyError};
 use super::server::{Server, ServerError};
 use super::steps::Step;
 use super::{Kind, Steps, replay};
-use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::propose::status::Status;
 use crate::propose::sync::{self, SyncError};

@@ -10,11 +10,10 @@ mod source;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-use pgproto::{Lsn, TenantTimelineId};
+use pgproto::{HostPort, Lsn, TenantTimelineId};
 
 use super::node_api::NodeApiError;
 use super::{Kind, Steps};
-use crate::config::HostPort;
 use crate::http::forks::ForkReport;
 use crate::storage::{DataDirError, ForkError, OpenError};
 use source::Source;

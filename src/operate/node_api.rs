@@ -8,13 +8,12 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use pgproto::HostPort;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
-
-use crate::config::HostPort;
 
 /// Connecting, and then an answer's first byte, may each take this long unless said otherwise.
 const TIME_LIMIT: Duration = Duration::from_secs(10);

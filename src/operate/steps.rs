@@ -57,11 +57,6 @@ impl Steps {
         Self { began: Instant::now(), observer: Arc::new(observer), reports: Arc::default() }
     }
 
-    /// An operation that nobody watches.
-    pub fn unwatched() -> Self {
-        Self::new(|_| ())
-    }
-
     /// Begins a step.
     pub fn begin(&self, step: &'static str, intent: impl Into<String>) -> Step {
         let intent = intent.into();

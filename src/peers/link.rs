@@ -61,6 +61,8 @@ pub(super) enum About {
 pub(super) struct Answer {
     /// Who answers. Several addresses may be of one node, or of this one.
     pub(super) node: NodeId,
+    /// In which life; another one at the same time is another node.
+    pub(super) life: u64,
     /// What it knows of the timeline; `None` if it doesn't have it.
     pub(super) report: Option<TimelineReport>,
     /// Who leads the timeline, if that was the question. One that doesn't understand it says nothing.
@@ -70,6 +72,7 @@ pub(super) struct Answer {
 /// What came back in one turn.
 struct Heard {
     node: NodeId,
+    life: u64,
     reports: Vec<TimelineReport>,
     leaders: Vec<LeaderReport>,
 }
@@ -84,7 +87,7 @@ impl Heard {
             About::Leader(ttid) => leader = self.leaders.iter().find(|leader| leader.ttid == *ttid).cloned(),
             About::Resigned(_) | About::Nothing => {}
         }
-        Answer { node: self.node, report, leader }
+        Answer { node: self.node, life: self.life, report, leader }
     }
 }
 
@@ -279,6 +282,7 @@ impl Task {
             let Errand { who_leads, resigned } = std::mem::take(&mut errand);
             let message = Exchange { timelines: reports, who_leads, resigned, ..Exchange::of(self.peers.sender()) };
             let answer = self.exchange(message).await?;
+            self.peers.check_id(&answer.from).map_err(|error| ConnectError::Protocol(error.to_string()))?;
             if self.is_new_life(&answer.from) {
                 self.told.clear();
             }
@@ -292,7 +296,8 @@ impl Task {
                 timeline.members().unchanged(answer.from.node_id);
             }
             if wanted.peek().is_none() {
-                return Ok(Heard { node: answer.from.node_id, reports: reports_heard, leaders });
+                let Sender { node_id: node, life, .. } = answer.from;
+                return Ok(Heard { node, life, reports: reports_heard, leaders });
             }
         }
     }

@@ -18,7 +18,9 @@
 //! # PROMISES
 //!
 //! * The peers of a timeline are the members of its configuration; without one, those of `--peers`; without these, those that
-//!   the leader told. A node's own address may be among them: it is found out by the node's id.
+//!   the leader told. A node's own address may be among them, under any name: it is found out by the node's id.
+//! * Two nodes of one id are never taken for one. Each process has a number of its own (`life`); who speaks with this node's id
+//!   and another number is refused, and both say why.
 //! * [`Peers::settle`] returns when a majority of the members, this one included, has a slot, or its end, on disk.
 //! * A peer that is down, hangs or talks nonsense costs one task and a bounded message, and delays nobody else.
 //! * Peers are not authenticated in this version: whoever reaches the port can claim to be one. What is believed of them is
@@ -46,7 +48,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use parking_lot::Mutex;
 use pgproto::{Generation, HostPort, NodeId};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use self::exchange::{Exchange, Sender, TimelineMember, TimelineMembers, TimelineReport};
@@ -95,10 +97,21 @@ pub struct Unsettled {
     pub silent: Vec<String>,
 }
 
-/// A message of a peer that can't be read.
+/// A message of a peer that isn't answered.
 #[derive(Debug, thiserror::Error)]
-#[error("malformed message of a peer: {0}")]
-pub struct MalformedExchange(#[from] serde_json::Error);
+pub enum ExchangeError {
+    /// It can't be read.
+    #[error("malformed message of a peer: {0}")]
+    Malformed(#[from] serde_json::Error),
+    /// It is of another node that goes by this one's id.
+    #[error(transparent)]
+    SameId(#[from] SameId),
+}
+
+/// Two nodes have one id. What they say would be taken for the word of one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("two safekeepers have the node id {0}: give each its own --id")]
+pub struct SameId(NodeId);
 
 /// The other safekeepers.
 pub struct Peers {
@@ -238,7 +251,7 @@ impl Peers {
         let (links, unlinked) = self.links_of(timeline);
         let mut members = links.len() + unlinked.len() + 1;
         let mut agreed = 1;
-        let mut counted = BTreeSet::from([self.registry.node_id()]);
+        let mut counted = BTreeMap::from([(self.registry.node_id(), self.life)]);
         let unlinked =
             unlinked.iter().map(|address| format!("{address}: this safekeeper has too many others to talk to"));
         let mut silent: Vec<String> = unlinked.collect();
@@ -256,11 +269,20 @@ impl Peers {
             };
             let here = timeline.slots().table();
             match answer {
-                // Another address of a node that counts already.
-                Ok(Answer { node, .. }) if !counted.insert(node) => members -= 1,
-                Ok(Answer { report: Some(there), .. }) if report::agrees(&there, here.get(name)) => agreed += 1,
-                Ok(Answer { report: Some(_), .. }) => silent.push(format!("{} knows it otherwise", link.address())),
-                Ok(Answer { report: None, .. }) => silent.push(format!("{} doesn't have the timeline", link.address())),
+                // Another address of a node that counts already, unless it is another node.
+                Ok(Answer { node, life, .. }) if counted.contains_key(&node) => match counted.get(&node) == Some(&life)
+                {
+                    true => members -= 1,
+                    false => silent.push(format!("{}: {}", link.address(), SameId(node))),
+                },
+                Ok(Answer { node, life, report, .. }) => {
+                    counted.insert(node, life);
+                    match report {
+                        Some(there) if report::agrees(&there, here.get(name)) => agreed += 1,
+                        Some(_) => silent.push(format!("{} knows it otherwise", link.address())),
+                        None => silent.push(format!("{} doesn't have the timeline", link.address())),
+                    }
+                }
                 Err(error) => silent.push(format!("{}: {error}", link.address())),
             }
         }
@@ -285,8 +307,12 @@ impl Peers {
     }
 
     /// Answers what another node says.
-    pub fn answer(&self, json: &str) -> Result<String, MalformedExchange> {
+    ///
+    /// # Errors
+    /// See [`ExchangeError`].
+    pub fn answer(&self, json: &str) -> Result<String, ExchangeError> {
         let exchange: Exchange = serde_json::from_str(json)?;
+        self.check_id(&exchange.from).inspect_err(|error| tracing::error!("{error}"))?;
         let asked: Vec<_> = exchange.timelines.iter().map(|report| report.ttid).collect();
         let leaders = exchange.who_leads.iter().take(MAX_ASKED).map(|ttid| self.leader(*ttid)).collect();
         if let Some(resigned) = exchange.resigned {
@@ -301,10 +327,6 @@ impl Peers {
     /// Takes in what a node says of timelines that are here.
     fn take_in(&self, from: &Sender, reports: Vec<TimelineReport>) {
         if from.node_id == self.registry.node_id() {
-            if from.life != self.life {
-                let what = "another safekeeper has the node id of this one: give each its own --id";
-                tracing::error!(node_id = %from.node_id, "{what}");
-            }
             return;
         }
         self.note_leaving(from);
@@ -313,6 +335,52 @@ impl Peers {
                 report::take_in(&timeline, from.node_id, report);
             }
         }
+    }
+
+    /// Who speaks with this node's id has to be this very process.
+    fn check_id(&self, from: &Sender) -> Result<(), SameId> {
+        let doubled = from.node_id == self.registry.node_id() && from.life != self.life;
+        if doubled { Err(SameId(from.node_id)) } else { Ok(()) }
+    }
+
+    /// `members` without further addresses of this node, which is to count once: those that lead to this very process, as `own`
+    /// does. Who doesn't answer within `limit` counts as a node of its own.
+    pub async fn without_aliases(
+        self: &Arc<Self>,
+        members: &[HostPort],
+        own: &HostPort,
+        limit: Duration,
+    ) -> Vec<HostPort> {
+        let mut asked = JoinSet::new();
+        for (index, address) in members.iter().enumerate() {
+            let Some(link) = self.link(address) else { continue };
+            asked.spawn(async move { (index, link.ask(About::Nothing).await.map(|answer| answer.node)) });
+        }
+        let deadline = Instant::now() + limit;
+        let mut aliases = BTreeSet::new();
+        while let Ok(Some(answer)) = timeout_at(deadline, asked.join_next()).await {
+            // Another node with this one's id is no answer, but an error.
+            if let Ok((index, Ok(node))) = answer
+                && node == self.registry.node_id()
+            {
+                aliases.insert(index);
+            }
+        }
+        let own = members.iter().position(|address| address == own);
+        // Without it one of the others has to stand for this node.
+        aliases.remove(&own.filter(|index| aliases.contains(index)).or(aliases.first().copied()).unwrap_or_default());
+        let distinct = |(index, address): (usize, &HostPort)| {
+            if aliases.contains(&index) {
+                tracing::info!(%address, "is this safekeeper itself under another name: it counts once");
+            }
+            (!aliases.contains(&index)).then(|| address.clone())
+        };
+        members.iter().enumerate().filter_map(distinct).collect()
+    }
+
+    /// Nodes that said that they are about to stop.
+    pub fn leaving(&self) -> BTreeSet<NodeId> {
+        self.left.lock().keys().copied().collect()
     }
 
     /// From now on, others are told that this node is about to stop; those that it talks to hear it soon.

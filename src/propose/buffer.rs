@@ -77,6 +77,13 @@ impl WalBuffer {
         }
     }
 
+    /// The last pieces, with `wanted` bytes or more if there are so many.
+    pub fn last_pieces(&self, wanted: u64) -> Vec<Bytes> {
+        let from = Lsn(self.end.0.saturating_sub(wanted));
+        let first = self.pieces.partition_point(|(start, wal)| start.0.saturating_add(wal.len() as u64) <= from.0);
+        self.pieces.iter().skip(first).map(|(_, wal)| wal.clone()).collect()
+    }
+
     /// The bytes from `at` to the end of the piece they arrived in, at most `max`; `None` if `at` is not held.
     pub fn piece(&self, at: Lsn, max: usize) -> Option<Bytes> {
         if at < self.start || at >= self.end {
@@ -101,6 +108,10 @@ mod tests {
         assert!(!buffer.push(Lsn(101), Bytes::from_static(b"x")), "gap");
         assert!(buffer.push(Lsn(100), Bytes::from_static(b"abc")));
         assert_eq!((buffer.start(), buffer.end(), buffer.len()), (Lsn(100), Lsn(103), 3));
+        assert!(buffer.push(Lsn(103), Bytes::from_static(b"d")));
+        for (wanted, pieces) in [(0, vec![]), (1, vec!["d"]), (2, vec!["abc", "d"]), (1000, vec!["abc", "d"])] {
+            assert_eq!(buffer.last_pieces(wanted), pieces, "{wanted}");
+        }
     }
 
     #[test]

@@ -65,6 +65,8 @@ pub struct Situation<'a> {
     pub views: &'a [View],
     /// The last word of a leader that handed over.
     pub resigned: Option<Resigned>,
+    /// Members that are about to stop, as they said.
+    pub leaving: &'a BTreeSet<NodeId>,
     /// Who led last, as far as this member knew.
     pub last_leader: Option<NodeId>,
     /// For how long the office has been vacant, as this member saw it: zero when it wasn't a moment ago.
@@ -174,12 +176,17 @@ impl Situation<'_> {
 
     /// How long the office must have been vacant before this member campaigns.
     fn delay(&self) -> Duration {
-        let successor = self.resigned().and_then(|resigned| resigned.successor);
+        // Who is about to stop as well doesn't take over, whoever named it.
+        let stays = |node: &NodeId| !self.leaving.contains(node);
+        let successor = self.resigned().and_then(|resigned| resigned.successor).filter(stays);
         if self.is_successor() {
             return Duration::ZERO;
         }
-        let others = self.views.iter().filter(|view| view.report.candidate && Some(view.node) != self.last_leader);
-        let before: BTreeSet<NodeId> = others.map(|view| view.node).filter(|node| *node < self.own).collect();
+        let stands = |view: &&View| view.report.candidate && Some(view.node) != self.last_leader && stays(&view.node);
+        let others = self.views.iter().filter(stands).map(|view| view.node).filter(|node| *node != self.own);
+        // Who led last goes last, in its own eyes as in theirs.
+        let goes_before = |node: &NodeId| self.last_leader == Some(self.own) || *node < self.own;
+        let before: BTreeSet<NodeId> = others.filter(goes_before).collect();
         let rank = u32::try_from(before.len()).unwrap_or(u32::MAX);
         // Chance has to decide only among those that may not know of each other.
         let all_known = self.views.len() + usize::from(self.last_leader.is_some()) >= self.members;

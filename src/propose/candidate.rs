@@ -18,7 +18,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
-use pgproto::{NodeId, TenantTimelineId, Term};
+use pgproto::{HostPort, NodeId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
@@ -30,8 +30,7 @@ use super::driver::{Driver, Ended, Limits};
 use super::primary::{self, PrimaryFacts};
 use super::status::{Aside, Report, Status, StatusView};
 use super::upstream::UpstreamError;
-use super::{OUTDATED, PRIMARY_PAUSE, Settings, checks, fenced};
-use crate::config::HostPort;
+use super::{PRIMARY_PAUSE, Settings, checks, fenced, lookout};
 use crate::consensus::membership::majority;
 use crate::peers::Peers;
 use crate::peers::exchange::{LeaderReport, Proposing, Resigned};
@@ -221,8 +220,8 @@ fn proposing(report: &Report) -> Option<Proposing> {
 /// What to do after a term of office, or the attempt to get one.
 enum Next {
     StandBy,
-    /// The term ended by its own rules, and the next one is this member's as well.
-    Succeed,
+    /// The term ended by its own rules, and the next one is this member's as well, unless somebody campaigned meanwhile.
+    Succeed(Term),
     Pause(Role, Duration),
     Retire,
 }
@@ -251,15 +250,18 @@ struct Task {
 impl Task {
     async fn run(mut self) {
         let retire = self.retire.clone();
-        let mut succeeds = false;
+        let mut succeeds = None;
         while !retire.is_cancelled() {
             let next = match self.stand_by(succeeds).await {
                 Some(facts) => self.hold_office(facts).await,
                 None => break,
             };
-            succeeds = matches!(next, Next::Succeed);
+            succeeds = match next {
+                Next::Succeed(term) => Some(term),
+                _ => None,
+            };
             match next {
-                Next::StandBy | Next::Succeed => {}
+                Next::StandBy | Next::Succeed(_) => {}
                 Next::Pause(role, pause) => {
                     self.stands(role, None);
                     tokio::select! {
@@ -285,7 +287,7 @@ impl Task {
     }
 
     /// Waits until it's on this member to campaign. `None`: it is to retire.
-    async fn stand_by(&mut self, mut succeeds: bool) -> Option<Arc<PrimaryFacts>> {
+    async fn stand_by(&mut self, mut succeeds: Option<Term>) -> Option<Arc<PrimaryFacts>> {
         let mut resigned = self.peers.watch_resigned();
         let jitter = jitter(Situation::MAX_JITTER);
         let mut vacant_since = None;
@@ -293,7 +295,7 @@ impl Task {
             // Which log it is about is known once the primary was reached.
             let ttid = match &self.facts {
                 Some((facts, _)) => facts.ttid,
-                None => self.reach_primary().await?.ttid,
+                None => self.reach_primary().await?.0.ttid,
             };
             let last_word = *resigned.borrow_and_update();
             let mut leadership = self.registry.get(ttid).ok().map(|timeline| timeline.watch_leadership());
@@ -308,33 +310,42 @@ impl Task {
                     () = self.retire.cancelled() => return None,
                 }
             }
-            let views = self.views(ttid).await;
+            let views = tokio::select! {
+                views = self.views(ttid) => views,
+                // What was said before that is out of date, and may depose who was just elected.
+                () = changed(&mut leadership) => continue,
+            };
             self.known_term = views.iter().map(|view| view.report.term).fold(self.known_term, Term::max);
             self.probe_primary(&views).await;
             let vacant_for = vacant_since.map_or(Duration::ZERO, |since: Instant| since.elapsed());
+            let leaving = self.peers.leaving();
             let situation = Situation {
                 own: self.own,
                 members: self.settings.safekeepers.len(),
                 views: &views,
                 resigned: last_word.filter(|word| word.ttid == ttid),
+                leaving: &leaving,
                 last_leader: self.last_leader,
                 vacant_for,
                 reaches_primary: self.reached_at.is_some_and(|at| at.elapsed() >= REACHED_LIMIT),
                 jitter,
             };
-            let decision = if succeeds { Decision::Campaign } else { situation.decide() };
-            let chosen = situation.is_successor();
+            let chosen = succeeds.is_some_and(|term| self.known_term <= term);
+            let decision = if chosen { Decision::Campaign } else { situation.decide() };
+            let chosen = chosen || situation.is_successor();
             let pause = if chosen { Duration::ZERO } else { self.lost.wait(Instant::now()) };
             let again = match decision {
-                Decision::Campaign if pause.is_zero() || succeeds => {
+                Decision::Campaign if pause.is_zero() => {
                     vacant_since.get_or_insert_with(Instant::now);
                     let began = Instant::now();
-                    let facts = self.fresh_facts().await?;
-                    // Much may have happened meanwhile.
-                    if began.elapsed() < LOST_PAUSE.0 {
+                    let (facts, at_once) = self.fresh_facts().await?;
+                    if at_once && began.elapsed() < LOST_PAUSE.0 {
                         return Some(facts);
                     }
-                    succeeds = false;
+                    // Much may have happened meanwhile. And the others waited for the primary as well: whose turn it is counts
+                    // from now on, or all would campaign at once.
+                    vacant_since = Some(Instant::now());
+                    succeeds = None;
                     Duration::ZERO
                 }
                 Decision::Campaign => pause,
@@ -397,17 +408,18 @@ impl Task {
         self.reached_at = if found { self.reached_at.or_else(|| Some(Instant::now())) } else { None };
     }
 
-    /// What is known of the primary, from not long ago.
-    async fn fresh_facts(&mut self) -> Option<Arc<PrimaryFacts>> {
+    /// What is known of the primary, from not long ago; as [`Self::reach_primary`].
+    async fn fresh_facts(&mut self) -> Option<(Arc<PrimaryFacts>, bool)> {
         match &self.facts {
-            Some((facts, at)) if at.elapsed() < FACTS_AGE => Some(Arc::clone(facts)),
+            Some((facts, at)) if at.elapsed() < FACTS_AGE => Some((Arc::clone(facts), true)),
             _ => self.reach_primary().await,
         }
     }
 
-    /// Asks for the primary until it answers; `None` when it is to retire. Everything else has to wait: without the primary
-    /// there is nothing to propose.
-    async fn reach_primary(&mut self) -> Option<Arc<PrimaryFacts>> {
+    /// Asks for the primary until it answers, and tells whether it did at once; `None` when it is to retire. Everything else
+    /// has to wait: without the primary there is nothing to propose.
+    async fn reach_primary(&mut self) -> Option<(Arc<PrimaryFacts>, bool)> {
+        let mut at_once = true;
         loop {
             let asked = tokio::select! {
                 asked = timeout(PRIMARY_ANSWER_LIMIT, primary::facts(&self.settings)) => asked,
@@ -416,31 +428,32 @@ impl Task {
             let error = match asked {
                 Ok(Ok((facts, primary))) => {
                     self.primary_retry.progress();
-                    return Some(self.reached(Arc::new(facts), &primary).await);
+                    return Some((self.reached(Arc::new(facts), &primary), at_once));
                 }
                 Ok(Err(error)) => error,
                 Err(_) => UpstreamError::Connection(crate::client::connection::ConnectError::TimedOut),
             };
+            at_once = false;
             self.primary_retry.failed(Instant::now());
             let pause = if error.is_fatal() { HELPLESS_PAUSE } else { self.primary_retry.wait(Instant::now()) };
             self.stands(if error.is_fatal() { Role::NeedsOperator } else { Role::WaitingForPrimary }, None);
             self.report_primary_error(&error, pause);
             tokio::select! {
-                () = tokio::time::sleep(pause) => {}
+                () = lookout::pause(&self.settings, pause, error.lacks_primary()) => {}
                 () = self.retire.cancelled() => return None,
             }
         }
     }
 
     /// The primary answered.
-    async fn reached(&mut self, facts: Arc<PrimaryFacts>, primary: &tokio_postgres::Config) -> Arc<PrimaryFacts> {
+    fn reached(&mut self, facts: Arc<PrimaryFacts>, primary: &tokio_postgres::Config) -> Arc<PrimaryFacts> {
         let timeline = facts.stock.ancestry.current();
         if self.facts.as_ref().is_none_or(|(known, _)| known.stock.ancestry.current() != timeline) {
             tracing::info!(
                 primary = primary::describe(primary), timeline = %facts.ttid, system_id = %facts.server.system_id,
                 pg_version = facts.server.pg_version, pg_timeline = %timeline, "found the primary"
             );
-            checks::warn_about(primary, &self.settings.application_name).await;
+            checks::warn_about(primary.clone(), self.settings.application_name.clone());
         }
         self.status.update(|report| {
             report.ttid = Some(facts.ttid);
@@ -467,12 +480,8 @@ impl Task {
     /// Campaigns, and leads if it is elected.
     async fn hold_office(&mut self, facts: Arc<PrimaryFacts>) -> Next {
         self.stands(Role::Campaigning, None);
-        let limits = Limits {
-            election: Some(ELECTION_LIMIT),
-            known_term: Some(self.known_term),
-            majority: Some(ALONE_LIMIT),
-            own_node: Some(self.own),
-        };
+        let limits =
+            Limits { election: Some(ELECTION_LIMIT), known_term: Some(self.known_term), majority: Some(ALONE_LIMIT) };
         let (settings, status) = (Arc::clone(&self.settings), Arc::clone(&self.status));
         let (driver, mut inbox) = Driver::new(Some(settings), Arc::clone(&facts), status);
         let (mut driver, began) = (driver.limited(limits), Instant::now());
@@ -492,8 +501,10 @@ impl Task {
         }
         let resigned = |successor| Resigned { ttid: facts.ttid, term: report.term, successor };
         match ended {
-            Ended::Shutdown(successor) => {
+            Ended::Shutdown => {
                 if led {
+                    let leaving = self.peers.leaving();
+                    let successor = driver.successor(|node| node != self.own && !leaving.contains(&node));
                     tracing::info!(term = %report.term, ?successor, "handing over");
                     self.tell(resigned(successor)).await;
                 }
@@ -502,23 +513,22 @@ impl Task {
             Ended::TimelineOver => {
                 self.tell(resigned(Some(self.own))).await;
                 self.facts = None;
-                Next::Succeed
+                Next::Succeed(report.term)
             }
             Ended::PrimaryChanged if began.elapsed() > LOST_PAUSE.0 => {
                 self.tell(resigned(Some(self.own))).await;
                 self.facts = None;
-                Next::Succeed
+                Next::Succeed(report.term)
             }
             Ended::Outdated => {
-                tracing::warn!("{OUTDATED}: looking for it");
-                self.status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
+                self.stands(Role::Fenced, None);
+                fenced::wait_outdated(&self.settings, &facts, &self.status, &self.retire).await;
                 self.facts = None;
-                Next::Pause(Role::Fenced, HELPLESS_PAUSE)
+                Next::StandBy
             }
             Ended::FencedOff(reason) => {
                 self.stands(Role::Fenced, None);
-                let timeline = facts.stock.ancestry.current();
-                if fenced::wait(&self.settings, timeline, &reason, &self.status, &self.retire).await {
+                if fenced::wait(&self.settings, &facts, &reason, &self.status, &self.retire).await {
                     self.facts = None;
                 }
                 Next::StandBy

@@ -105,15 +105,19 @@ pub async fn settings(server: &Config) -> Result<PrimarySettings, AskError> {
 }
 
 /// Looks, and logs a warning for each finding.
-pub async fn warn_about(primary: &Config, application_name: &str) {
-    match look(primary, application_name).await {
-        Ok(findings) => {
-            for Finding { problem, remedy } in findings {
-                tracing::warn!(set = remedy, "{problem}");
+///
+/// Beside the caller, whom commits may be waiting for.
+pub fn warn_about(primary: Config, application_name: String) {
+    tokio::spawn(async move {
+        match look(&primary, &application_name).await {
+            Ok(findings) => {
+                for Finding { problem, remedy } in findings {
+                    tracing::warn!(set = remedy, "{problem}");
+                }
             }
+            Err(error) => tracing::warn!(%error, "could not check the settings of the primary over SQL"),
         }
-        Err(error) => tracing::warn!(%error, "could not check the settings of the primary over SQL"),
-    }
+    });
 }
 
 /// The first LSN that our slot keeps, for servers without READ_REPLICATION_SLOT. `None` when it can't be told.

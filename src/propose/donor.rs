@@ -5,13 +5,13 @@
 use bytes::Bytes;
 use pgproto::backend::BackendMessage;
 use pgproto::replication::message::ServerMessage;
-use pgproto::{Lsn, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, TenantTimelineId, Term};
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::task::AbortHandle;
 
+use crate::client::connection::{ConnectError, Connection};
 use crate::client::safekeeper;
-use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 
 /// Pieces of up to 128 KiB that wait for the laggard.
@@ -88,37 +88,71 @@ async fn fetch(
     laggard: PeerIndex,
     address: &HostPort,
     ttid: TenantTimelineId,
-    (mut at, to): (Lsn, Lsn),
+    range: (Lsn, Lsn),
     term: Term,
     queue: &mpsc::Sender<Bytes>,
     events: &mpsc::Sender<DonorEvent>,
 ) -> Result<(), String> {
-    let text = |error: crate::client::connection::ConnectError| error.to_string();
-    let mut connection = safekeeper::connect(address, ttid, Some(APPLICATION_NAME)).await.map_err(text)?;
-    connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} (term='{term}')")).await.map_err(text)?;
-    while at < to {
-        let body = match connection.next().await.map_err(|error| error.to_string())? {
-            BackendMessage::CopyData(body) => body,
-            BackendMessage::ErrorResponse(error) => return Err(error.to_string()),
-            BackendMessage::NoticeResponse(_) => continue,
-            other => return Err(format!("unexpected message {other:?} from the donor")),
-        };
-        match ServerMessage::decode(body).map_err(|error| error.to_string())? {
-            ServerMessage::XLogData { start, data, .. } if start == at => {
-                at = at.checked_add(data.len() as u64).ok_or("the donor's WAL ends beyond the LSN space")?;
-                queue.send(data).await.map_err(|_| "no longer needed".to_owned())?;
-                let event = DonorEvent { laggard, ended: None };
-                events.send(event).await.map_err(|_| "no longer needed".to_owned())?;
-            }
-            ServerMessage::XLogData { start, .. } => return Err(format!("the donor sent WAL at {start}, not at {at}")),
-            // The donor has no more: it is not the donor to ask (spec: wire protocol 5.2).
-            ServerMessage::Keepalive { end, .. } if end < to => {
-                return Err(format!("the donor's WAL ends at {end}, before {to}"));
-            }
-            ServerMessage::Keepalive { .. } => {}
-        }
+    let text = |error: ConnectError| error.to_string();
+    let mut reading = Reading::start(address, ttid, range, term).await.map_err(text)?;
+    while let Some(piece) = reading.next().await.map_err(text)? {
+        queue.send(piece).await.map_err(|_| "no longer needed".to_owned())?;
+        let event = DonorEvent { laggard, ended: None };
+        events.send(event).await.map_err(|_| "no longer needed".to_owned())?;
     }
     Ok(())
+}
+
+/// WAL of a range, perhaps a little more, from a safekeeper that is in the leader's term.
+pub(super) struct Reading {
+    connection: Connection,
+    at: Lsn,
+    to: Lsn,
+}
+
+impl Reading {
+    pub(super) async fn start(
+        address: &HostPort,
+        ttid: TenantTimelineId,
+        (at, to): (Lsn, Lsn),
+        term: Term,
+    ) -> Result<Self, ConnectError> {
+        let mut connection = safekeeper::connect(address, ttid, Some(APPLICATION_NAME)).await?;
+        connection.start_copy(&format!("START_REPLICATION PHYSICAL {at} (term='{term}')")).await?;
+        Ok(Self { connection, at, to })
+    }
+
+    /// The next piece; `None` at the end of the range.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, ConnectError> {
+        let strange = |text: String| Err(ConnectError::Protocol(text));
+        while self.at < self.to {
+            let body = match self.connection.next().await? {
+                BackendMessage::CopyData(body) => body,
+                BackendMessage::ErrorResponse(error) => return Err(ConnectError::Server(error)),
+                BackendMessage::NoticeResponse(_) => continue,
+                other => return strange(format!("unexpected message {other:?} from the donor")),
+            };
+            let at = self.at;
+            match ServerMessage::decode(body)? {
+                ServerMessage::XLogData { start, data, .. } if start == at => {
+                    let Some(end) = at.checked_add(data.len() as u64) else {
+                        return strange("the donor's WAL ends beyond the LSN space".to_owned());
+                    };
+                    self.at = end;
+                    return Ok(Some(data));
+                }
+                ServerMessage::XLogData { start, .. } => {
+                    return strange(format!("the donor sent WAL at {start}, not at {at}"));
+                }
+                // The donor has no more: it is not the donor to ask (spec: wire protocol 5.2).
+                ServerMessage::Keepalive { end, .. } if end < self.to => {
+                    return strange(format!("the donor's WAL ends at {end}, before {}", self.to));
+                }
+                ServerMessage::Keepalive { .. } => {}
+            }
+        }
+        Ok(None)
+    }
 }
 
 #[cfg(test)]

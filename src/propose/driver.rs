@@ -33,7 +33,7 @@ use crate::consensus::membership::majority;
 use crate::consensus::proposer::{Effect, PeerIndex, PeerState, Proposer, ProposerConfig, StepDown};
 use crate::metrics::walproposer as metrics;
 use crate::retry::Backoff;
-use upstream_side::next_upstream;
+use upstream_side::{Due, due, next_upstream};
 
 /// Heartbeats to idle safekeepers, status to the primary, and looks at the clock.
 const TICK: Duration = Duration::from_secs(1);
@@ -88,8 +88,8 @@ pub(super) enum Ended {
     NotElected,
     /// No majority was heard for [`Limits::majority`]: another one may have been elected.
     Alone,
-    /// Asked to stop. A leader names the follower that has the most WAL, if it has one that isn't on this node.
-    Shutdown(Option<NodeId>),
+    /// Asked to stop.
+    Shutdown,
 }
 
 /// Why another candidate may do better.
@@ -108,7 +108,7 @@ impl std::fmt::Display for Ended {
             Self::Overtaken(term) => write!(f, "somebody else campaigned in term {term} meanwhile"),
             Self::NotElected => f.write_str("the campaign took too long: no majority answers"),
             Self::Alone => f.write_str("no majority was heard for a while"),
-            Self::Shutdown(_) => f.write_str("asked to stop"),
+            Self::Shutdown => f.write_str("asked to stop"),
         }
     }
 }
@@ -122,8 +122,6 @@ pub(super) struct Limits {
     pub(super) known_term: Option<Term>,
     /// Without hearing a majority, once elected.
     pub(super) majority: Option<Duration>,
-    /// The node on which this proposer runs, which doesn't succeed itself.
-    pub(super) own_node: Option<NodeId>,
 }
 
 struct PeerSlot {
@@ -178,7 +176,11 @@ pub(super) struct Driver {
     commit_news_runs: bool,
     upstream: Option<Upstream>,
     upstream_retry: Backoff,
+    /// When to connect to the primary again; at once without it.
+    upstream_due: Option<Due>,
     connecting: bool,
+    /// Attempts to connect to the primary in this term.
+    connections: usize,
     standbys: StandbyFeedback,
     status: Arc<Status>,
     donor_events: mpsc::Sender<DonorEvent>,
@@ -244,7 +246,9 @@ impl Driver {
             commit_news_runs: false,
             upstream: None,
             upstream_retry: Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1),
+            upstream_due: None,
             connecting: false,
+            connections: 0,
             standbys: StandbyFeedback::new(status.safekeepers().len(), now),
             primary,
             buffer_size,
@@ -283,7 +287,6 @@ impl Driver {
             self.look_at_clock(Instant::now());
             let read_primary = self.reads_on();
             let lacks_primary = self.lacks_primary();
-            let retry_in = self.upstream_retry.wait(Instant::now());
             let step = tokio::select! {
                 () = shutdown.cancelled(), if self.stopping_at.is_none() => {
                     self.stopping_at = Some(Instant::now());
@@ -294,7 +297,7 @@ impl Driver {
                 Some(connected) = inbox.upstream.recv() => self.on_upstream_connected(connected),
                 Some(event) = inbox.donors.recv() => { self.on_donor(event); Ok(()) }
                 () = &mut self.commit_news, if self.commit_news_runs => { self.tell_commit(); Ok(()) }
-                () = tokio::time::sleep(retry_in), if lacks_primary => { self.connect_upstream(); Ok(()) }
+                () = due(&mut self.upstream_due), if lacks_primary => { self.connect_upstream(); Ok(()) }
                 _ = tick.tick() => self.on_tick().await,
             };
             if let Err(ended) = step {
@@ -306,7 +309,7 @@ impl Driver {
             }
             self.publish();
             if self.is_finished() {
-                return Ended::Shutdown(self.successor());
+                return Ended::Shutdown;
             }
             if self.timeline_end.is_some_and(|end| self.proposer.commit_lsn() >= end) {
                 return Ended::TimelineOver;
@@ -326,13 +329,13 @@ impl Driver {
         committed || stopping_at.elapsed() >= FINISH_LIMIT || !self.majority_is_heard(HEARD_LATELY)
     }
 
-    /// The follower on another node that has the most WAL.
-    fn successor(&self) -> Option<NodeId> {
+    /// Of the followers that `can` take over, the one that has the most WAL.
+    pub(super) fn successor(&self, can: impl Fn(NodeId) -> bool) -> Option<NodeId> {
         self.elected_at?;
         let follower = |index: &PeerIndex| {
             let (slot, node) = (self.peers.get(index.0)?, self.proposer.node_id(*index)?);
             let follows = self.proposer.peer_state(*index) == PeerState::Following;
-            let counts = follows && slot.heard.elapsed() < HEARD_LATELY && Some(node) != self.limits.own_node;
+            let counts = follows && slot.heard.elapsed() < HEARD_LATELY && can(node);
             counts.then(|| (self.proposer.peer_flush_lsn(*index), std::cmp::Reverse(node)))
         };
         let best = (0..self.peers.len()).map(PeerIndex).filter_map(|index| follower(&index)).max();

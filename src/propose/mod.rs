@@ -18,14 +18,18 @@
 //! | `driver` | one term of office, from campaign to step-down |
 //! | [`primary`] | which host is the primary, and what must be known of it |
 //! | [`upstream`] | the stream from the primary and the reports to it |
+//! | [`witness`] | shows that a server's WAL is the log's, before it is followed |
 //! | `slot_takeover` | gets the replication slot from a former leader |
 //! | [`sync`] | the same without a primary: brings the safekeepers to one LSN |
 //! | [`buffer`] | WAL received and not yet everywhere |
 //! | `peer` | the connection to one safekeeper |
 //! | `donor` | old WAL for a safekeeper that is far behind |
 //! | `fenced` | what to do while the primary is fenced off |
+//! | `lookout` | notices that a server was promoted, or a fence was lifted |
+//! | `throttle` | when to report to the primary |
 //! | `standby_feedback` | what hot standbys need kept on the primary |
 //! | [`checks`] | warnings about the primary's settings |
+//! | `standby_names` | who `synchronous_standby_names` waits for |
 //! | [`status`] | what is shown to operators |
 
 pub mod buffer;
@@ -35,6 +39,7 @@ pub mod checks;
 mod donor;
 mod driver;
 mod fenced;
+mod lookout;
 mod peer;
 pub mod primary;
 mod slot_takeover;
@@ -44,14 +49,14 @@ pub mod status;
 pub mod sync;
 pub mod throttle;
 pub mod upstream;
+pub mod witness;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pgproto::{SystemId, TenantId, TenantTimelineId, TimelineId};
+use pgproto::{HostPort, SystemId, TenantId, TenantTimelineId, TimelineId};
 use tokio_util::sync::CancellationToken;
 
-use crate::config::HostPort;
 use crate::retry::Backoff;
 use driver::{Driver, Ended};
 use primary::PrimaryFacts;
@@ -89,10 +94,6 @@ pub(crate) fn derived_ttid(system_id: SystemId) -> TenantTimelineId {
     TenantTimelineId::new(TenantId(id), TimelineId(id))
 }
 
-/// What is told of a former primary that was revived.
-const OUTDATED: &str = "a majority of the safekeepers has WAL of a newer Postgres timeline: this is a former primary, and \
-                        none of its commits is acknowledged; another server was promoted";
-
 /// Pause after a lost election: longer each time, so that two proposers don't keep deposing each other.
 const STEP_DOWN_PAUSE: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(30));
 
@@ -118,19 +119,18 @@ pub async fn run(settings: Settings, status: Arc<Status>, shutdown: Cancellation
         // Until the next driver reports: whoever looks in the pause must not see a leader.
         status.update(|report| (report.leading, report.streaming) = (false, false));
         match ended {
-            Ended::Shutdown(_) => return Ok(()),
+            Ended::Shutdown => return Ok(()),
             Ended::Fatal(error) => return Err(error),
             // Everything is ready for the next term, and commits wait for it.
             Ended::TimelineOver => continue,
             Ended::PrimaryChanged if began.elapsed() > STEP_DOWN_PAUSE.0 => continue,
             Ended::PrimaryChanged => tracing::warn!("the primary changes again and again"),
             Ended::Outdated => {
-                tracing::warn!("{OUTDATED}: looking for it");
-                status.update(|report| report.primary_error = Some(OUTDATED.to_owned()));
+                fenced::wait_outdated(&settings, &facts, &status, &shutdown).await;
+                continue;
             }
             Ended::FencedOff(reason) => {
-                let timeline = facts.stock.ancestry.current();
-                let promoted = fenced::wait(&settings, timeline, &reason, &status, &shutdown).await;
+                let promoted = fenced::wait(&settings, &facts, &reason, &status, &shutdown).await;
                 known = (!promoted).then_some(facts);
                 continue;
             }
@@ -167,14 +167,14 @@ async fn primary_facts(
 ) -> Result<Option<PrimaryFacts>, UpstreamError> {
     let mut retry = Backoff::new(PRIMARY_PAUSE.0, PRIMARY_PAUSE.1);
     loop {
-        match primary::facts(settings).await {
+        let error = match primary::facts(settings).await {
             Ok((facts, primary)) => {
                 tracing::info!(
                     primary = primary::describe(&primary), timeline = %facts.ttid, system_id = %facts.server.system_id,
                     pg_version = facts.server.pg_version, pg_timeline = %facts.stock.ancestry.current(),
                     "following the primary"
                 );
-                checks::warn_about(&primary, &settings.application_name).await;
+                checks::warn_about(primary, settings.application_name.clone());
                 status.update(|report| report.ttid = Some(facts.ttid));
                 return Ok(Some(facts));
             }
@@ -187,10 +187,11 @@ async fn primary_facts(
                     report.primary_error = Some(error.to_string());
                     report.primary_retry_at = retry.next_retry_at();
                 });
+                error
             }
-        }
+        };
         tokio::select! {
-            () = tokio::time::sleep(retry.wait(Instant::now())) => {}
+            () = lookout::pause(settings, retry.wait(Instant::now()), error.lacks_primary()) => {}
             () = shutdown.cancelled() => return Ok(None),
         }
     }

@@ -13,7 +13,7 @@ use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::walproposer::{
     AcceptorMessage, ProposerMessage, Proposes, ProtocolVersion, STOCK_PARAMETER, STOCK_VERSION,
 };
-use pgproto::{SystemId, frame};
+use pgproto::{HostPort, SystemId, frame};
 use tokio::io::AsyncWriteExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -21,7 +21,6 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::primary::{PrimaryFacts, text};
 use crate::client::connection::{ConnectError, Connection, ReadHalf, WriteHalf};
 use crate::client::safekeeper;
-use crate::config::HostPort;
 use crate::consensus::proposer::PeerIndex;
 use crate::retry::Backoff;
 

@@ -83,7 +83,23 @@ pub(super) struct Server {
     /// The Postgres timeline it is on.
     pub(super) timeline: PgTimelineId,
     pub(super) flush_lsn: Lsn,
-    in_recovery: bool,
+    pub(super) in_recovery: bool,
+}
+
+/// What a server from 14 on reports at login, and when it was promoted with the next answer.
+const IN_RECOVERY: &str = "in_hot_standby";
+
+impl Server {
+    /// Whether a standby is one still. Of a server that isn't, nothing changes as long as the connection stands.
+    pub(super) async fn look_again(&mut self) -> Result<(), UpstreamError> {
+        self.connection.sync().await?;
+        let in_recovery = self.connection.parameter(IN_RECOVERY) == Some("on");
+        if in_recovery != self.in_recovery {
+            let Identity { timeline, end, .. } = identify_system(&mut self.connection).await?;
+            (self.in_recovery, self.timeline, self.flush_lsn) = (in_recovery, timeline, end);
+        }
+        Ok(())
+    }
 }
 
 /// Learns what must be known of the primary before anything is proposed, and makes sure that its slot exists.
@@ -120,7 +136,7 @@ pub(super) async fn find(settings: &Settings) -> Result<Server, UpstreamError> {
     }
     let hosts = addresses(&settings.primary);
     if let [only] = hosts.as_slice() {
-        return ask(settings, only.clone()).await;
+        return ask(settings, only.clone()).await.map_err(nobody);
     }
     let mut asked = JoinSet::new();
     for (index, host) in hosts.into_iter().enumerate() {
@@ -151,16 +167,24 @@ pub(super) async fn find(settings: &Settings) -> Result<Server, UpstreamError> {
     match (primary, failure) {
         (Some((_, server)), _) => Ok(server),
         (None, _) if standbys => Err(UpstreamError::OnlyStandbys),
-        (None, Some(failure)) => Err(failure),
+        (None, Some(failure)) => Err(nobody(failure)),
         (None, None) => Err(UpstreamError::Unexpected("no host is configured".to_owned())),
     }
 }
 
-async fn ask(settings: &Settings, address: Address) -> Result<Server, UpstreamError> {
+/// No host answers.
+fn nobody(error: UpstreamError) -> UpstreamError {
+    match error {
+        UpstreamError::Connection(error) => UpstreamError::Unreachable(error),
+        error => error,
+    }
+}
+
+/// Asks one server who it is.
+pub(super) async fn ask(settings: &Settings, address: Address) -> Result<Server, UpstreamError> {
     let mut connection = connect(settings, &address).await?;
     let Identity { system_id, timeline, end: flush_lsn } = identify_system(&mut connection).await?;
-    // Every server from 14 on reports this at login.
-    let in_recovery = connection.parameter("in_hot_standby") == Some("on");
+    let in_recovery = connection.parameter(IN_RECOVERY) == Some("on");
     Ok(Server { connection, address, system_id, timeline, flush_lsn, in_recovery })
 }
 

@@ -4,10 +4,9 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use pgproto::feedback::HotStandbyFeedback;
-use pgproto::{Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, NodeId, PgTimelineId, TenantTimelineId, Term};
 use serde::Serialize;
 
-use crate::config::HostPort;
 use crate::consensus::proposer::PeerState;
 
 /// One safekeeper as the driver sees it.

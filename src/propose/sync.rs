@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pgproto::backend::SqlState;
-use pgproto::{Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
+use pgproto::{HostPort, Lsn, PgTimelineId, SystemId, TenantTimelineId, Term};
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -27,7 +27,6 @@ use super::{STEP_DOWN_PAUSE, derived_ttid};
 use crate::client::connection::{ConnectError, Connection};
 use crate::client::replication::parse_segment_size;
 use crate::client::safekeeper;
-use crate::config::HostPort;
 use crate::consensus::membership::majority;
 use crate::consensus::state::ServerInfo;
 use crate::consensus::timelines::StockServer;
@@ -111,7 +110,7 @@ async fn sync(
         match driver.run(inbox, shutdown).await {
             Ended::Synced(lsn) => return Ok(report(Some(lsn))),
             Ended::NoLog => return Ok(report(None)),
-            Ended::Shutdown(_) => return Err(SyncError::Interrupted),
+            Ended::Shutdown => return Err(SyncError::Interrupted),
             Ended::Stalled | Ended::NotElected | Ended::Overtaken(_) | Ended::Alone => {
                 tracing::warn!("no majority could be brought to the start of this term: electing anew")
             }

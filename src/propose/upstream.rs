@@ -15,9 +15,10 @@ use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
 use super::primary::{self, PrimaryFacts, Server, create_slot, text};
 use super::throttle::AckThrottle;
+use super::witness::{LogBefore, Witness};
 use super::{Settings, slot_takeover};
 use crate::client::connection::{ConnectError, Connection, Row};
-use crate::client::replication::quoted;
+use crate::client::replication::{has_segment, quoted};
 use crate::consensus::timelines::Divergence;
 
 /// A primary that sends nothing for this long is taken for dead. An idle one says nothing by itself as long as it hears
@@ -37,9 +38,12 @@ const LEAD: u64 = 8;
 /// Why the primary can't be followed.
 #[derive(Debug, thiserror::Error)]
 pub enum UpstreamError {
-    /// No connection, or it was lost.
+    /// The connection was lost, or the server refuses.
     #[error("primary: {0}")]
     Connection(#[from] ConnectError),
+    /// No host answers.
+    #[error("primary: {0}")]
+    Unreachable(ConnectError),
     /// The slot belongs to another connection, or to our last one that the primary still thinks alive.
     #[error("replication slot \"{slot}\" is in use on the primary; waiting until it is free ({reason})")]
     SlotInUse {
@@ -105,6 +109,22 @@ pub enum UpstreamError {
          Stopping without touching anything; decide which copy is right"
     )]
     PrimaryBehind(Lsn),
+    /// The primary has other WAL than the quorum, on the same Postgres timelines.
+    #[error(
+        "the server is on Postgres timeline {timeline} as the safekeepers' log is, but its WAL before {start} is not the same: \
+         another server was promoted to a timeline of the same number, or this one was restored from a backup. Commits that \
+         it lacks may have been acknowledged. Nothing was changed. Stop it, and point --primary at the server whose WAL this \
+         is; make this one anew from a base backup, as pg_rewind sees no difference"
+    )]
+    OtherWal {
+        /// The Postgres timeline.
+        timeline: PgTimelineId,
+        /// Where it was to be followed from.
+        start: Lsn,
+    },
+    /// Whether the primary has the same WAL as the quorum is not known.
+    #[error("the safekeepers' log can't be compared with the primary's WAL yet: {0}")]
+    NoWitness(ConnectError),
     /// The primary removed WAL that is needed.
     #[error("the primary no longer has the WAL from {0}: {1}")]
     WalRemoved(Lsn, String),
@@ -118,7 +138,17 @@ impl UpstreamError {
 
     /// Whether the primary couldn't be reached, which another one might.
     pub fn is_of_the_way(&self) -> bool {
-        matches!(self, Self::Connection(_) | Self::OnlyStandbys | Self::FormerPrimary { .. })
+        matches!(self, Self::Connection(_)) || self.lacks_primary().is_some()
+    }
+
+    /// Whether there is no primary: the oldest Postgres timeline of one that would do. As soon as there is one this isn't so
+    /// any more.
+    pub fn lacks_primary(&self) -> Option<PgTimelineId> {
+        match self {
+            Self::Unreachable(_) | Self::OnlyStandbys => Some(PgTimelineId::FIRST),
+            Self::FormerPrimary { ours, .. } => Some(*ours),
+            _ => None,
+        }
     }
 
     /// Whether only an operator can help.
@@ -130,6 +160,7 @@ impl UpstreamError {
                 | Self::Diverged(_)
                 | Self::WrongSystem { .. }
                 | Self::PrimaryBehind(_)
+                | Self::OtherWal { .. }
                 | Self::WalRemoved(..)
         )
     }
@@ -154,6 +185,7 @@ pub enum UpstreamEvent {
 /// A stream that is flowing.
 pub struct Upstream {
     connection: Connection,
+    timeline: PgTimelineId,
     position: Lsn,
     /// What comes below is here already.
     wanted: Lsn,
@@ -166,6 +198,10 @@ pub struct Upstream {
     caught_up: bool,
     /// Where the stream stands.
     stage: Stage,
+    /// What the primary must have before that, until it has shown that it does.
+    unproven: Option<Witness>,
+    /// What came with the end of the proof.
+    held: Option<UpstreamEvent>,
 }
 
 /// Stages of a stream. The last ones are gone through when a Postgres timeline ends.
@@ -179,16 +215,18 @@ enum Stage {
     Told(Branch),
 }
 
-/// Begins to stream `timeline` from `start`. Given when a majority is known to have followed, whoever has our slot under our
-/// name since before that is sent away: it is a former leader.
+/// Begins to stream `timeline` where `log` ends, from a server that has shown that it has the same WAL before. Given when a
+/// majority is known to have followed, whoever has our slot under our name since before that is sent away: it is a former leader.
 pub async fn follow(
     settings: &Settings,
     facts: &PrimaryFacts,
     timeline: PgTimelineId,
-    start: Lsn,
+    log: &LogBefore,
     followed_at: Option<Instant>,
 ) -> Result<Upstream, UpstreamError> {
-    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = primary::find(settings).await?;
+    let start = log.start;
+    let (server, witness) = tokio::join!(primary::find(settings), log.witness());
+    let Server { mut connection, address, system_id, timeline: there, flush_lsn, .. } = server?;
     if system_id != facts.server.system_id {
         return Err(UpstreamError::WrongSystem { expected: facts.server.system_id, got: system_id });
     }
@@ -217,7 +255,16 @@ pub async fn follow(
             UpstreamError::PrimaryBehind(start)
         });
     }
-    let begin = lead_in(start, facts.server.wal_seg_size);
+    let mut witness = witness.map_err(UpstreamError::NoWitness)?;
+    // The primary keeps the segment that it is followed from, and perhaps not the one before.
+    if let Some(before) = witness.as_ref().filter(|_| start.0.is_multiple_of(facts.server.wal_seg_size.bytes()))
+        && !has_segment(&mut connection, before.from(), timeline).await?
+    {
+        tracing::info!(%start, "the primary has no WAL before this position, which could be compared with the safekeepers'");
+        witness = None;
+    }
+    let lead_in = lead_in(start, facts.server.wal_seg_size);
+    let begin = witness.as_ref().map_or(lead_in, |witness| witness.from().min(lead_in));
     let command = format!("START_REPLICATION SLOT {} PHYSICAL {begin} TIMELINE {timeline}", quoted(&settings.slot));
     let mut started = connection.start_stream(&command).await;
     if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
@@ -239,8 +286,9 @@ pub async fn follow(
         Err(ConnectError::Server(error)) => return Err(refused(start, error)),
         Err(error) => return Err(error.into()),
     };
-    Ok(Upstream {
+    let mut upstream = Upstream {
         connection,
+        timeline,
         position: begin,
         wanted: start,
         primary_flush_lsn: flush_lsn,
@@ -249,7 +297,11 @@ pub async fn follow(
         heard: Instant::now(),
         caught_up: false,
         stage,
-    })
+        unproven: witness,
+        held: None,
+    };
+    upstream.prove().await?;
+    Ok(upstream)
 }
 
 /// Where a stream begins of which everything from `start` on is wanted. The segment before may be gone.
@@ -289,7 +341,10 @@ fn ends_in_padding(flush_lsn: Lsn, start: Lsn, size: SegmentSize) -> bool {
 impl Upstream {
     /// Position of the next byte to come that isn't here yet.
     pub fn position(&self) -> Lsn {
-        self.position.max(self.wanted)
+        match &self.held {
+            Some(UpstreamEvent::Wal { start, .. }) => *start,
+            _ => self.position.max(self.wanted),
+        }
     }
 
     /// End of WAL at the primary as it last said.
@@ -297,8 +352,37 @@ impl Upstream {
         self.primary_flush_lsn
     }
 
+    /// Reads until the primary has shown that it has the log's WAL. Nothing is acknowledged before: the primary would take it
+    /// for its own.
+    async fn prove(&mut self) -> Result<(), UpstreamError> {
+        while self.unproven.is_some() {
+            match self.next().await? {
+                UpstreamEvent::End(_) => {
+                    return Err(UpstreamError::Gap { expected: self.wanted, got: self.position });
+                }
+                UpstreamEvent::Idle => {}
+                wal @ UpstreamEvent::Wal { .. } => self.held = Some(wal),
+            }
+        }
+        Ok(())
+    }
+
+    /// Compares WAL at `at`, the newest, with what is to be shown, which is done when all of that has come.
+    fn compare(&mut self, at: Lsn, wal: &[u8]) -> Result<(), UpstreamError> {
+        if self.unproven.as_ref().is_some_and(|witness| !witness.agrees(at, wal)) {
+            return Err(UpstreamError::OtherWal { timeline: self.timeline, start: self.wanted });
+        }
+        if self.position >= self.wanted {
+            self.unproven = None;
+        }
+        Ok(())
+    }
+
     /// The next thing from the primary. Answers keepalives by itself. Cancel safe.
     pub async fn next(&mut self) -> Result<UpstreamEvent, UpstreamError> {
+        if let Some(held) = self.held.take() {
+            return Ok(held);
+        }
         match self.stage {
             Stage::Streaming => self.next_of_stream().await,
             Stage::Ending => self.next_of_end().await,
@@ -317,7 +401,7 @@ impl Upstream {
                 self.stage = Stage::Told(next);
                 Ok(UpstreamEvent::Idle)
             }
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CommandComplete(_) | BackendMessage::ReadyForQuery(_) => Err(ConnectError::Closed.into()),
             BackendMessage::RowDescription(_) | BackendMessage::NoticeResponse(_) => Ok(UpstreamEvent::Idle),
             other => Err(UpstreamError::Unexpected(format!("{other:?} at the end of a Postgres timeline"))),
@@ -346,7 +430,7 @@ impl Upstream {
         self.heard = Instant::now();
         match message {
             BackendMessage::CopyData(body) => self.copy_data(body),
-            BackendMessage::ErrorResponse(error) => Err(refused(self.position, error)),
+            BackendMessage::ErrorResponse(error) => Err(refused(self.position(), error)),
             BackendMessage::CopyDone => {
                 self.stage = Stage::Ending;
                 self.connection.put_copy_done();
@@ -369,6 +453,7 @@ impl Upstream {
                 if self.position >= end && !std::mem::replace(&mut self.caught_up, true) {
                     self.throttle.forget();
                 }
+                self.compare(start, &data)?;
                 let known = usize::try_from(self.wanted.saturating_sub(start)).unwrap_or(usize::MAX).min(data.len());
                 if known == data.len() {
                     return Ok(UpstreamEvent::Idle);
@@ -471,7 +556,8 @@ mod tests {
                 ttid: None,
                 buffer_size: 1 << 20,
             };
-            let followed = async { follow(&settings, &facts, PgTimelineId(2), Lsn(0x400_0000), None).await.map(drop) };
+            let log = LogBefore::none(Lsn(0x400_0000));
+            let followed = async { follow(&settings, &facts, PgTimelineId(2), &log, None).await.map(drop) };
             match tokio::join!(followed, server).0 {
                 Ok(()) => assert!(same),
                 Err(error) => assert!(!same && error.needs_new_term(), "{error}"),
@@ -498,8 +584,21 @@ mod tests {
         let (commit_lsn, throttle, heard) = (Lsn::INVALID, AckThrottle::default(), Instant::now());
         let (connection, stage) = (Connection::over(ours), Stage::Streaming);
         let (primary_flush_lsn, wanted, caught_up) = (position, position, true);
-        let upstream =
-            Upstream { connection, position, wanted, primary_flush_lsn, commit_lsn, throttle, heard, caught_up, stage };
+        let (timeline, unproven, held) = (PgTimelineId::FIRST, None, None);
+        let upstream = Upstream {
+            connection,
+            timeline,
+            position,
+            wanted,
+            primary_flush_lsn,
+            commit_lsn,
+            throttle,
+            heard,
+            caught_up,
+            stage,
+            unproven,
+            held,
+        };
         (primary, upstream)
     }
 
@@ -555,7 +654,7 @@ mod tests {
         upstream.acknowledge(start).await.unwrap();
         primary.read_exact(&mut report).await.unwrap();
         let mut wal = BytesMut::new();
-        put_wal(&mut wal, upstream.position, Lsn(start.0 + 8), &[7; LEAD as usize]);
+        put_wal(&mut wal, upstream.position, Lsn(start.0 + 8), &vec![7; usize::try_from(LEAD).unwrap()]);
         put_wal(&mut wal, start, Lsn(start.0 + 8), &[1; 8]);
         primary.write_all(&wal).await.unwrap();
         assert!(matches!(upstream.next().await, Ok(UpstreamEvent::Idle)), "it is here already");

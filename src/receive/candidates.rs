@@ -31,9 +31,8 @@
 
 use std::time::{Duration, Instant};
 
-use pgproto::{Lsn, NodeId, PgTimelineId};
+use pgproto::{HostPort, Lsn, NodeId, PgTimelineId};
 
-use crate::config::HostPort;
 use crate::retry::Backoff;
 
 /// First pause before a node is used again: about the time in which a process restarts.

@@ -3,11 +3,10 @@
 use pgproto::backend::SqlState;
 use pgproto::pg_timeline::AncestryError;
 use pgproto::wal::WalError;
-use pgproto::{Lsn, PgTimelineId, SegmentSize, SystemId, TenantTimelineId};
+use pgproto::{HostPort, Lsn, PgTimelineId, SegmentSize, SystemId, TenantTimelineId};
 
 use super::candidates::Member;
 use crate::client::connection::{ConnectError, Connection, Login};
-use crate::config::HostPort;
 use crate::metrics::walreceiver::Outcome;
 use crate::peers::exchange::TimelineMembers;
 

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use pgproto::SystemId;
+use pgproto::{HostPort, SystemId};
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 
@@ -11,7 +11,6 @@ use super::candidates::{Candidate, Candidates, MAX_CANDIDATES, Told};
 use super::node::{Access, Introduction, members};
 use crate::client::connection::ConnectError;
 use crate::client::replication::identify_system;
-use crate::config::HostPort;
 use crate::retry::Backoff;
 
 /// Between two questions to one node. Often enough for limits of ten seconds, and nothing to a server.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pgproto::pg_timeline::parse_history;
 use pgproto::wal::RecordScanner;
-use pgproto::{Lsn, PgTimelineId, SegmentNumber};
+use pgproto::{HostPort, Lsn, PgTimelineId, SegmentNumber};
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
@@ -19,7 +19,6 @@ use super::sink::{Feedback, Origin, Position, Sink, SinkError};
 use super::status::{CandidateReport, Status};
 use super::stream::{Event, Identified, Link, Order, Plan};
 use crate::client::replication::SlotPosition;
-use crate::config::HostPort;
 use crate::metrics::walreceiver::{self as metrics, Outcome};
 
 /// How often the choice is looked at again when nothing happens.

@@ -77,13 +77,6 @@ pub enum SinkError {
     Other(Box<dyn std::error::Error + Send + Sync>),
 }
 
-impl SinkError {
-    /// Whether it is only that the reader of a pipe went away.
-    pub fn is_closed_pipe(&self) -> bool {
-        matches!(self, SinkError::Io { source, .. } if source.kind() == std::io::ErrorKind::BrokenPipe)
-    }
-}
-
 /// Takes WAL in order.
 pub trait Sink: Send {
     /// Finds out what is there already. Returns where to go on, and under which timeline (servers give out all of a segment

@@ -1,11 +1,11 @@
 //! Makes and drops the replication slot, on the first node that answers. Safekeepers tell each other.
 
+use pgproto::HostPort;
 use pgproto::backend::SqlState;
 
 use super::node::Access;
 use crate::client::connection::ConnectError;
 use crate::client::replication::quoted;
-use crate::config::HostPort;
 
 /// The slot could be neither made nor dropped.
 #[derive(Debug, thiserror::Error)]

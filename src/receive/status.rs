@@ -3,12 +3,11 @@
 use std::time::Instant;
 
 use parking_lot::Mutex;
-use pgproto::{Lsn, PgTimelineId, SystemId};
+use pgproto::{HostPort, Lsn, PgTimelineId, SystemId};
 use serde::Serialize;
 
 use super::candidates::Candidate;
 use super::sink::Position;
-use crate::config::HostPort;
 
 /// A candidate.
 #[derive(Clone, Debug)]

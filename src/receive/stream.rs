@@ -16,7 +16,7 @@ use bytes::Bytes;
 use pgproto::backend::{BackendMessage, SqlState};
 use pgproto::pg_timeline::parse_history;
 use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
-use pgproto::{Ancestry, Lsn, PgTimelineId};
+use pgproto::{Ancestry, HostPort, Lsn, PgTimelineId};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +29,6 @@ use crate::client::replication::{
     timeline_history,
 };
 use crate::clock::since_2000;
-use crate::config::HostPort;
 
 /// Events that wait for the sink; each holds at most one message, usually of 128 KiB.
 const QUEUE: usize = 32;

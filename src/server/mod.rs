@@ -38,6 +38,7 @@
 //! | `settings` | what a client is told before its first command |
 //! | `identify_system`, `show`, `status`, `timeline_history` | commands with an answer |
 //! | `slots` | replication slots |
+//! | `fence` | keeps a lost primary out |
 //! | `members` | who else keeps a timeline, and what safekeepers tell each other |
 //! | `start_wal_push` | a proposer's stream |
 //! | `start_replication`, `horizon` | a reader's stream, and how far it may see |

@@ -38,6 +38,10 @@ pub use machine::{Asked, Demand, Machine, Step, StepView, View};
 /// How long a daemon may take to stop, unless it is told otherwise.
 pub const DEFAULT_LIMIT: Duration = Duration::from_secs(10);
 
+/// How long the end of the process waits for whoever follows the steps to ask once more: a connection and a request, on a busy machine.
+/// Who began a shutdown and is gone costs as much.
+const LAST_WORD_LIMIT: Duration = Duration::from_secs(1);
+
 /// The shutdown of a daemon, whether it has begun or not. Clones are the same.
 #[derive(Clone, Debug)]
 pub struct Shutdown(Arc<Inner>);
@@ -51,6 +55,8 @@ struct Inner {
     saving: CancellationToken,
     done: CancellationToken,
     in_hand: TaskTracker,
+    /// Somebody follows the steps and was not told of the last one.
+    followed: watch::Sender<bool>,
 }
 
 impl Default for Shutdown {
@@ -71,6 +77,7 @@ impl Shutdown {
             saving: token(),
             done: token(),
             in_hand: TaskTracker::new(),
+            followed: watch::Sender::new(false),
         }))
     }
 
@@ -184,6 +191,25 @@ impl Shutdown {
     /// What is in hand: tasks that [`Step::Finishing`] waits for.
     pub fn in_hand(&self) -> &TaskTracker {
         &self.0.in_hand
+    }
+
+    /// Somebody outside follows the steps from now on, and asks for the next one until it is the last.
+    pub fn follow(&self) {
+        self.0.followed.send_replace(true);
+    }
+
+    /// Whoever follows is being told that all is done.
+    pub fn tell_last(&self) {
+        self.0.followed.send_replace(false);
+    }
+
+    /// Behind the last step: waits until whoever follows was told of it. The process would be gone otherwise before it can be asked,
+    /// which looks like a crash. Returns at once if nobody follows, and soon if they don't ask.
+    pub async fn last_word(&self) {
+        let left = self.deadline().map_or(LAST_WORD_LIMIT, |at| at.saturating_duration_since(Instant::now()) / 2);
+        let mut followed = self.0.followed.subscribe();
+        let told = followed.wait_for(|followed| !followed);
+        let _ = tokio::time::timeout(left.min(LAST_WORD_LIMIT), told).await;
     }
 
     /// Tells everybody of the present step.

@@ -129,3 +129,20 @@ async fn parts_of_a_daemon_hear_of_each_step() {
     }
     assert_eq!(cancelled(&shutdown), [true; 4]);
 }
+
+/// `safekeeperctl drain` asked a moment too late, and called a clean stop a broken one.
+#[tokio::test]
+async fn the_end_waits_for_whoever_follows_to_ask_once_more() {
+    // What is ready at once is found to be so.
+    let may_end = async |shutdown: &Shutdown| tokio::time::timeout(Duration::ZERO, shutdown.last_word()).await.is_ok();
+    let shutdown = Shutdown::new(LIMIT);
+    shutdown.finish();
+    assert!(may_end(&shutdown).await, "nobody follows");
+    shutdown.follow();
+    assert!(!may_end(&shutdown).await);
+    shutdown.tell_last();
+    assert!(may_end(&shutdown).await);
+    // Who is gone isn't waited for without end.
+    shutdown.follow();
+    shutdown.last_word().await;
+}

@@ -363,11 +363,17 @@ impl Timeline {
             (None, Health::Fault(_)) => TimelineHealth::Fault,
             (None, Health::Sound) => TimelineHealth::Sound,
         };
+        let control = self.control_state();
         TimelineSample {
             ttid: self.ttid,
             health,
             active: receivers > 0 || self.readers.count() > 0,
             term: progress.term,
+            pg_timeline: progress
+                .flush_lsn
+                .is_valid()
+                .then(|| control.stock.ancestry.up_to(progress.flush_lsn).current()),
+            fenced_pg_timeline: control.stock.fence.map(|fence| fence.pg_timeline),
             flush_lsn: progress.flush_lsn,
             commit_lsn: progress.commit_lsn,
             term_start_lsn: progress.term_start_lsn,

@@ -25,10 +25,12 @@ mod proxy;
 mod random;
 mod scratch;
 mod sql;
+mod tool;
 mod wait;
 
 pub use cluster::{
     APPLICATION_NAME, Binaries, Cluster, ClusterOptions, ComparedWal, Proposing, Safekeeper, Walproposer, compare_wal,
+    synced,
 };
 pub use disk::SmallDisk;
 pub use http::{HttpResponse, http_get, http_post};
@@ -44,6 +46,7 @@ pub use random::Random;
 pub use rustix::process::Signal;
 pub use scratch::{Scratch, scenario};
 pub use sql::{Sql, SqlError};
+pub use tool::{Tool, is_refused};
 pub use wait::{Hopeless, stop_on_signals, wait_for};
 
 /// Seconds, for deadlines.

@@ -237,6 +237,12 @@ impl Network {
         self.proxy(to, from).inspect(|proxy| proxy.cut(Way::Back));
     }
 
+    /// The same in both directions.
+    pub fn separate(&self, one: Place, other: Place) {
+        self.cut(one, other);
+        self.cut(other, one);
+    }
+
     /// Nothing that `place` sends arrives anywhere.
     pub fn mute(&self, place: Place) {
         self.neighbours(place).into_iter().for_each(|other| self.cut(place, other));
@@ -247,7 +253,7 @@ impl Network {
         self.neighbours(place).into_iter().for_each(|other| self.cut(other, place));
     }
 
-    /// Both.
+    /// Nothing that `place` sends arrives, and nothing that is sent to it.
     pub fn isolate(&self, place: Place) {
         self.mute(place);
         self.deafen(place);

@@ -65,6 +65,25 @@ fn the_ledger_finds_what_came_back_and_what_a_fenced_server_acknowledged() {
 }
 
 #[test]
+fn the_ledger_tells_of_errors_that_writers_met() {
+    scenario("kit-ledger-errors", |scratch| {
+        let mut server = Postgres::init(scratch, "server", &[])?;
+        server.start()?;
+        let ledger = Ledger::start(&server, 2)?;
+        let begun = std::time::Instant::now();
+        // Every kind of transaction, those that fail on purpose among them.
+        ledger.wait_progress(secs(60), 100)?;
+        ledger.check_undisturbed(&server, begun)?;
+        server.kill9()?;
+        server.start()?;
+        ledger.wait_progress(secs(60), 20)?;
+        let error = ledger.check_undisturbed(&server, begun).expect_err("it was killed").to_string();
+        assert!(error.contains("writers met ERRORS"), "{error}");
+        ledger.check_undisturbed(&server, std::time::Instant::now())
+    });
+}
+
+#[test]
 fn a_former_primary_follows_again_by_rewind_and_by_a_new_copy() {
     scenario("kit-rejoin", |scratch| {
         let settings = [("wal_keep_size", "'1GB'"), ("wal_log_hints", "on")];

@@ -232,6 +232,11 @@ fn restart_if_dead(world: &mut World, place: Place) -> Result<()> {
     }
 }
 
+/// A safekeeper, by index, every other time.
+pub fn member_or_none(random: &mut Random) -> Option<usize> {
+    random.pick(&[Some(0), Some(1), Some(2), None, None, None]).copied().flatten()
+}
+
 /// Waits until writers on the server wait for its standbys: it does not acknowledge by itself.
 pub fn wait_blocked(server: &testkit::Postgres) -> Result<()> {
     wait_for(RECOVERY, "commits on the former primary to wait", || {

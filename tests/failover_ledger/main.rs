@@ -1,13 +1,17 @@
 //! The acknowledged-commit ledger: whatever is done to the cluster, round after round, no acknowledged transaction is lost, none
-//! that was rolled back appears, and a former primary acknowledges nothing.
+//! that was rolled back appears, and a former primary acknowledges nothing. Where a member leaves on purpose, no writer meets an error.
 //!
 //! Writers are attached to both servers all the time, also to the former primary after its successor was promoted. What became of
 //! each transaction is kept outside the database, and compared with the primary after each round.
+//!
+//! Every ten rounds are of the kinds of [`ROUNDS`], in any order; so the default number has each kind twice, whatever the seed: once
+//! with the walproposer, once with members that propose. Only full disks need root.
 //!
 //! `FAILOVER_ROUNDS` sets the number of rounds (default 20), `FAILOVER_SEED` repeats a run's choices. `FAILOVER_PROPOSING` may be
 //! `walproposer` or `members`; without it both have their turn.
 
 mod faults;
+mod planned;
 mod promotion;
 mod world;
 
@@ -15,29 +19,69 @@ use anyhow::{Context, Result, ensure};
 use testkit::{Cluster, Random, scenario, secs, wait_for};
 
 use self::faults::Fault;
-use self::promotion::Promotion;
+use self::planned::{Leave, Switchover};
+use self::promotion::{Cancel, Promotion};
 use self::world::World;
 
 const DEFAULT_ROUNDS: u64 = 20;
 /// After so many rounds everything starts from nothing. The table that is read after each round stays small.
-const ROUNDS_PER_CLUSTER: u64 = 10;
+const ROUNDS_PER_CLUSTER: u64 = ROUNDS.len() as u64;
 /// An election, a catch-up and reconnections with back-off, on a busy machine.
 const RECOVERY: std::time::Duration = secs(120);
 
+/// What a cluster goes through.
+const ROUNDS: [Kind; 10] = [
+    Kind::Fault,
+    Kind::Fault,
+    Kind::Fault,
+    Kind::Fault,
+    Kind::Promotion,
+    Kind::InterruptedPromotion,
+    Kind::Cancel,
+    Kind::Drain,
+    Kind::RollingRestart,
+    Kind::Switchover,
+];
+
 /// What happens in one round.
 #[derive(Debug, Clone, Copy)]
-enum Round {
+enum Kind {
     /// Something fails, and comes back.
-    Fault(Fault),
+    Fault,
     /// The primary is lost, and the standby promoted.
+    Promotion,
+    /// The same, and the preparation is killed and repeated.
+    InterruptedPromotion,
+    /// The primary is fenced off, nobody is promoted, and it goes on.
+    Cancel,
+    /// A member, or whoever proposes, is stopped cleanly and started again.
+    Drain,
+    /// The same with all of them, one after the other.
+    RollingRestart,
+    /// Primary and standby change places on purpose.
+    Switchover,
+}
+
+/// The same, with everything that is chosen.
+#[derive(Debug, Clone, Copy)]
+enum Round {
+    Fault(Fault),
     Promotion(Promotion),
+    Cancel(Cancel),
+    Leave(Leave),
+    Switchover(Switchover),
 }
 
 impl Round {
-    fn choose(random: &mut Random, world: &World) -> Round {
-        match random.below(3) {
-            0 => Round::Promotion(Promotion::choose(random)),
-            _ => Round::Fault(Fault::choose(random, world)),
+    fn choose(kind: Kind, random: &mut Random, world: &World) -> Round {
+        match kind {
+            Kind::Fault => Round::Fault(Fault::choose(random, world)),
+            Kind::Promotion => Round::Promotion(Promotion::choose(random, false)),
+            Kind::InterruptedPromotion => Round::Promotion(Promotion::choose(random, true)),
+            Kind::Cancel => Round::Cancel(Cancel::choose(random)),
+            Kind::Drain => Round::Leave(Leave::one(random)),
+            Kind::RollingRestart => Round::Leave(Leave::each(random)),
+            Kind::Switchover => Round::Switchover(Switchover::choose(random)),
         }
     }
 
@@ -45,6 +89,9 @@ impl Round {
         match self {
             Round::Fault(fault) => fault.strike(world, random),
             Round::Promotion(promotion) => promotion.run(world, random),
+            Round::Cancel(cancel) => cancel.run(world),
+            Round::Leave(leave) => leave.run(world),
+            Round::Switchover(switchover) => switchover.run(world),
         }
     }
 }
@@ -60,8 +107,10 @@ fn whatever_fails_no_acknowledged_transaction_is_lost() {
         let mut of_cluster = Random::new(random.next());
         scenario("failover-ledger", |scratch| {
             let mut world = World::start(scratch, done)?;
+            let mut kinds = ROUNDS.to_vec();
             for round in done + 1..=done + here {
-                play(&mut world, &mut of_cluster, round, rounds)?;
+                let kind = kinds.swap_remove(usize::try_from(of_cluster.below(kinds.len() as u64))?);
+                play(&mut world, &mut of_cluster, kind, &format!("round {round} of {rounds}"))?;
             }
             conclude(&mut world)
         });
@@ -71,10 +120,10 @@ fn whatever_fails_no_acknowledged_transaction_is_lost() {
 }
 
 /// One round and the checks after it.
-fn play(world: &mut World, random: &mut Random, number: u64, of: u64) -> Result<()> {
+fn play(world: &mut World, random: &mut Random, kind: Kind, number: &str) -> Result<()> {
     let started = std::time::Instant::now();
-    let round = Round::choose(random, world);
-    let name = format!("round {number} of {of}, {round:?}");
+    let round = Round::choose(kind, random, world);
+    let name = format!("{number}, {round:?}");
     world.say(&format!("{name}, proposed by {:?}", world.proposing));
     world.ledger.wait_progress(RECOVERY, random.below(60)).with_context(|| name.clone())?;
     let outcome = round.run(world, random);
@@ -89,7 +138,7 @@ fn play(world: &mut World, random: &mut Random, number: u64, of: u64) -> Result<
     let tally = world.ledger.check(&world.cluster.primary).with_context(|| name.clone())?;
     world.ledger.witness(&world.standby).with_context(|| format!("{name}: the standby"))?;
     world.say(&format!(
-        "round {number} passed in {:.1} s: {} acknowledged, {} rolled back, {} of {} unknown ones there",
+        "{number} passed in {:.1} s: {} acknowledged, {} rolled back, {} of {} unknown ones there",
         started.elapsed().as_secs_f64(),
         tally.acknowledged,
         tally.rolled_back,

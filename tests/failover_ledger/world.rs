@@ -1,7 +1,9 @@
 //! What the rounds are played on: safekeepers, whoever proposes, a primary and its standby, writers on both.
 
 use anyhow::{Result, bail};
-use testkit::{Binaries, Cluster, ClusterOptions, Ledger, Place, Postgres, Proposing, Scratch};
+use testkit::{Binaries, Cluster, ClusterOptions, Launch, Ledger, Place, Postgres, Proposing, Scratch, run_within};
+
+use crate::RECOVERY;
 
 const WRITERS: u64 = 3;
 /// Megabytes for each safekeeper and for the primary.
@@ -69,6 +71,17 @@ impl World<'_> {
     /// The place of the primary.
     pub fn primary_place(&self) -> Place {
         Place::Server(self.primary_place)
+    }
+
+    /// An operator's command.
+    pub fn safekeeperctl(&self, args: &[&str]) -> Launch {
+        let addresses = self.cluster.safekeeper_addresses();
+        Launch::new(env!("CARGO_BIN_EXE_safekeeperctl")).args(args).env("SAFEKEEPERCTL_SAFEKEEPERS", addresses)
+    }
+
+    /// Runs one, which must succeed.
+    pub fn operate(&self, args: &[&str]) -> Result<()> {
+        run_within(self.scratch, "safekeeperctl", self.safekeeperctl(args), RECOVERY).map(drop)
     }
 
     /// The standby has been promoted.

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use testkit::{Cluster, Scratch, StopMode, secs, wait_for};
 
-use crate::{for_each_version, source_of, standby, step};
+use crate::{for_each_version, standby, step};
 
 for_each_version!(feedback_holds_vacuum_back_until_the_last_standby_has_left);
 
@@ -27,7 +27,7 @@ fn feedback_holds_vacuum_back_until_the_last_standby_has_left(scratch: &Scratch,
     let held =
         wait_xmin(cluster, "the primary to know what is needed", |xmin| xmin.is_some_and(|xmin| xmin <= needed))?;
     ensure!(held.is_some_and(|xmin| xmin <= needed), "{held:?} is beyond {needed}");
-    let source = source_of(cluster, &one)?;
+    let source = cluster.source_of(&one)?;
     for round in 0..2 {
         cluster.primary.sql()?.run("UPDATE old SET n = n + 1")?;
         cluster.primary.sql()?.run("VACUUM old")?;

@@ -17,8 +17,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Launch, Postgres, Programs, ReceiveWal, Safekeeper, Scratch, compare_wal,
-    leave_out, run, scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Launch, Postgres, Programs, ReceiveWal, Scratch, compare_wal, leave_out, run,
+    scenario, secs, wait_for,
 };
 
 /// Runs `body` with a cluster whose primary has the version `major`.
@@ -114,13 +114,13 @@ fn wait_identical(cluster: &Cluster, receiver: &mut ReceiveWal) -> Result<Lsn> {
 
 /// A running `walreceiver` that knows all safekeepers.
 fn walreceiver(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<ReceiveWal> {
-    let nodes: Vec<String> = cluster.safekeepers.iter().map(Safekeeper::pg_address).collect();
     // Under the account of PostgreSQL's programs, which may not reach the directory of a build.
     let program = scratch.path().join("walreceiver-program");
     if !program.exists() {
         std::fs::copy(env!("CARGO_BIN_EXE_walreceiver"), &program)?;
     }
-    let launch = Launch::new(program).args(["--safekeepers", &nodes.join(","), "--application-name", name]);
+    let launch =
+        Launch::new(program).args(["--safekeepers", &cluster.safekeeper_addresses(), "--application-name", name]);
     ReceiveWal::start_program(scratch, name, launch)
 }
 
@@ -131,13 +131,4 @@ fn verify(dir: &Path, end: Lsn) -> Result<()> {
     let proven: Lsn = report.get("end").and_then(serde_json::Value::as_str).context("end")?.parse()?;
     ensure!(report.get("ok") == Some(&true.into()) && proven >= end, "not proven up to {end}: {report}");
     Ok(())
-}
-
-/// The index of the safekeeper that `standby` streams from.
-fn source_of(cluster: &Cluster, standby: &Postgres) -> Result<usize> {
-    let port = wait_for(secs(60), "the standby's source", || {
-        standby.sql()?.parsed::<u16>("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
-    })?;
-    let index = cluster.safekeepers.iter().position(|safekeeper: &Safekeeper| safekeeper.pg_port() == port);
-    index.with_context(|| format!("the standby reads from port {port}, no safekeeper's"))
 }

@@ -4,8 +4,7 @@ use std::mem::replace;
 
 use anyhow::{Context, Result, ensure};
 use testkit::{
-    APPLICATION_NAME, Binaries, Cluster, Postgres, ReceiveWal, Scratch, Signal, Sql, StopMode, Walproposer,
-    compare_wal, secs, wait_for,
+    APPLICATION_NAME, Cluster, Postgres, ReceiveWal, Scratch, Signal, Sql, StopMode, compare_wal, secs, wait_for,
 };
 
 use crate::{commit_step, for_each_version, standby, step, verify, wait_identical, walreceiver};
@@ -19,8 +18,7 @@ fn readers_follow_two_promotions(scratch: &Scratch, cluster: &mut Cluster) -> Re
     let last = standby(scratch, cluster, "last", &[])?;
     // A walproposer that knows all who may be primary one day, and finds out by itself who is.
     cluster.walproposer.stop()?;
-    cluster.walproposer = walproposer(scratch, cluster, &[&cluster.primary, &next, &third])?;
-    cluster.walproposer.start()?;
+    cluster.walproposer = cluster.add_walproposer(scratch, "walproposer-all", &[&cluster.primary, &next, &third])?;
     let receive = |name: &str| {
         ReceiveWal::start_from(&clients, scratch, name, &cluster.readers_conninfo(name), &["--status-interval=1"])
     };
@@ -66,16 +64,6 @@ fn readers_follow_two_promotions(scratch: &Scratch, cluster: &mut Cluster) -> Re
         compared.with_context(|| format!("the primary against safekeeper {}", safekeeper.id()))?;
     }
     Ok(())
-}
-
-/// A walproposer for whichever of `servers` is the primary; not started yet.
-fn walproposer(scratch: &Scratch, cluster: &Cluster, servers: &[&Postgres]) -> Result<Walproposer> {
-    let ports: Vec<String> = servers.iter().map(|server| server.port().to_string()).collect();
-    let hosts = vec!["127.0.0.1"; servers.len()].join(",");
-    let primary = format!("host={hosts} port={} user=postgres", ports.join(","));
-    let binaries = Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"));
-    let args = ["--primary", &primary];
-    Walproposer::named(scratch, &binaries, "walproposer-all", &cluster.primary, &cluster.safekeepers, &args)
 }
 
 /// Promotes `standby`, waits until its commits go through the safekeepers, and returns the old primary.

@@ -28,13 +28,13 @@ fn receivers_get_the_primarys_files(scratch: &Scratch, cluster: &mut Cluster) ->
             let name = format!("receivewal-{major}-{kind}");
             let source = cluster.safekeeper(receivers.len() % 3)?.conninfo(&name);
             let mut receiver = ReceiveWal::start_from(&clients, scratch, &name, &source, args)?;
-            wait_first_file(&mut receiver)?;
+            receiver.wait_first_file()?;
             receivers.push(receiver);
         }
     }
     // Ours is for every version.
     let mut ours = walreceiver(scratch, cluster, "walreceiver")?;
-    wait_first_file(&mut ours)?;
+    ours.wait_first_file()?;
     receivers.push(ours);
     // More than a segment, in small and large records.
     cluster.primary.pgbench_init(scratch, 1)?;
@@ -73,7 +73,7 @@ fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Clu
         let source = cluster.safekeeper(2)?.conninfo(&slot);
         let args = ["--slot", &slot, "--status-interval=1"];
         let mut receiver = ReceiveWal::start_from(&clients, scratch, &slot, &source, &args)?;
-        wait_first_file(&mut receiver)?;
+        receiver.wait_first_file()?;
         wait_identical(cluster, &mut receiver)?;
         if major >= 15 {
             // Before that, a client had no way to ask where its slot is.
@@ -107,14 +107,6 @@ fn pg_receivewal_with_a_slot_misses_nothing(scratch: &Scratch, cluster: &mut Clu
         wait_slot(cluster, &slot, finished)?;
     }
     Ok(())
-}
-
-fn wait_first_file(receiver: &mut ReceiveWal) -> Result<()> {
-    let dir = receiver.dir().to_owned();
-    receiver.daemon().wait_until(secs(60), "the first file", || {
-        ensure!(std::fs::read_dir(&dir)?.next().is_some(), "no file yet");
-        Ok(())
-    })
 }
 
 /// A `pg_receivewal` older than the WAL sees so, from the version that the safekeeper tells, and gives up.

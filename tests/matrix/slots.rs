@@ -5,7 +5,7 @@ use pgproto::Lsn;
 use testkit::Launch;
 use testkit::{Clients, Cluster, Safekeeper, Scratch, Sql, StopMode, run_within, secs, wait_for};
 
-use crate::{commit_step, for_each_version, see_step, source_of, standby, step};
+use crate::{commit_step, for_each_version, see_step, standby, step};
 
 /// What READ_REPLICATION_SLOT says about the slot `name` on `safekeeper`: its restart LSN.
 ///
@@ -64,12 +64,12 @@ fn a_standby_keeps_its_slot_while_it_hops_between_nodes(scratch: &Scratch, clust
     step(cluster, &[&standby], "streaming")?;
     wait_slot(cluster, "standby", cluster.primary.flush_lsn()?)?;
     for round in 0..cluster.safekeepers.len() {
-        let source = source_of(cluster, &standby)?;
+        let source = cluster.source_of(&standby)?;
         cluster.safekeeper(source)?.kill()?;
         let away = format!("round {round}: its node is away");
         commit_step(&cluster.primary, &away)?;
         see_step(cluster, &standby, &away)?;
-        ensure!(source_of(cluster, &standby)? != source, "it reads from the node that was killed");
+        ensure!(cluster.source_of(&standby)? != source, "it reads from the node that was killed");
         let slot = standby.sql()?.value("SELECT slot_name FROM pg_stat_wal_receiver")?;
         ensure!(slot == "standby", "it reads with the slot {slot:?}");
         cluster.safekeeper(source)?.start()?;
@@ -77,7 +77,7 @@ fn a_standby_keeps_its_slot_while_it_hops_between_nodes(scratch: &Scratch, clust
         wait_slot(cluster, "standby", cluster.primary.flush_lsn()?)?;
     }
 
-    let source = source_of(cluster, &standby)?;
+    let source = cluster.source_of(&standby)?;
     let in_use =
         drop_slot(scratch, &clients, cluster.safekeeper(source)?, "standby").err().context("it was dropped")?;
     ensure!(format!("{in_use:#}").contains("is active for PID"), "{in_use:#}");
@@ -118,7 +118,7 @@ fn a_standby_with_a_temporary_slot(scratch: &Scratch, cluster: &mut Cluster) -> 
     let mut standby = standby(scratch, cluster, "standby", &settings)?;
     step(cluster, &[&standby], "streaming")?;
     for round in 0..2 {
-        let source = source_of(cluster, &standby)?;
+        let source = cluster.source_of(&standby)?;
         let name = standby.sql()?.value("SELECT slot_name FROM pg_stat_wal_receiver")?;
         ensure!(name.starts_with("pg_walreceiver_"), "it has the slot {name:?}");
         let end = cluster.primary.flush_lsn()?;
@@ -131,7 +131,7 @@ fn a_standby_with_a_temporary_slot(scratch: &Scratch, cluster: &mut Cluster) -> 
             // It ends with its node; on the next one the standby makes another, perhaps of the same name.
             cluster.safekeeper(source)?.kill()?;
             step(cluster, &[&standby], "its node is away")?;
-            ensure!(source_of(cluster, &standby)? != source, "it reads from the node that was killed");
+            ensure!(cluster.source_of(&standby)? != source, "it reads from the node that was killed");
             cluster.safekeeper(source)?.start()?;
         } else {
             standby.stop(StopMode::Fast)?;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 use testkit::{Cluster, Scratch};
 
-use crate::{commit_step, for_each_version, see_step, source_of, standby, step};
+use crate::{commit_step, for_each_version, see_step, standby, step};
 
 for_each_version!(a_standby_without_a_slot_hops_between_nodes_as_they_are_killed);
 
@@ -14,12 +14,12 @@ fn a_standby_without_a_slot_hops_between_nodes_as_they_are_killed(
     let standby = standby(scratch, cluster, "standby", &[])?;
     step(cluster, &[&standby], "streaming")?;
     for round in 0..cluster.safekeepers.len() {
-        let source = source_of(cluster, &standby)?;
+        let source = cluster.source_of(&standby)?;
         cluster.safekeeper(source)?.kill()?;
         let away = format!("round {round}: its node is away");
         commit_step(&cluster.primary, &away)?;
         see_step(cluster, &standby, &away)?;
-        let other = source_of(cluster, &standby)?;
+        let other = cluster.source_of(&standby)?;
         ensure!(other != source, "it reads from the node that was killed");
         cluster.safekeeper(source)?.start()?;
     }

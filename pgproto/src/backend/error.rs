@@ -54,8 +54,6 @@ pub struct SqlState([u8; 5]);
 impl SqlState {
     /// Success; also how a server says that it ended a stream on purpose.
     pub const SUCCESSFUL_COMPLETION: SqlState = SqlState(*b"00000");
-    /// The connection failed.
-    pub const CONNECTION_FAILURE: SqlState = SqlState(*b"08006");
     /// The peer broke the protocol.
     pub const PROTOCOL_VIOLATION: SqlState = SqlState(*b"08P01");
     /// Not offered.
@@ -72,8 +70,6 @@ impl SqlState {
     pub const UNDEFINED_OBJECT: SqlState = SqlState(*b"42704");
     /// The slot exists already.
     pub const DUPLICATE_OBJECT: SqlState = SqlState(*b"42710");
-    /// More connections than allowed.
-    pub const TOO_MANY_CONNECTIONS: SqlState = SqlState(*b"53300");
     /// No space is left.
     pub const DISK_FULL: SqlState = SqlState(*b"53100");
     /// There are as many of these as there may be.

@@ -42,9 +42,6 @@ const PROOF_LIMIT: Duration = Duration::from_secs(5);
 /// The shortest time that a promotion gets: one that is begun is not to be given up for a deadline that is near.
 const MIN_PROMOTION: Duration = Duration::from_secs(10);
 
-/// How much longer the answer about it may take.
-const PROMOTION_ANSWER: Duration = Duration::from_secs(2);
-
 /// A commit that needs no table, and waits for synchronous standbys whatever the default is.
 const COMMIT: &str = "BEGIN; SET LOCAL synchronous_commit = on; \
                       SELECT pg_logical_emit_message(true, 'safekeeperctl', 'switchover'); COMMIT";
@@ -98,7 +95,10 @@ pub enum SwitchoverError {
     #[error("{0}. Nothing was changed")]
     Unfit(String),
     /// The old primary couldn't be stopped.
-    #[error("the old primary was not stopped: {0}. As long as it runs, commits go on there; nothing else was changed")]
+    #[error(
+        "the old primary is not known to be stopped: {0}. Nothing else was changed. If it runs, commits go on there. It may be on \
+         its way down, or be down: then start it again, or run this again, which goes on from there"
+    )]
     Stop(CommandError),
     /// Nobody stopped it.
     #[error("{0} still runs: nobody stopped it within the time limit. Nothing was changed")]
@@ -141,6 +141,12 @@ pub enum SwitchoverError {
     /// Somebody else promoted the standby.
     #[error("the old primary is stopped. {0}. If the proposer follows it, run this again: it goes on from there")]
     PromotedEarly(FailoverError),
+    /// Somebody else promoted the standby before anything was proven.
+    #[error(
+        "{0} was promoted meanwhile, not by this. The old primary is stopped; don't start it as a primary. Run this again: it goes \
+         on from there"
+    )]
+    PromotedMeanwhile(String),
     /// The promotion failed.
     #[error(
         "{standby} is not known to be promoted: {reason}. It was asked to, and may be yet: look (SELECT pg_is_in_recovery()). It \
@@ -192,9 +198,11 @@ impl SwitchoverError {
                 Kind::Refused => Kind::Failed,
                 kind => kind,
             },
-            Self::Stop(_) | Self::Promote { .. } | Self::NotAcknowledged { .. } | Self::NotFollowing { .. } => {
-                Kind::Failed
-            }
+            Self::Stop(_)
+            | Self::PromotedMeanwhile(_)
+            | Self::Promote { .. }
+            | Self::NotAcknowledged { .. }
+            | Self::NotFollowing { .. } => Kind::Failed,
         }
     }
 }
@@ -285,7 +293,14 @@ impl Switchover<'_> {
     /// From the stopped primary to the promoted one. Returns where the old one's WAL ends.
     async fn hand_over(&mut self, survey: &Survey) -> Result<Lsn, SwitchoverError> {
         let (safekeepers, ttid) = (&self.options.safekeepers, survey.ttid);
-        let Proof { end: proven, timeline } = self.prove(ttid).await?;
+        let Proof { end: proven, timeline } = match self.prove(ttid).await {
+            Ok(proof) => proof,
+            // What a promoted server wrote is no shutdown checkpoint.
+            Err(_) if matches!(self.to.state().await, Ok(state) if !state.in_recovery) => {
+                return Err(SwitchoverError::PromotedMeanwhile(self.to.name().to_owned()));
+            }
+            Err(error) => return Err(error),
+        };
         failover::fence_off(safekeepers, ttid, timeline, self.steps, self.deadline).await?;
         let end = failover::one_end(safekeepers, ttid, timeline, self.steps, self.deadline).await?;
         if end.lsn != proven {
@@ -359,22 +374,27 @@ impl Switchover<'_> {
         let standby = self.to.name().to_owned();
         let step = self.steps.begin("promote", standby.clone());
         let failed = |reason: String| SwitchoverError::Promote { standby: standby.clone(), reason, lsn };
-        let limit = self.deadline.saturating_duration_since(Instant::now()).max(MIN_PROMOTION);
-        let sql = format!("SELECT pg_promote(true, {})", limit.as_secs().max(1));
-        // It answers by itself when the time is up, if it can.
-        let reason = match self.to.rows_within(&sql, limit + PROMOTION_ANSWER).await {
-            Ok(rows) if rows.first().and_then(|row| row.first()?.as_deref()) == Some("t") => None,
-            Ok(_) => Some("pg_promote() says that it takes longer; its log says why".to_owned()),
+        let until = self.deadline.max(Instant::now() + MIN_PROMOTION);
+        // It could wait by itself, and would look ten times a second.
+        let asked = match self.to.row("SELECT pg_promote(false)").await {
+            Ok(row) if row.first().and_then(Option::as_deref) == Some("t") => None,
+            Ok(_) => Some("pg_promote() says that it can't".to_owned()),
             Err(error) => Some(error.to_string()),
         };
-        // What was begun goes on, whoever waits for it.
-        let promoted = reason.is_none() || matches!(self.to.state().await, Ok(state) if !state.in_recovery);
-        match reason.filter(|_| !promoted) {
-            Some(reason) => Err(failed(reason)),
-            None => {
-                step.done(format!("{standby} is the primary"));
-                Ok(())
+        loop {
+            let reason = match self.to.row("SELECT pg_is_in_recovery()").await {
+                Ok(row) if row.first().and_then(Option::as_deref) == Some("f") => {
+                    step.done(format!("{standby} is the primary"));
+                    return Ok(());
+                }
+                Ok(_) => "it takes longer; its log says why".to_owned(),
+                Err(error) => error.to_string(),
+            };
+            // What was begun goes on, whoever waits for it.
+            if Instant::now() >= until || asked.is_some() {
+                return Err(failed(asked.unwrap_or(reason)));
             }
+            sleep(INTERVAL).await;
         }
     }
 

@@ -33,6 +33,9 @@ fn resigned(term: u64, successor: Option<u64>) -> Option<Resigned> {
     Some(Resigned { ttid: TTID, term: Term(term), successor: successor.map(NodeId) })
 }
 
+/// Nobody is about to stop.
+static NOBODY: BTreeSet<NodeId> = BTreeSet::new();
+
 /// Member 2 of three, which has waited for long enough.
 fn situation(views: &[View]) -> Situation<'_> {
     Situation {
@@ -40,6 +43,7 @@ fn situation(views: &[View]) -> Situation<'_> {
         members: 3,
         views,
         resigned: None,
+        leaving: &NOBODY,
         last_leader: Some(NodeId(1)),
         vacant_for: HEAD_START * 2,
         reaches_primary: false,
@@ -49,6 +53,16 @@ fn situation(views: &[View]) -> Situation<'_> {
 
 fn stands_by(situation: &Situation) -> bool {
     matches!(situation.decide(), Decision::StandBy { .. })
+}
+
+#[test]
+fn a_successor_that_is_about_to_stop_as_well_is_not_waited_for() {
+    let views = [view(3), view(2)];
+    let leaving = BTreeSet::from([NodeId(2)]);
+    let situation =
+        Situation { own: NodeId(3), resigned: resigned(5, Some(2)), vacant_for: Duration::ZERO, ..situation(&views) };
+    assert!(stands_by(&situation), "as long as it isn't known to leave");
+    assert_eq!(Situation { leaving: &leaving, ..situation }.decide(), Decision::Campaign);
 }
 
 #[test]
@@ -96,6 +110,20 @@ fn who_leads_next_campaigns_at_once_and_the_others_leave_it_time() {
     };
     assert!(again >= HEAD_START);
     assert!(stands_by(&now(resigned(4, Some(2)))), "an old word: another was elected since");
+}
+
+/// A leader that was fenced off is well, and waits with the others for a promoted server. It counted itself among the first, as did who
+/// was first in the eyes of the others; both campaigned.
+#[test]
+fn who_led_last_goes_last_in_its_own_eyes_too() {
+    let views = [view(1), view(2), view(3)];
+    let last_leader = Some(NodeId(1));
+    let first = |own: u64| Situation { own: NodeId(own), last_leader, vacant_for: Duration::ZERO, ..situation(&views) };
+    assert_eq!(first(2).decide(), Decision::Campaign);
+    assert!(stands_by(&first(3)) && stands_by(&first(1)));
+    let Decision::StandBy { again: third, .. } = first(1).decide() else { panic!("not its turn") };
+    let Decision::StandBy { again: second, .. } = first(3).decide() else { panic!("not its turn") };
+    assert!(second < third, "{second:?} {third:?}");
 }
 
 /// Anybody who reaches the port can say such a thing, and one message made every member campaign until it was restarted.

@@ -2,11 +2,10 @@
 
 use pgproto::pg_timeline::Branch;
 use pgproto::walproposer::{AcceptorGreeting, AcceptorMessage, Configuration, ProposerMessage, VoteResponse};
-use pgproto::{Generation, NodeId, Term};
+use pgproto::{Generation, HostPort, NodeId, Term};
 
 use super::super::upstream::UpstreamEvent;
 use super::*;
-use crate::config::HostPort;
 
 const START: Lsn = Lsn(0x100_0000);
 const CAPACITY: u64 = 1 << 20;

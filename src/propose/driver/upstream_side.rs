@@ -1,17 +1,20 @@
 //! The primary's side of a term: connecting to it, what it sends, what it is told, and losing it.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pgproto::PgTimelineId;
 
-use super::super::primary;
 use super::super::upstream::{self, Upstream, UpstreamError, UpstreamEvent};
-use super::{Driver, Ended};
+use super::super::witness::{self, LogBefore};
+use super::super::{lookout, primary};
+use super::{Driver, Ended, HEARD_LATELY};
+use crate::consensus::proposer::PeerIndex;
 use crate::metrics::walproposer as metrics;
 
 impl Driver {
-    /// Connects to the primary beside the driver, unless that is under way or too early.
+    /// Connects to the primary beside the driver, unless that is under way.
     pub(super) fn connect_upstream(&mut self) {
         let now = Instant::now();
         self.upstream = None;
@@ -19,20 +22,35 @@ impl Driver {
             return;
         }
         let Some(settings) = self.primary.clone() else { return };
-        if !self.upstream_retry.wait(now).is_zero() {
-            return;
-        }
         self.connecting = true;
         // Those of earlier attempts, which have ended; they would pile up.
         while self.tasks.try_join_next().is_some() {}
         let (facts, events) = (Arc::clone(&self.facts), self.upstream_events.clone());
-        let (start, timeline) = (self.buffer.end(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
+        let (log, timeline) = (self.log_before(), self.proposer.timeline().unwrap_or(PgTimelineId::FIRST));
         // Somebody else's stream may be ended only by who leads, and knows it.
         let followed_at = self.is_followed(now).then_some(now);
         self.tasks.spawn(async move {
-            let result = upstream::follow(&settings, &facts, timeline, start, followed_at).await;
+            let result = upstream::follow(&settings, &facts, timeline, &log, followed_at).await;
             let _ = events.send(result).await;
         });
+    }
+
+    /// Where the log before the end of what was received can be had.
+    fn log_before(&mut self) -> LogBefore {
+        let start = self.buffer.end();
+        let heard = |index: &PeerIndex| self.peers.get(index.0).is_some_and(|slot| slot.heard.elapsed() < HEARD_LATELY);
+        let holders: Vec<_> = self.proposer.holders_of(self.buffer.start()).into_iter().filter(heard).collect();
+        // Another one each time: one may be unable to, and not say so.
+        self.connections = self.connections.wrapping_add(1);
+        let holder = self.connections.checked_rem(holders.len()).and_then(|index| holders.get(index));
+        let address = holder.and_then(|holder| self.status.safekeepers().get(holder.0).cloned());
+        LogBefore {
+            start,
+            begin: self.proposer.log_start().unwrap_or(start),
+            segment_size: self.facts.server.wal_seg_size,
+            received: self.buffer.last_pieces(witness::DEPTH),
+            holder: address.map(|address| (address, self.facts.ttid, self.proposer.term())),
+        }
     }
 
     pub(super) fn on_upstream_connected(&mut self, connected: Result<Upstream, UpstreamError>) -> Result<(), Ended> {
@@ -64,6 +82,10 @@ impl Driver {
         self.upstream = None;
         self.upstream_retry.failed(Instant::now());
         let retry_in = self.upstream_retry.wait(Instant::now());
+        self.upstream_due = self.primary.clone().map(|settings| -> Due {
+            let lacks = error.lacks_primary();
+            Box::pin(async move { lookout::pause(&settings, retry_in, lacks).await })
+        });
         let primary = self.primary.as_ref().map(|settings| primary::describe(&settings.primary)).unwrap_or_default();
         tracing::warn!(primary, %error, ?retry_in, "primary not available");
         metrics::disconnected("primary");
@@ -121,6 +143,17 @@ impl Driver {
         let Some(upstream) = &mut self.upstream else { return Ok(()) };
         upstream.acknowledge(self.proposer.commit_lsn().min(self.buffer.end())).await
     }
+}
+
+/// Something that is waited for, without losing what was done for it.
+pub(super) type Due = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Waits for what is there to be waited for. Cancel safe.
+pub(super) async fn due(what: &mut Option<Due>) {
+    if let Some(waiting) = what {
+        waiting.await;
+    }
+    *what = None;
 }
 
 /// The next event from the primary; never, while there is none or it must not be read.

@@ -1,7 +1,6 @@
 //! The bare bytes of WAL into a pipe, for programs that read it from their standard input.
 //!
-//! What the pipe took counts as flushed. When the reader goes away, [`SinkError::is_closed_pipe`] tells so: no reason to
-//! complain.
+//! What the pipe took counts as flushed. That its reader went away is an error like any other: it may not have kept what it took.
 
 use std::io;
 use std::path::PathBuf;

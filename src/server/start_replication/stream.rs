@@ -137,6 +137,10 @@ impl Stream<'_> {
     /// Puts the next message into the writer, if there is something to say.
     async fn prepare(&mut self) -> Result<(), Interrupt> {
         let end = self.horizon.end()?;
+        // Also while there is WAL all the time: who is quick enough never to be idle may still answer only when asked.
+        if self.keepalive.is_none() && !self.asked && self.last_heard.elapsed() >= self.habits.limit / 2 {
+            self.keepalive = Some(true);
+        }
         if let Some(ask) = self.keepalive.take() {
             put_keepalive(self.writer.out(), end, clock::since_2000(), ask);
             self.asked |= ask;

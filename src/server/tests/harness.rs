@@ -47,6 +47,7 @@ pub(super) fn options(ttid: TenantTimelineId) -> String {
 pub(super) struct TestServer {
     pub(super) address: SocketAddr,
     pub(super) registry: Arc<Registry>,
+    pub(super) peers: Arc<Peers>,
     pub(super) shutdown: Shutdown,
     pub(super) task: JoinHandle<()>,
     dir: TempDir,
@@ -76,8 +77,8 @@ impl TestServer {
         let shutdown = Shutdown::default();
         let peers = Peers::new(Arc::clone(&registry), peers, shutdown.done().clone());
         tokio::spawn(Arc::clone(&peers).run());
-        let task = tokio::spawn(serve(listener, Arc::clone(&registry), peers, config, shutdown.clone()));
-        Self { address, registry, shutdown, task, dir }
+        let task = tokio::spawn(serve(listener, Arc::clone(&registry), Arc::clone(&peers), config, shutdown.clone()));
+        Self { address, registry, peers, shutdown, task, dir }
     }
 
     pub(super) fn timeline(&self) -> Arc<Timeline> {

@@ -8,9 +8,11 @@ use pgproto::feedback::PageserverFeedback;
 use pgproto::replication::message::{ServerMessage, StandbyStatus};
 use pgproto::walproposer::MAX_SEND_SIZE;
 use pgproto::{Lsn, Term};
+use tokio::net::TcpSocket;
 
-use super::harness::{START, message, options, server_with_wal, ttid};
+use super::harness::{START, TestServer, message, options, server_with_wal, ttid};
 use crate::server::ServerConfig;
+use crate::storage::test_wal::WalWriter;
 
 /// Readers are taken for dead so soon that a test can wait for it, and late enough for a slow machine to answer.
 fn impatient() -> ServerConfig {
@@ -247,6 +249,40 @@ async fn a_reader_that_answers_is_kept() {
         assert!(matches!(reader.stream().await, ServerMessage::Keepalive { reply_requested: true, .. }));
         reader.copy_data(|body| StandbyStatus::default().encode(body)).await;
     }
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_that_answers_only_when_asked_is_kept_while_it_catches_up() {
+    let limit = Duration::from_secs(3);
+    let server = TestServer::start_with(ServerConfig { reader_limit: limit, ..ServerConfig::default() }).await;
+    let mut log = WalWriter::new(START);
+    while log.since(START).len() < 32 << 20 {
+        log.record(500_000, 1);
+    }
+    let mut leader = server.leader(1, START, &[(1, START)]).await;
+    leader.commit(1, START, &log.since(START)).await;
+    let small = TcpSocket::new_v4().unwrap();
+    small.set_recv_buffer_size(256 << 10).unwrap();
+    let mut reader = server.reader_on(small.connect(server.address).await.unwrap()).await;
+    reader.start_replication(&START.to_string()).await;
+    let (mut at, mut asked) = (START, 0);
+    let mut pace = tokio::time::interval(Duration::from_millis(20));
+    while at < log.position() {
+        pace.tick().await;
+        match reader.stream().await {
+            ServerMessage::XLogData { start, data, .. } => {
+                assert_eq!(start, at);
+                at = Lsn(at.0 + data.len() as u64);
+            }
+            ServerMessage::Keepalive { reply_requested, .. } => {
+                assert!(reply_requested);
+                asked += 1;
+                reader.copy_data(|body| StandbyStatus::default().encode(body)).await;
+            }
+        }
+    }
+    assert!(asked > 0, "it took less time than the limit");
     server.stop().await;
 }
 

@@ -292,6 +292,57 @@ async fn a_node_counts_once_however_many_addresses_it_has() {
     assert!(node.timeline().slots().get("s").is_none());
 }
 
+/// Further addresses of a node don't count when there is a majority to be found, neither here nor among candidates.
+#[tokio::test]
+async fn a_member_that_is_named_otherwise_is_found_out_to_be_this_node() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let other = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = |host: &str, port| HostPort { host: host.to_owned(), port };
+    let [own, alias] = [at("127.0.0.1", port), at("localhost", port)];
+    // Nobody ever answers there.
+    let away = at("127.0.0.1", other.local_addr().unwrap().port());
+    let node = TestServer::start_node(NodeId(1), listener, PeerOptions::default(), ServerConfig::default()).await;
+    let limit = Duration::from_millis(500);
+    let distinct = async |members: &[&HostPort]| {
+        let members: Vec<HostPort> = members.iter().copied().cloned().collect();
+        node.peers.without_aliases(&members, &own, limit).await
+    };
+    assert_eq!(distinct(&[&alias, &away, &own]).await, [away.clone(), own.clone()]);
+    assert_eq!(distinct(&[&away, &own]).await, [away.clone(), own.clone()]);
+    assert_eq!(distinct(&[&away, &alias]).await, [away.clone(), alias.clone()], "one of them has to stand for it");
+    node.stop().await;
+}
+
+/// What two nodes said that had been given one id was taken for the word of one.
+#[tokio::test]
+async fn another_node_with_the_same_id_is_refused_and_not_merged() {
+    let mut listeners = Vec::new();
+    for _ in 0..3 {
+        listeners.push(TcpListener::bind("127.0.0.1:0").await.unwrap());
+    }
+    let ports: Vec<u16> = listeners.iter().map(|listener| listener.local_addr().unwrap().port()).collect();
+    let peers: Vec<_> = ports.iter().map(|port| HostPort { host: "127.0.0.1".to_owned(), port: *port }).collect();
+    let (mut nodes, mut leaders) = (Vec::new(), Vec::new());
+    for (id, listener) in [1, 2, 2].into_iter().zip(listeners) {
+        let options = PeerOptions { peers: peers.clone(), ..PeerOptions::default() };
+        let node = TestServer::start_node(NodeId(id), listener, options, ServerConfig::default()).await;
+        leaders.push(write_wal(&node, 1).await.1);
+        nodes.push(node);
+    }
+    // Each of the two refuses the other, and doesn't take it for itself.
+    let members = nodes[1].peers.without_aliases(&peers, &peers[1], Duration::from_secs(60)).await;
+    assert_eq!(members, peers);
+    let code = SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE;
+    leaders.remove(0);
+    nodes.remove(0).stop().await;
+    let told = nodes[0].reader().await.refused("CREATE_REPLICATION_SLOT s PHYSICAL", code).await;
+    assert!(told.message.contains("only 1 of 3 safekeepers"), "{told}");
+    assert!(told.message.contains("two safekeepers have the node id 2"), "{told}");
+    let mut client = nodes[0].login(&[("user", "x")]).await;
+    client.refused(r#"PEER_EXCHANGE '{"from":{"node_id":2,"life":1}}'"#, SqlState::INVALID_PARAMETER_VALUE).await;
+}
+
 #[tokio::test]
 async fn members_are_told_to_whoever_asks() {
     let cluster = Cluster::start().await;

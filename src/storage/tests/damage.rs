@@ -52,8 +52,8 @@ async fn a_damaged_end_is_a_fault_and_what_is_before_can_be_read() {
     assert!(matches!(reader.read(fault.from, end_lsn).await, Err(ReadError::Damaged { .. })));
 }
 
-#[tokio::test]
-async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
+/// A timeline whose block at 0/350000 is damaged, which no start looks at again, and the end of its WAL.
+async fn with_a_damaged_old_block() -> (Fixture, Lsn) {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(700_000, 1).record(700_000, 2);
     let end_lsn = fx.append_new().await;
@@ -64,6 +64,12 @@ async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
     content[0x5_0000] ^= 1;
     std::fs::write(&path, content).unwrap();
     assert_eq!(fx.restart().await.unwrap().fault, None);
+    (fx, end_lsn)
+}
+
+#[tokio::test]
+async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
+    let (fx, end_lsn) = with_a_damaged_old_block().await;
     let mut reader = fx.reader();
     let refused = reader.read(Lsn(0x35_1234), end_lsn).await;
     assert!(matches!(refused, Err(ReadError::Damaged { at: Lsn(0x35_0000), .. })));
@@ -74,16 +80,7 @@ async fn damage_in_old_wal_is_found_by_whoever_reads_it() {
 /// On both ways of reading: what is in the page cache, without waiting, and what isn't.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn pieces_end_before_the_first_damaged_block() {
-    let mut fx = Fixture::started_at(START).await;
-    fx.wal.record(700_000, 1).record(700_000, 2);
-    let end_lsn = fx.append_new().await;
-    fx.store().settle().await.unwrap();
-    fx.restart().await.unwrap();
-    let path = fx.path("000000010000000000000003");
-    let mut content = std::fs::read(&path).unwrap();
-    content[0x5_0000] ^= 1;
-    std::fs::write(&path, content).unwrap();
-    assert_eq!(fx.restart().await.unwrap().fault, None);
+    let (fx, end_lsn) = with_a_damaged_old_block().await;
     let mut reader = fx.reader();
     for _ in 0..2 {
         let good = reader.read_piece(START, end_lsn).await.unwrap();

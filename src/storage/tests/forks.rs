@@ -42,13 +42,19 @@ async fn diverge(fx: &mut Fixture, at: Lsn, bytes: usize, seed: u8) -> Lsn {
     fx.append_new().await
 }
 
-#[tokio::test]
-async fn what_stands_before_a_fork_is_found_in_the_log_and_in_later_forks() {
+/// A timeline with WAL up to two ends, the lower and the higher one.
+async fn with_two_ends() -> (Fixture, Lsn, Lsn) {
     let mut fx = Fixture::started_at(START).await;
     fx.wal.record(100, 1);
     let low = fx.append_new().await;
     fx.wal.record(100_000, 2);
     let high = fx.append_new().await;
+    (fx, low, high)
+}
+
+#[tokio::test]
+async fn what_stands_before_a_fork_is_found_in_the_log_and_in_later_forks() {
+    let (mut fx, low, high) = with_two_ends().await;
     fx.wal.record(1_200_000, 3);
     fx.append_new().await;
     let first = snapshot(&fx, high);
@@ -71,11 +77,7 @@ async fn what_stands_before_a_fork_is_found_in_the_log_and_in_later_forks() {
 
 #[tokio::test]
 async fn what_is_lost_before_a_fork_is_zeros_that_tools_skip() {
-    let mut fx = Fixture::started_at(START).await;
-    fx.wal.record(100, 1);
-    let low = fx.append_new().await;
-    fx.wal.record(100_000, 2);
-    let high = fx.append_new().await;
+    let (mut fx, low, high) = with_two_ends().await;
     fx.wal.record(1_200_000, 3);
     let end = fx.append_new().await;
     let before = snapshot(&fx, high);
@@ -107,11 +109,7 @@ async fn what_is_lost_before_a_fork_is_zeros_that_tools_skip() {
 
 #[tokio::test]
 async fn a_log_that_is_cut_meanwhile_is_not_taken_for_what_stood_before_a_fork() {
-    let mut fx = Fixture::started_at(START).await;
-    fx.wal.record(100, 1);
-    let low = fx.append_new().await;
-    fx.wal.record(100_000, 2);
-    let high = fx.append_new().await;
+    let (mut fx, low, high) = with_two_ends().await;
     fx.wal.record(1000, 3);
     fx.append_new().await;
     diverge(&mut fx, high, 50_000, 4).await;

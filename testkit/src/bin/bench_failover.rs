@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use serde_json::Value;
 use testkit::{
     Binaries, Cluster, ClusterOptions, Launch, Ledger, Postgres, Proposing, Scratch, exit_code, percentile, run_within,
     secs, stop_on_signals, wait_for,
@@ -44,6 +45,8 @@ struct Bench<'a> {
     cluster: Cluster,
     standby: Postgres,
     ledger: Ledger,
+    /// Steps of all switchovers in which commits paused, in the order of their first time, with how long each took.
+    steps: Vec<(String, Vec<u64>)>,
 }
 
 impl Bench<'_> {
@@ -54,7 +57,7 @@ impl Bench<'_> {
         let standby = cluster.add_standby(scratch, "standby")?;
         let ledger = Ledger::start(&cluster.primary, options.writers)?;
         ledger.attach(&standby, options.writers);
-        Ok(Bench { scratch, binaries, cluster, standby, ledger })
+        Ok(Bench { scratch, binaries, cluster, standby, ledger, steps: Vec::new() })
     }
 
     /// All members have all WAL, one of them proposes, and commits go on.
@@ -72,8 +75,21 @@ impl Bench<'_> {
         self.cluster.safekeeper(leader)?.kill()?;
         let ledger = &self.ledger;
         let next = wait_for(DEADLINE, "the next commit", || ledger.first_after(killed).context("none"))?;
+        let took = next.at.duration_since(killed);
+        self.keep("kill", took)?;
         self.cluster.safekeeper(leader)?.start()?;
-        Ok(next.at.duration_since(killed))
+        Ok(took)
+    }
+
+    fn keep(&self, what: &str, took: Duration) -> Result<()> {
+        if took > Duration::from_millis(250) {
+            let at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis();
+            let dir = format!("/tmp/pace-slow-{at}-{what}-{}", took.as_millis());
+            std::process::Command::new("cp")
+                .args(["-r", &self.scratch.path().join("logs").display().to_string(), &dir])
+                .status()?;
+        }
+        Ok(())
     }
 
     /// From the last acknowledgement of the old primary to the first of the new one.
@@ -83,19 +99,45 @@ impl Bench<'_> {
         self.cluster.wait_replayed(&self.standby, end)?;
         let pid = self.cluster.primary.daemon().pid().context("a primary")?;
         let switchover = Launch::new(self.binaries.safekeeperctl())
-            .args(["switchover", "--safekeepers", &self.cluster.safekeeper_addresses()])
+            .args(["switchover", "--json", "--safekeepers", &self.cluster.safekeeper_addresses()])
             .args(["--from", &self.cluster.primary.conninfo(), "--to", &self.standby.conninfo()])
             .args(["--stop", &format!("kill -INT {pid}")]);
-        run_within(self.scratch, "safekeeperctl", switchover, DEADLINE)?;
+        let output = run_within(self.scratch, "safekeeperctl", switchover, DEADLINE)?;
+        self.note_steps(&output)?;
         std::mem::swap(&mut self.cluster.primary, &mut self.standby);
         let (old, new, ledger) = (&mut self.standby, &self.cluster.primary, &self.ledger);
         let last = ledger.last_of(old).context("no commit on the old primary")?;
         let first = wait_for(DEADLINE, "the next commit", || ledger.first_of(new, last.at).context("none"))?;
+        let took = first.at.duration_since(last.at);
+        let dir = format!(
+            "/tmp/pace-slow-{}-switchover-{}",
+            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis(),
+            took.as_millis()
+        );
+        std::process::Command::new("cp")
+            .args(["-r", &self.scratch.path().join("logs").display().to_string(), &dir])
+            .status()?;
         let status = old.daemon().wait_exit(DEADLINE)?;
         ensure!(status.success(), "the old primary stopped with {status}");
         old.follow(self.scratch, &self.cluster.readers_conninfo("standby"))?;
         old.start()?;
         Ok(first.at.duration_since(last.at))
+    }
+
+    /// Remembers how long each step took, from the one that stops the old primary on.
+    fn note_steps(&mut self, output: &str) -> Result<()> {
+        let last = output.lines().rev().find(|line| line.starts_with('{')).context("no JSON")?;
+        let report: Value = serde_json::from_str(last)?;
+        let steps = report.get("steps").and_then(Value::as_array).context("no steps")?;
+        let named = |step: &Value| Some((step.get("step")?.as_str()?.to_owned(), step.get("seconds")?.as_f64()?));
+        for (step, seconds) in steps.iter().filter_map(named).skip_while(|(step, _)| step != "stop") {
+            let millis = u64::try_from(Duration::from_secs_f64(seconds).as_millis())?;
+            match self.steps.iter_mut().find(|(known, _)| *known == step) {
+                Some((_, times)) => times.push(millis),
+                None => self.steps.push((step, vec![millis])),
+            }
+        }
+        Ok(())
     }
 }
 
@@ -116,13 +158,17 @@ fn bench(options: &Options) -> Result<()> {
         let switchovers = times("switchover", options.switchovers, || bench.switch_over())?;
         let tally = bench.ledger.check(&bench.cluster.primary)?;
         eprintln!("{} transactions acknowledged, all there", tally.acknowledged);
-        anyhow::Ok((kills, switchovers))
+        anyhow::Ok((kills, switchovers, bench.steps))
     })();
-    let (kills, switchovers) = measured.inspect_err(|_| eprintln!("{}", scratch.log_tails()))?;
+    let (kills, switchovers, steps) = measured.inspect_err(|_| eprintln!("{}", scratch.log_tails()))?;
     println!("| time without commits, ms | tries | min | median | p99 | max |");
     println!("|---|--:|--:|--:|--:|--:|");
     row("SIGKILL of the safekeeper that proposes", &kills);
     row("planned switchover to the standby", &switchovers);
+    for (step, mut times) in steps {
+        times.sort_unstable();
+        row(&format!("its step `{step}`"), &times);
+    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use rustix::process::Signal;
+use serde_json::Value;
 
 use super::SETTLE_DEADLINE;
 use crate::http::http_get;
@@ -11,6 +12,7 @@ use crate::port::Port;
 use crate::postgres::Postgres;
 use crate::process::{Daemon, Launch};
 use crate::scratch::Scratch;
+use crate::wait::wait_for;
 
 /// The name under which the walproposer connects to the primary, and which `synchronous_standby_names` lists.
 pub const APPLICATION_NAME: &str = "safekeeper";
@@ -105,7 +107,7 @@ impl Safekeeper {
         let (id, address) = (self.id, self.http.address());
         self.daemon.wait_until(SETTLE_DEADLINE, &format!("safekeeper {id} to answer"), || {
             let status = http_get(&address, "/v1/status")?.json()?;
-            ensure!(status.get("id").and_then(serde_json::Value::as_u64) == Some(id), "another id: {status}");
+            ensure!(status.get("id").and_then(Value::as_u64) == Some(id), "another id: {status}");
             Ok(())
         })
     }
@@ -234,6 +236,37 @@ impl Walproposer {
     /// When the program cannot be started.
     pub fn start(&mut self) -> Result<()> {
         self.daemon.start()
+    }
+
+    /// What it says of itself: `GET /v1/status`.
+    ///
+    /// # Errors
+    /// When it doesn't answer.
+    pub fn status(&self) -> Result<Value> {
+        http_get(&self.http_address(), "/v1/status")?.json()
+    }
+
+    /// Waits until `holds` is true of its status, and returns that.
+    ///
+    /// # Errors
+    /// When it isn't in time.
+    pub fn wait_status(&self, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+        wait_for(SETTLE_DEADLINE, what, || {
+            let status = self.status()?;
+            ensure!(holds(&status), "{status}");
+            Ok(status)
+        })
+    }
+
+    /// Waits until WAL of this Postgres timeline flows from the primary; its status then.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn wait_streaming(&self, pg_timeline: u64) -> Result<Value> {
+        self.wait_status(&format!("WAL of Postgres timeline {pg_timeline} to flow"), |status| {
+            status.get("pg_timeline") == Some(&pg_timeline.into())
+                && status.pointer("/primary/streaming") == Some(&Value::Bool(true))
+        })
     }
 
     /// SIGTERM; it must end with exit code 0.

@@ -1,6 +1,7 @@
 //! A whole system: safekeepers, a primary, and the walproposer between them.
 
 mod daemons;
+mod operator;
 mod segments;
 mod wiring;
 
@@ -23,6 +24,7 @@ use crate::secs;
 use crate::wait::wait_for;
 
 pub use daemons::{APPLICATION_NAME, Binaries, Safekeeper, Walproposer};
+pub use operator::synced;
 pub use segments::{ComparedWal, compare_wal};
 
 /// Enough for a start, an election or a catch-up on a busy machine.
@@ -98,6 +100,7 @@ pub struct Cluster {
     pub network: Network,
     /// Those of the safekeepers, by index, then the primary's. None without [`ClusterOptions::small_disks`], or where they cannot be.
     pub disks: Vec<SmallDisk>,
+    binaries: Binaries,
     further_ports: VecDeque<Port>,
     ttid: String,
 }
@@ -138,8 +141,9 @@ impl Cluster {
         }
         let network = wiring.network;
         // Both ids are the system identifier, big-endian, behind eight zero bytes.
-        let id = format!("{:032x}", primary.system_identifier()?);
-        let mut cluster = Cluster { primary, safekeepers, walproposer, network, disks, further_ports, ttid: id };
+        let ttid = format!("{:032x}", primary.system_identifier()?);
+        let binaries = binaries.clone();
+        let mut cluster = Cluster { primary, safekeepers, walproposer, network, disks, binaries, further_ports, ttid };
         cluster.wait_streaming()?;
         if options.synchronous {
             cluster.primary.set("synchronous_standby_names", &synchronous_names())?;
@@ -185,20 +189,6 @@ impl Cluster {
             ensure!(primary.sql()?.value(&query)? != "0", "pg_stat_replication has no such row");
             Ok(())
         })
-    }
-
-    /// Makes and starts the next of [`ClusterOptions::further_servers`]: a hot standby that reads from the safekeepers, and that
-    /// will wait for them with its own commits when it is promoted.
-    ///
-    /// # Errors
-    /// When there is none left, or it doesn't start.
-    pub fn add_standby(&mut self, scratch: &Scratch, name: &str) -> Result<Postgres> {
-        let port = self.further_ports.pop_front().context("a further server")?;
-        let source = self.readers_conninfo(name);
-        let mut standby = Postgres::standby_on(port, scratch, name, &self.primary, &source)?;
-        standby.configure(&[("synchronous_standby_names", &synchronous_names())])?;
-        standby.start()?;
-        Ok(standby)
     }
 
     /// Libpq connection string that lists all safekeepers, for standbys and receivers.
@@ -290,6 +280,16 @@ impl Cluster {
             ensure!(at >= lsn, "it is at {at}");
             Ok(())
         })
+    }
+
+    /// The index of the safekeeper that `standby` streams from.
+    ///
+    /// # Errors
+    /// When it doesn't stream in time, or from somebody else.
+    pub fn source_of(&self, standby: &Postgres) -> Result<usize> {
+        let port = standby.wait_receiving()?;
+        let index = self.safekeepers.iter().position(|safekeeper| safekeeper.pg_port() == port);
+        index.with_context(|| format!("the standby reads from port {port}, no safekeeper's"))
     }
 
     /// Compares the files of every safekeeper with the primary's segments, from the first segment they have up to `end`.

@@ -74,6 +74,8 @@ struct Book {
     rolled_back: HashSet<u64>,
     unknown: HashSet<u64>,
     seen: HashSet<u64>,
+    /// What writers met that they didn't ask for: when, on which server by TCP port, and what.
+    errors: Vec<(Instant, u16, String)>,
     /// Servers by TCP port that may acknowledge nothing that began after this moment.
     fenced: BTreeMap<u16, Instant>,
 }
@@ -233,6 +235,19 @@ impl Ledger {
         for writer in writers {
             writer.join().map_err(|_| anyhow!("a writer panicked"))?;
         }
+        Ok(())
+    }
+
+    /// Checks that no writer on `server` has met an error since `moment`: no statement failed, and no connection broke. What fails on
+    /// purpose doesn't count, nor does a standby's refusal.
+    ///
+    /// # Errors
+    /// What the writers met.
+    pub fn check_undisturbed(&self, server: &Postgres, moment: Instant) -> Result<()> {
+        let book = self.shared.book();
+        let met = book.errors.iter().filter(|(at, port, _)| *at > moment && *port == server.port());
+        let met: Vec<&str> = met.map(|(_, _, error)| error.as_str()).collect();
+        ensure!(met.is_empty(), "writers met ERRORS: {met:?}");
         Ok(())
     }
 

@@ -86,14 +86,14 @@ pub(super) fn write(shared: &Shared, conninfo: &str, server: u16, writer: u64) {
             Outcome::RolledBack => drop(book.rolled_back.insert(first)),
             Outcome::Unknown => drop(book.unknown.insert(first)),
         }
+        let refused = error.as_ref().is_some_and(|error| code(error) == Some(READ_ONLY));
+        book.errors.extend(error.as_ref().filter(|_| !refused).map(|error| (at, server, format!("{error:#}"))));
         drop(book);
-        match error {
-            None => {}
-            // The session may outlive the promotion.
-            Some(error) if code(&error) == Some(READ_ONLY) && sql.run("ROLLBACK").is_ok() => {
-                std::thread::sleep(STANDBY_PAUSE);
-            }
-            Some(_) => connection = None,
+        // The session may outlive the promotion.
+        if refused && sql.run("ROLLBACK").is_ok() {
+            std::thread::sleep(STANDBY_PAUSE);
+        } else if error.is_some() {
+            connection = None;
         }
     }
 }

@@ -325,6 +325,28 @@ impl Postgres {
         self.sql()?.parsed("SELECT pg_last_wal_replay_lsn()")
     }
 
+    /// Waits until a standby receives WAL by streaming; the port of the server that it comes from.
+    ///
+    /// # Errors
+    /// When it doesn't in time.
+    pub fn wait_receiving(&self) -> Result<u16> {
+        wait_for(START_DEADLINE, &format!("{} to receive WAL", self.name), || {
+            self.sql()?.parsed("SELECT sender_port FROM pg_stat_wal_receiver WHERE status = 'streaming'")
+        })
+    }
+
+    /// Takes its source of WAL from a standby, and waits until it receives nothing more.
+    ///
+    /// # Errors
+    /// When it doesn't let go in time.
+    pub fn cut_off(&self) -> Result<()> {
+        self.set("primary_conninfo", "''")?;
+        wait_for(START_DEADLINE, &format!("{} to be cut off", self.name), || {
+            ensure!(self.sql()?.value("SELECT count(*) FROM pg_stat_wal_receiver")? == "0", "it still receives");
+            Ok(())
+        })
+    }
+
     /// The system identifier.
     ///
     /// # Errors

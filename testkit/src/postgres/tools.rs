@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::Postgres;
 use crate::measure::percentile;
@@ -15,6 +15,9 @@ use crate::secs;
 
 /// Time to fill pgbench's tables at any scale used here.
 const INIT_DEADLINE: Duration = secs(600);
+
+/// Time to connect and begin, on a busy machine.
+const FIRST_FILE_DEADLINE: Duration = secs(60);
 
 /// What one run of pgbench measured.
 #[derive(Debug, Clone)]
@@ -128,6 +131,18 @@ impl ReceiveWal {
         let dir = scratch.postgres_dir(name)?;
         let launch = launch.arg("-D").arg(&dir).account(scratch.account());
         Ok(ReceiveWal { dir, daemon: Daemon::spawn(scratch, name, launch)? })
+    }
+
+    /// Waits until it has begun to receive.
+    ///
+    /// # Errors
+    /// When it exits instead, or takes too long.
+    pub fn wait_first_file(&mut self) -> Result<()> {
+        let dir = self.dir.clone();
+        self.daemon.wait_until(FIRST_FILE_DEADLINE, "the first file", || {
+            ensure!(fs::read_dir(&dir)?.next().is_some(), "no file yet");
+            Ok(())
+        })
     }
 
     /// Where the segments are.

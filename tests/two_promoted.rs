@@ -1,0 +1,104 @@
+//! Two standbys that were promoted from the same point are both on a Postgres timeline of the same number, which begins in the
+//! same place. Only one of them is followed: what was acknowledged on it is never continued with the other's WAL.
+#![allow(clippy::expect_used, clippy::indexing_slicing)]
+
+use anyhow::{Context, Result, ensure};
+use pgproto::Lsn;
+use testkit::{Binaries, Cluster, ClusterOptions, Postgres, Scratch, Walproposer, scenario, secs};
+
+const SYNCHRONOUS: (&str, &str) = ("synchronous_standby_names", "'ANY 1 (safekeeper)'");
+
+fn binaries() -> Binaries {
+    Binaries::new(env!("CARGO_BIN_EXE_safekeeper"), env!("CARGO_BIN_EXE_walproposer"))
+}
+
+fn standby(scratch: &Scratch, cluster: &Cluster, name: &str) -> Result<Postgres> {
+    let mut standby = Postgres::standby_of(scratch, name, &cluster.primary, &cluster.readers_conninfo(name))?;
+    standby.configure(&[SYNCHRONOUS])?;
+    standby.start()?;
+    Ok(standby)
+}
+
+fn proposer_of(scratch: &Scratch, cluster: &Cluster, name: &str, server: &Postgres) -> Result<Walproposer> {
+    let mut walproposer = Walproposer::named(scratch, &binaries(), name, server, &cluster.safekeepers, &[])?;
+    walproposer.start()?;
+    Ok(walproposer)
+}
+
+/// The proposer of `other` gives up and says why; the safekeepers' log ends where it did.
+fn is_refused(scratch: &Scratch, cluster: &Cluster, name: &str, other: &Postgres, end: Lsn) -> Result<()> {
+    let mut walproposer = proposer_of(scratch, cluster, name, other)?;
+    let exit = walproposer.daemon().wait_exit(secs(60))?;
+    let log = std::fs::read_to_string(scratch.log(name))?;
+    ensure!(!exit.success() && log.contains("its WAL before") && log.contains("is not the same"), "{exit}: {log}");
+    for safekeeper in &cluster.safekeepers {
+        assert_eq!(cluster.status_lsn(safekeeper, "flush_lsn")?, end, "{name}: safekeeper {}", safekeeper.id());
+    }
+    Ok(())
+}
+
+/// The server is lost, then its proposer is stopped. Returns where the log ends on every safekeeper: a server that nobody uses
+/// writes on by itself.
+fn lose(cluster: &Cluster, server: &mut Postgres, walproposer: &mut Walproposer) -> Result<Lsn> {
+    server.kill9()?;
+    let status = walproposer.wait_status("all that came to be committed", |status| {
+        let lsn = |field| status.get(field).filter(|lsn| lsn.is_string());
+        let lost = status.pointer("/primary/streaming") == Some(&serde_json::Value::Bool(false));
+        lost && lsn("received_lsn").is_some_and(|received| lsn("commit_lsn") == Some(received))
+    })?;
+    let end = status.get("received_lsn").and_then(|lsn| lsn.as_str()).context("received_lsn")?.parse()?;
+    cluster.wait_committed(end)?;
+    walproposer.stop()?;
+    Ok(end)
+}
+
+/// Adds `rows` to the table without waiting for anybody.
+fn write_alone(server: &Postgres, rows: &str) -> Result<()> {
+    server.sql()?.run(&format!("SET synchronous_commit = local; INSERT INTO t VALUES ({rows})"))
+}
+
+#[test]
+fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_log() {
+    scenario("two-promoted", |scratch| {
+        let mut cluster = Cluster::start(scratch, &binaries(), &ClusterOptions::default())?;
+        cluster.primary.sql()?.run("CREATE TABLE t (n int)")?;
+        let [mut one, other] = [standby(scratch, &cluster, "one")?, standby(scratch, &cluster, "other")?];
+        let end = cluster.primary.flush_lsn()?;
+        cluster.primary.kill9()?;
+        cluster.walproposer.stop()?;
+        for new in [&one, &other] {
+            cluster.wait_replayed(new, end)?;
+        }
+        for new in [&one, &other] {
+            new.promote()?;
+        }
+        let mut walproposer = proposer_of(scratch, &cluster, "walproposer-of-one", &one)?;
+        one.sql()?.run("INSERT INTO t VALUES (1)")?;
+        // Behind a switch the WAL of both fits, whatever was before.
+        one.sql()?.run("SELECT pg_switch_wal()")?;
+        cluster.wait_committed(one.flush_lsn()?)?;
+        let switched = lose(&cluster, &mut one, &mut walproposer)?;
+        write_alone(&other, "2")?;
+        other.sql()?.run("SELECT pg_switch_wal()")?;
+        write_alone(&other, "3")?;
+        ensure!(other.flush_lsn()? > switched, "the other has WAL that goes on there");
+        is_refused(scratch, &cluster, "walproposer-of-other", &other, switched)?;
+
+        // The one that was followed goes on, also from the begin of a segment; and the other is no better in the middle of one.
+        one.start()?;
+        walproposer.start()?;
+        one.sql()?.run("INSERT INTO t VALUES (4)")?;
+        walproposer.stop()?;
+        walproposer.start()?;
+        one.sql()?.run("INSERT INTO t VALUES (5)")?;
+        let end = lose(&cluster, &mut one, &mut walproposer)?;
+        while other.flush_lsn()? <= end {
+            write_alone(&other, "6")?;
+        }
+        is_refused(scratch, &cluster, "walproposer-of-other-again", &other, end)?;
+        one.start()?;
+        walproposer.start()?;
+        assert_eq!(one.sql()?.value("SELECT string_agg(n::text, ',' ORDER BY n) FROM t")?, "1,4,5");
+        one.sql()?.run("INSERT INTO t VALUES (7)")
+    });
+}
