@@ -75,21 +75,8 @@ impl Bench<'_> {
         self.cluster.safekeeper(leader)?.kill()?;
         let ledger = &self.ledger;
         let next = wait_for(DEADLINE, "the next commit", || ledger.first_after(killed).context("none"))?;
-        let took = next.at.duration_since(killed);
-        self.keep("kill", took)?;
         self.cluster.safekeeper(leader)?.start()?;
-        Ok(took)
-    }
-
-    fn keep(&self, what: &str, took: Duration) -> Result<()> {
-        if took > Duration::from_millis(250) {
-            let at = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis();
-            let dir = format!("/tmp/pace-slow-{at}-{what}-{}", took.as_millis());
-            std::process::Command::new("cp")
-                .args(["-r", &self.scratch.path().join("logs").display().to_string(), &dir])
-                .status()?;
-        }
-        Ok(())
+        Ok(next.at.duration_since(killed))
     }
 
     /// From the last acknowledgement of the old primary to the first of the new one.
@@ -108,15 +95,6 @@ impl Bench<'_> {
         let (old, new, ledger) = (&mut self.standby, &self.cluster.primary, &self.ledger);
         let last = ledger.last_of(old).context("no commit on the old primary")?;
         let first = wait_for(DEADLINE, "the next commit", || ledger.first_of(new, last.at).context("none"))?;
-        let took = first.at.duration_since(last.at);
-        let dir = format!(
-            "/tmp/pace-slow-{}-switchover-{}",
-            std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_millis(),
-            took.as_millis()
-        );
-        std::process::Command::new("cp")
-            .args(["-r", &self.scratch.path().join("logs").display().to_string(), &dir])
-            .status()?;
         let status = old.daemon().wait_exit(DEADLINE)?;
         ensure!(status.success(), "the old primary stopped with {status}");
         old.follow(self.scratch, &self.cluster.readers_conninfo("standby"))?;
