@@ -101,6 +101,17 @@ impl MessageReader {
         }
     }
 
+    /// Returns when the client has gone, for a command that waits long: nobody wants what it waits for any more. What arrives
+    /// meanwhile is kept, up to a limit. Cancel safe.
+    pub(super) async fn gone(&mut self) -> Interrupt {
+        while self.buffer.len() < READ_AHEAD {
+            if let Err(gone) = self.fill().await {
+                return gone;
+            }
+        }
+        std::future::pending().await
+    }
+
     async fn fill(&mut self) -> Result<(), Interrupt> {
         if self.buffer.capacity() - self.buffer.len() < LOW_ROOM {
             self.buffer.reserve(READ_AHEAD);

@@ -147,29 +147,36 @@ pub(super) async fn drop_slot(session: &mut Session, name: &str, wait: bool) -> 
     Ok(())
 }
 
-async fn drop_everywhere(session: &Session, timeline: &Arc<Timeline>, name: &str, wait: bool) -> Result<(), Interrupt> {
+async fn drop_everywhere(
+    session: &mut Session,
+    timeline: &Arc<Timeline>,
+    name: &str,
+    wait: bool,
+) -> Result<(), Interrupt> {
     if let Some(others) = timeline.slots().temporary().get(name) {
         return Err(SlotError::InUse { name: name.to_owned(), conn_id: others.conn_id, node: None }.into());
     }
     find(session, timeline, name).await;
-    let deadline = Instant::now() + session.house.config.idle_limit;
+    let Session { house, reader, .. } = session;
+    let deadline = Instant::now() + house.config.idle_limit;
     loop {
         if timeline.members().user_of(name).is_some() {
             // Perhaps not any more.
-            session.house.peers.ask(timeline).await;
+            house.peers.ask(timeline).await;
         }
         match drop_unused(timeline, name) {
             Ok(_) => break,
             Err(SlotError::InUse { .. }) if wait && Instant::now() < deadline => {
                 tokio::select! {
                     _ = timeout(LOOK_AGAIN, timeline.slots().released()) => {}
-                    () = session.house.shutdown.finishing().cancelled() => return Err(Interrupt::shutdown()),
+                    () = house.shutdown.finishing().cancelled() => return Err(Interrupt::shutdown()),
+                    gone = reader.gone() => return Err(gone),
                 }
             }
             Err(error) => return Err(error.into()),
         }
     }
-    let settled = session.house.peers.settle(timeline, name).await;
+    let settled = house.peers.settle(timeline, name).await;
     settled.map_err(|error| {
         let what =
             format!("replication slot \"{name}\" dropped here, and the others will learn of it when they are back");

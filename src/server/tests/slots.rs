@@ -6,6 +6,7 @@ use pgproto::backend::{BackendMessage, Column, ColumnType, SqlState};
 use pgproto::feedback::PageserverFeedback;
 use pgproto::replication::message::StandbyStatus;
 use pgproto::{HostPort, Lsn, NodeId};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 
 use super::harness::{Pusher, START, TestClient, TestServer, options, server_with_wal, ttid, write_wal};
@@ -134,6 +135,23 @@ async fn one_connection_uses_a_slot_and_moves_it() {
     user.until_ready().await;
     assert_eq!(other.until_ready().await.len(), 1, "as soon as nobody uses it");
     user.refused(&format!("START_REPLICATION SLOT s {START}"), SqlState::UNDEFINED_OBJECT).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_drop_that_waits_ends_with_whoever_asked_for_it() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 20).await;
+    let mut user = server.reader().await;
+    user.row("CREATE_REPLICATION_SLOT s PHYSICAL RESERVE_WAL").await;
+    user.start_replication(&format!("SLOT s {START} TIMELINE 1")).await;
+    user.wal(START, log.since(START).len()).await;
+    let mut other = server.reader().await;
+    other.query("DROP_REPLICATION_SLOT s WAIT").await;
+    other.socket.shutdown().await.unwrap();
+    assert_eq!(other.try_next().await, None);
+    user.copy_done().await;
+    user.until_ready().await;
+    user.start_replication(&format!("SLOT s {START} TIMELINE 1")).await;
     server.stop().await;
 }
 
