@@ -1,5 +1,7 @@
 //! Small bounds of the model, searched completely. `scripts/verify model` searches larger ones.
 
+use pgproto::PgTimelineId;
+use pgproto::walproposer::Proposes;
 use safekeeper_sim::model::Event;
 use safekeeper_sim::model::bounds::{Bounds, Network};
 use safekeeper_sim::model::search::{Outcome, Search};
@@ -61,4 +63,27 @@ fn the_membership_changes_under_two_leaders() {
     };
     let expected = [Event::JointCommit, Event::Finished, Event::Aborted, Event::CommitAfterChange];
     search(bounds, &expected);
+}
+
+#[test]
+fn a_primary_is_fenced_off() {
+    let (primary, next) = (PgTimelineId(1), PgTimelineId(2));
+    // The operator finds the end of the log.
+    let found = Bounds {
+        proposes: vec![Proposes::WalOf(primary), Proposes::Nothing],
+        fences: vec![primary],
+        successive: true,
+        ..Bounds::new(Network::Exchange)
+    };
+    search(found, &[Event::Fenced, Event::FencedOff, Event::FinalEnd, Event::Cut]);
+    // A promoted server goes on, the fenced one too for as long as it can, and power is lost.
+    let promoted = Bounds {
+        proposes: vec![Proposes::WalOf(primary), Proposes::WalOf(next)],
+        fences: vec![primary],
+        members: vec![1, 2],
+        crashes: 1,
+        sync: true,
+        ..Bounds::new(Network::Exchange)
+    };
+    search(promoted, &[Event::Fenced, Event::FencedOff, Event::CommitInSpite, Event::CrashInside]);
 }

@@ -18,7 +18,7 @@ use tokio_postgres::config::{Host, SslMode};
 use super::Settings;
 use super::upstream::UpstreamError;
 use crate::client::connection::{ConnectError, Connection, Login, Row};
-use crate::client::replication::{Identity, identify_system, quoted, segment_size};
+use crate::client::replication::{Identity, SlotPosition, identify_system, quoted, read_slot, segment_size};
 use crate::consensus::state::ServerInfo;
 use crate::consensus::timelines::StockServer;
 
@@ -325,7 +325,7 @@ fn version_number(text: &str) -> Option<u32> {
     digits(major)?.checked_mul(10_000)?.checked_add(digits(minor).unwrap_or(0))
 }
 
-pub(super) async fn create_slot(connection: &mut Connection, slot: &str) -> Result<(), UpstreamError> {
+async fn create_slot(connection: &mut Connection, slot: &str) -> Result<(), UpstreamError> {
     // This spelling is understood by every version from 14 on.
     match connection.query(&format!("CREATE_REPLICATION_SLOT {} PHYSICAL RESERVE_WAL", quoted(slot))).await {
         Ok(_) => tracing::info!(slot, "created the replication slot on the primary"),
@@ -333,6 +333,33 @@ pub(super) async fn create_slot(connection: &mut Connection, slot: &str) -> Resu
         Err(error) => return Err(error.into()),
     }
     Ok(())
+}
+
+/// Begins to stream with a command that names `slot`. One that was dropped is made anew: without it the primary would remove WAL
+/// that is not safe yet. So is one that the primary gave up, because it was unused for too long or too far behind: it holds
+/// nothing any more, and from 18 on it can't be used. Whether the WAL is still there shows when it is asked for.
+pub(super) async fn start_on_slot(
+    connection: &mut Connection,
+    slot: &str,
+    command: &str,
+) -> Result<Result<Option<Vec<Row>>, ConnectError>, UpstreamError> {
+    let started = connection.start_stream(command).await;
+    let Err(ConnectError::Server(error)) = &started else { return Ok(started) };
+    match error.code {
+        SqlState::UNDEFINED_OBJECT => {}
+        // A logical slot is refused with this code too, and everything is by a server that stops. Neither tells a position.
+        SqlState::OBJECT_NOT_IN_PREREQUISITE_STATE if is_physical(connection, slot).await => {
+            tracing::warn!(slot, %error, "the primary gave up the replication slot: it is made anew");
+            connection.query(&format!("DROP_REPLICATION_SLOT {}", quoted(slot))).await?;
+        }
+        _ => return Ok(started),
+    }
+    create_slot(connection, slot).await?;
+    Ok(connection.start_stream(command).await)
+}
+
+async fn is_physical(connection: &mut Connection, slot: &str) -> bool {
+    matches!(read_slot(connection, slot).await, Ok(SlotPosition::Unused | SlotPosition::At(_)))
 }
 
 /// The first LSN that the slot keeps, or `None` when the primary doesn't say.

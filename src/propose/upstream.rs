@@ -13,7 +13,7 @@ use pgproto::pg_timeline::Branch;
 use pgproto::replication::message::{ServerMessage, StandbyStatus, encode_hot_standby_feedback};
 use pgproto::{Lsn, PgTimelineId, SegmentNumber, SegmentSize, SystemId};
 
-use super::primary::{self, PrimaryFacts, Server, create_slot, text};
+use super::primary::{self, PrimaryFacts, Server, text};
 use super::throttle::AckThrottle;
 use super::witness::{LogBefore, Witness};
 use super::{Settings, slot_takeover};
@@ -266,12 +266,7 @@ pub async fn follow(
     let lead_in = lead_in(start, facts.server.wal_seg_size);
     let begin = witness.as_ref().map_or(lead_in, |witness| witness.from().min(lead_in));
     let command = format!("START_REPLICATION SLOT {} PHYSICAL {begin} TIMELINE {timeline}", quoted(&settings.slot));
-    let mut started = connection.start_stream(&command).await;
-    if matches!(&started, Err(ConnectError::Server(error)) if error.code == SqlState::UNDEFINED_OBJECT) {
-        // Somebody dropped it. Without a slot the primary would remove WAL that is not safe yet.
-        create_slot(&mut connection, &settings.slot).await?;
-        started = connection.start_stream(&command).await;
-    }
+    let mut started = primary::start_on_slot(&mut connection, &settings.slot, &command).await?;
     if let Some(followed_at) = followed_at.filter(|_| slot_takeover::is_in_use(&started)) {
         let primary = primary::only_host(&settings.primary, &address);
         let held = (&primary, settings.slot.as_str(), settings.application_name.as_str());

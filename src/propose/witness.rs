@@ -15,6 +15,7 @@ use pgproto::backend::SqlState;
 use pgproto::{HostPort, Lsn, SegmentNumber, SegmentSize, TenantTimelineId, Term};
 use tokio::time::timeout;
 
+use super::buffer::WalBuffer;
 use super::donor::Reading;
 use crate::client::connection::ConnectError;
 
@@ -22,7 +23,7 @@ use crate::client::connection::ConnectError;
 const WINDOW: u64 = 128 << 10;
 
 /// How far back something that isn't zero is looked for. More than a segment of the usual size.
-pub(super) const DEPTH: u64 = 64 << 20;
+const DEPTH: u64 = 64 << 20;
 
 /// How long a safekeeper may take to hand it out before another one is asked.
 const LIMIT: Duration = Duration::from_secs(2);
@@ -48,6 +49,13 @@ impl Witness {
         let both = ours.len().min(theirs.len());
         ours.get(..both) == theirs.get(..both)
     }
+}
+
+/// What of the WAL that came in this term is to be compared. All of it may be a great many pieces.
+pub(super) fn last_received(buffer: &WalBuffer) -> Vec<Bytes> {
+    let last = buffer.last_pieces(WINDOW);
+    let says_something = last.iter().any(|piece| piece.iter().any(|byte| *byte != 0));
+    if says_something { last } else { buffer.last_pieces(DEPTH) }
 }
 
 /// Where the WAL of the log before `start` can be had.
@@ -162,6 +170,17 @@ mod tests {
         }
         assert!(witness.agrees(Lsn(SEGMENT - 2), b"xxabcdefghxx"), "nothing is known of what is before and behind it");
         assert!(!witness.agrees(Lsn(SEGMENT - 2), b"xxabcdefgx"));
+    }
+
+    #[test]
+    fn no_more_is_taken_from_the_buffer_than_is_compared() {
+        let mut buffer = WalBuffer::new(Lsn(SEGMENT), 1 << 30);
+        for _ in 0..1000 {
+            assert!(buffer.push(buffer.end(), Bytes::from(vec![7; 1000])));
+        }
+        assert_eq!(last_received(&buffer).len(), 132);
+        assert!(buffer.push(buffer.end(), Bytes::from(vec![0; 1 << 20])));
+        assert_eq!(last_received(&buffer).len(), 1001, "what is behind a switch says nothing");
     }
 
     #[tokio::test]

@@ -27,6 +27,9 @@ const LINGER: Duration = Duration::from_secs(1);
 /// The same while the server stops: a client that was told so closes the connection in a few milliseconds.
 const LAST_LINGER: Duration = Duration::from_millis(200);
 
+/// Slices given to the socket in one call: a message, its WAL in some pieces, and then some.
+const SLICES_AT_ONCE: usize = 16;
+
 /// Splits a connection into its two directions.
 pub(super) fn split(socket: TcpStream, config: &ServerConfig) -> (MessageReader, MessageWriter) {
     let (read, write) = socket.into_split();
@@ -178,6 +181,24 @@ impl MessageWriter {
             io.written(count);
         }
         Ok(())
+    }
+
+    /// Sends what the socket takes at once.
+    pub(super) fn write_now(&mut self) -> io::Result<()> {
+        let mut waiting = Waiting { queue: &mut self.queue }.chain(&mut self.out);
+        let mut slices = [IoSlice::new(&[]); SLICES_AT_ONCE];
+        let filled = waiting.chunks_vectored(&mut slices);
+        match self.socket.try_write_vectored(slices.get(..filled).unwrap_or_default()) {
+            Ok(count) => {
+                waiting.advance(count);
+                if let Some(io) = &self.io {
+                    io.written(count);
+                }
+                Ok(())
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            Err(error) => Err(error),
+        }
     }
 
     /// Sends everything. Cancel safe. Fails when the peer takes nothing for too long.

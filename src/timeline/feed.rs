@@ -37,11 +37,6 @@ impl WalFeed {
         self.stored.start_lsn()
     }
 
-    /// How many read the timeline at the moment, this one included.
-    pub fn companions(&self) -> usize {
-        self.tail.companions()
-    }
-
     /// The WAL from `at` up to `end`, which is behind `at`, or up to a page before. Never empty. Cancel safe.
     ///
     /// Behind a segment switch the rest of the segment counts as there before it has come. Those are zeros; they are not

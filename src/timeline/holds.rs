@@ -130,8 +130,11 @@ impl Timeline {
                 holds.push(Hold { owner, lsn, age, limit });
             }
         };
+        let live = self.slots.table();
         for slot in self.slots.durable().kept() {
-            let age = Duration::from_secs(now.saturating_sub(slot.used_at));
+            // Only the position counts as it is on disk.
+            let used_at = live.get(&slot.name).map_or(slot.used_at, |live| live.used_at);
+            let age = Duration::from_secs(now.saturating_sub(used_at));
             add(HoldOwner::Slot(slot.name.clone()), slot.restart_lsn, Some(age), limit);
         }
         for (name, slot) in self.slots.temporary() {

@@ -33,6 +33,7 @@
 //! | [`holds`] | who needs which WAL |
 //! | [`retention`] | saves slots, removes WAL that nobody needs |
 //! | [`tail`] | the newest WAL in memory |
+//! | [`turns`] | who sends when, of many readers at the end |
 //! | [`registry`] | all timelines of the node: load, look up, create |
 
 pub mod feed;
@@ -46,6 +47,7 @@ pub mod registry;
 pub mod retention;
 pub mod slots;
 pub mod tail;
+pub mod turns;
 mod writer;
 
 use std::sync::Arc;
@@ -76,6 +78,7 @@ use push::Leadership;
 use readers::{Positions, ReaderStatus, Readers};
 use slots::Slots;
 use tail::{Tail, Tails};
+use turns::Turns;
 use writer::{Command, Writer};
 
 /// Commands waiting for the writer. Full means back-pressure: the connection that sends stops being read.
@@ -204,6 +207,7 @@ pub struct Timeline {
     seat: Mutex<Seat>,
     readers: Readers,
     tail: Arc<Tail>,
+    turns: Turns,
     push_sessions: push::PushSessions,
     /// The term, and since when it is that, if it ever changed in this process.
     term_since: Mutex<(Term, Option<Instant>)>,
@@ -241,6 +245,7 @@ impl Timeline {
             seat: Mutex::new(Seat::Vacant),
             readers: Readers::default(),
             tail: Tail::new(Arc::clone(tails)),
+            turns: Turns::default(),
             push_sessions: push::PushSessions::default(),
             term_since: Mutex::new((progress.term, None)),
             slots,
@@ -395,6 +400,11 @@ impl Timeline {
     /// Who reads here.
     pub fn readers(&self) -> &Readers {
         &self.readers
+    }
+
+    /// When its readers send what was committed last.
+    pub fn turns(&self) -> &Turns {
+        &self.turns
     }
 
     /// Its replication slots.

@@ -211,11 +211,6 @@ impl TailReader {
     pub fn read(&self, at: Lsn, end: Lsn, most: u64) -> Option<WalPiece> {
         self.tail.read(at, end, most)
     }
-
-    /// How many read here.
-    pub fn companions(&self) -> usize {
-        self.tail.inner.lock().readers
-    }
 }
 
 impl Drop for TailReader {

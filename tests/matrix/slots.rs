@@ -54,6 +54,28 @@ pub fn slot_command(scratch: &Scratch, clients: &Clients, on: &Safekeeper, name:
     run_within(scratch, "pg_receivewal-slots", launch, secs(60)).map(drop)
 }
 
+/// 18 gives up slots that nobody used for a while, and refuses to stream with those.
+#[test]
+fn a_slot_that_the_primary_gave_up_is_made_anew() {
+    crate::with_version(18, "a_slot_that_the_primary_gave_up", |_, cluster| {
+        cluster.walproposer.stop()?;
+        cluster.primary.set("idle_replication_slot_timeout", "'1s'")?;
+        let given_up = "SELECT count(*) FROM pg_replication_slots WHERE invalidation_reason IS NOT NULL";
+        wait_for(secs(60), "the primary to give up the slot", || {
+            // It looks when it makes a checkpoint.
+            cluster.primary.sql()?.run("CHECKPOINT")?;
+            ensure!(cluster.primary.sql()?.value(given_up)? == "1");
+            Ok(())
+        })?;
+        cluster.primary.set("idle_replication_slot_timeout", "0")?;
+        cluster.walproposer.start()?;
+        cluster.wait_synchronous()?;
+        commit_step(&cluster.primary, "after")?;
+        ensure!(cluster.primary.sql()?.value(given_up)? == "0", "the slot is still one that holds nothing");
+        Ok(())
+    });
+}
+
 for_each_version!(a_standby_keeps_its_slot_while_it_hops_between_nodes);
 
 fn a_standby_keeps_its_slot_while_it_hops_between_nodes(scratch: &Scratch, cluster: &mut Cluster) -> Result<()> {

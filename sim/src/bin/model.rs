@@ -4,6 +4,8 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use pgproto::PgTimelineId;
+use pgproto::walproposer::Proposes;
 use safekeeper_sim::model::bounds::{Bounds, Network};
 use safekeeper_sim::model::search::Search;
 
@@ -19,6 +21,13 @@ struct Options {
     /// Elections that may be tried; a proposer that restarts tries another.
     #[arg(long, default_value_t = 2)]
     elections: u8,
+    /// What each of these proposers says that it proposes, in the order in which they start: WAL of a primary on a Postgres timeline (its
+    /// number), nothing (sync), or it doesn't say (untold). There are as many elections as are listed here.
+    #[arg(long, value_delimiter = ',', value_parser = proposes)]
+    proposes: Vec<Proposes>,
+    /// Postgres timelines that an operator fences off, each on all nodes, at any time.
+    #[arg(long, value_delimiter = ',', conflicts_with = "new_members")]
+    fence: Vec<u32>,
     /// Records that each leader may write.
     #[arg(long, default_value_t = 1)]
     records: usize,
@@ -66,6 +75,17 @@ struct Options {
     limit: Option<u64>,
 }
 
+fn proposes(text: &str) -> Result<Proposes, String> {
+    match text {
+        "untold" => Ok(Proposes::Untold),
+        "sync" => Ok(Proposes::Nothing),
+        number => number
+            .parse()
+            .map(|timeline| Proposes::WalOf(PgTimelineId(timeline)))
+            .map_err(|_| "the number of a Postgres timeline, sync or untold".to_owned()),
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 enum NetworkName {
     Exchange,
@@ -83,7 +103,12 @@ fn main() -> ExitCode {
         NetworkName::Datagrams => Network::Datagrams,
     };
     let bounds = Bounds {
-        elections: options.elections,
+        elections: match u8::try_from(options.proposes.len()) {
+            Ok(0) | Err(_) => options.elections,
+            Ok(listed) => listed,
+        },
+        proposes: options.proposes,
+        fences: options.fence.into_iter().map(PgTimelineId).collect(),
         records: options.records,
         crashes: options.crashes,
         breaks: options.breaks,

@@ -1,5 +1,8 @@
 //! How far a search goes: how many of everything, and what the network may do.
 
+use pgproto::PgTimelineId;
+use pgproto::walproposer::Proposes;
+
 /// What the network may do with messages between a proposer and a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
@@ -20,6 +23,10 @@ pub enum Network {
 pub struct Bounds {
     /// Lives of proposers, each in a term of its own: restarts are the next life.
     pub elections: u8,
+    /// What each of these lives says that it proposes, in the order in which they start. Empty: none says it.
+    pub proposes: Vec<Proposes>,
+    /// Postgres timelines that an operator fences off: each at any time, once on every node.
+    pub fences: Vec<PgTimelineId>,
     /// Records that each leader may write.
     pub records: usize,
     /// Times that a node loses power.
@@ -54,6 +61,8 @@ impl Bounds {
     pub fn new(network: Network) -> Self {
         Self {
             elections: 2,
+            proposes: Vec::new(),
+            fences: Vec::new(),
             records: 1,
             crashes: 0,
             breaks: 0,
@@ -68,6 +77,11 @@ impl Bounds {
             new_members: Vec::new(),
             reconfigurations: 0,
         }
+    }
+
+    /// What a candidate says that it proposes.
+    pub fn proposes(&self, candidate: usize) -> Proposes {
+        self.proposes.get(candidate).copied().unwrap_or_default()
     }
 
     /// Whether the membership may change.

@@ -6,10 +6,10 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 use pgproto::walproposer::{AcceptorMessage, ProposerMessage, TermLsn};
-use pgproto::{Lsn, Term};
+use pgproto::{Lsn, PgTimelineId, Term};
 use safekeeper::consensus::proposer::{PeerIndex, Proposer};
 
-use super::wal::Log;
+use super::wal::{Log, index_of};
 
 /// A connection to one node, and what is on its way.
 #[derive(Clone, Default, Hash)]
@@ -54,6 +54,10 @@ pub struct Candidate {
     pub links: Vec<Link>,
     /// It was elected, in this term and with its own WAL beginning here.
     pub elected: Option<(Term, Lsn)>,
+    /// A majority had told that this Postgres timeline and older ones are fenced off when it started.
+    pub behind_fence: Option<PgTimelineId>,
+    /// It proposes nothing, started behind a fence, and found so many records: nobody who is fenced off commits more.
+    pub final_end: Option<usize>,
     /// The leader's log: what its best voter had, and what it wrote itself.
     pub log: Log,
 }
@@ -62,13 +66,26 @@ impl Candidate {
     /// A proposer that knows `nodes` addresses and has done nothing.
     pub fn new(proposer: Proposer, nodes: usize) -> Self {
         let links = vec![Link::default(); nodes];
-        Self { started: false, proposer: Some(proposer), links, elected: None, log: Log::default() }
+        Self {
+            started: false,
+            proposer: Some(proposer),
+            links,
+            elected: None,
+            behind_fence: None,
+            final_end: None,
+            log: Log::default(),
+        }
     }
 
     /// Leads, as far as it knows: its term.
     pub fn leads(&self) -> Option<Term> {
         let proposer = self.proposer.as_ref()?;
         proposer.term_start().map(|_| proposer.term())
+    }
+
+    /// Number of records that it has declared committed.
+    pub fn committed(&self) -> usize {
+        self.proposer.as_ref().and_then(|proposer| index_of(proposer.commit_lsn())).unwrap_or_default()
     }
 
     /// Durable at a node in this leader's term, as the node acknowledged.
@@ -83,10 +100,10 @@ impl Candidate {
             value(&mut hasher);
             hasher.finish()
         };
-        let Self { started, proposer, links, elected, log } = self;
+        let Self { started, proposer, links, elected, behind_fence, final_end, log } = self;
         let parts = proposer.as_ref().map(Proposer::anonymous);
         let common = parts.as_ref().map(|(common, _)| common);
-        let common = hash(&|hasher| (started, common, elected, log).hash(hasher));
+        let common = hash(&|hasher| (started, common, elected, behind_fence, final_end, log).hash(hasher));
         let peer = |index| parts.as_ref().map(|(_, peers)| peers.get(index));
         let each = links.iter().enumerate().map(|(index, link)| hash(&|hasher| (peer(index), link).hash(hasher)));
         (common, each.collect())

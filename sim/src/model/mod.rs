@@ -88,11 +88,19 @@ pub enum Event {
     Aborted,
     /// A leader of a later configuration declared something committed.
     CommitAfterChange,
+    /// A majority told that a Postgres timeline is fenced off.
+    Fenced,
+    /// A node refused a proposer that is fenced off.
+    FencedOff,
+    /// A proposer that proposes nothing found the final end of the log behind a fence.
+    FinalEnd,
+    /// Where a majority has a fence, a proposer that it admits declared something committed that wasn't there before.
+    CommitInSpite,
 }
 
 impl Event {
     /// All of them.
-    pub const ALL: [Event; 13] = [
+    pub const ALL: [Event; 17] = [
         Event::Election,
         Event::InheritedLog,
         Event::Commit,
@@ -106,6 +114,10 @@ impl Event {
         Event::Finished,
         Event::Aborted,
         Event::CommitAfterChange,
+        Event::Fenced,
+        Event::FencedOff,
+        Event::FinalEnd,
+        Event::CommitInSpite,
     ];
 }
 

@@ -3,11 +3,14 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use pgproto::walproposer::{AcceptorMessage, AppendResponse, Configuration, Member, ProposerMessage, TermLsn};
-use pgproto::{Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
+use pgproto::walproposer::{
+    AcceptorMessage, AppendResponse, Configuration, Member, ProposerMessage, Proposes, TermLsn,
+};
+use pgproto::{Ancestry, Generation, Lsn, NodeId, TenantId, TenantTimelineId, Term, TimelineId};
 use safekeeper::consensus::acceptor::AcceptorError;
 use safekeeper::consensus::proposer::{AppendSpec, Effect, PeerIndex, PeerState, Proposer, ProposerConfig};
 use safekeeper::consensus::state::ControlState;
+use safekeeper::consensus::timelines::StockServer;
 use safekeeper::storage::test_wal;
 use stateright::{Model, Property};
 
@@ -55,7 +58,7 @@ impl Model for Cluster {
         vec![State {
             nodes: (0..nodes).map(node).collect(),
             candidates: (0..bounds.elections)
-                .map(|_| Candidate::new(self.proposer(configuration.clone()), nodes))
+                .map(|index| Candidate::new(self.proposer(index.into(), configuration.clone()), nodes))
                 .map(|candidate| Arc::new(CandidateCell::new(candidate)))
                 .collect(),
             budget: Budget {
@@ -103,9 +106,20 @@ impl Cluster {
         Configuration { generation: Generation(1), members, new_members: None }
     }
 
-    fn proposer(&self, configuration: Configuration) -> Proposer {
+    fn proposer(&self, index: usize, configuration: Configuration) -> Proposer {
         let server = test_wal::new_timeline(TTID).server;
-        let config = ProposerConfig { ttid: TTID, server, configuration, initial_start: wal::START, stock: None };
+        let proposes = self.bounds.proposes(index);
+        let initial_start = if proposes == Proposes::Nothing { Lsn::INVALID } else { wal::START };
+        // Who says what it proposes is a stock server, and then leaders tell of fences. All WAL of the model is of one timeline, also
+        // that of a primary that is on a later one: where timelines begin is another matter than who may propose.
+        let stock = (proposes != Proposes::Untold).then(|| StockServer {
+            pg_version: server.pg_version,
+            server_version: String::new(),
+            safekeepers: Vec::new(),
+            ancestry: Ancestry::default(),
+            history: Vec::new(),
+        });
+        let config = ProposerConfig { ttid: TTID, server, configuration, initial_start, stock };
         Proposer::new(config, self.bounds.nodes())
     }
 }
@@ -147,7 +161,8 @@ impl Next<'_> {
                 let Envelope { candidate, node, .. } = message;
                 let request = self.take_request(message, Fate::Plain)?;
                 let vote = matches!(request, ProposerMessage::VoteRequest(_));
-                let reply = self.crash(node, |node, wal| node.crash_in(request, crash, wal))?;
+                let proposes = self.cluster.bounds.proposes(candidate);
+                let reply = self.crash(node, |node, wal| node.crash_in(proposes, request, crash, wal))?;
                 self.cluster.saw(Event::CrashInside);
                 let Some(reply) = reply else { return Ok(()) };
                 if vote {
@@ -159,6 +174,11 @@ impl Next<'_> {
                 self.crash(node, |node, wal| node.crash_in_flush(crash, wal)).map(drop)
             }
             Step::BumpTerm { node } => self.bump_term(node),
+            Step::Fence { node, fence } => self.fence(node, fence),
+            Step::CrashInFence { node, fence, crash } => {
+                let timeline = self.cluster.bounds.fences[fence];
+                self.crash(node, |node, wal| node.crash_in_fence(timeline, crash, wal)).map(drop)
+            }
             Step::Join | Step::Pull { .. } | Step::Switch { .. } | Step::Finish | Step::Abort => self.reconfigure(step),
         }
     }
@@ -185,7 +205,9 @@ impl Next<'_> {
 
     fn start(&mut self, index: usize, configuration: usize, greets: u32) -> Done {
         let configuration = self.state.issued[configuration].clone();
-        let proposer = self.cluster.proposer(configuration);
+        let proposer = self.cluster.proposer(index, configuration);
+        let fences = self.cluster.bounds.fences.iter().copied();
+        let behind_fence = fences.filter(|fence| self.state.fenced_end(Proposes::WalOf(*fence)).is_some()).max();
         if self.cluster.bounds.successive {
             for earlier in 0..index {
                 self.step_down(earlier);
@@ -196,6 +218,7 @@ impl Next<'_> {
         }
         self.candidate(index, |candidate| {
             candidate.started = true;
+            candidate.behind_fence = behind_fence;
             candidate.proposer = Some(proposer);
         });
         // Only now are votes asked for, so all of them are greeted before one votes.
@@ -267,7 +290,8 @@ impl Next<'_> {
         if queue == Queue::Stale || message.at > 0 || self.state.candidates[candidate].candidate.proposer.is_none() {
             self.cluster.saw(Event::StaleMessage);
         }
-        let handled = self.node(node, |node, wal| node.handle(request.clone(), wal))??;
+        let proposes = self.cluster.bounds.proposes(candidate);
+        let handled = self.node(node, |node, wal| node.handle(proposes, request.clone(), wal))??;
         let handled = match handled {
             Ok(handled) => handled,
             Err(error) => return self.refused(message, &error),
@@ -322,6 +346,9 @@ impl Next<'_> {
     fn refused(&mut self, message: Envelope, error: &AcceptorError) -> Done {
         if error.is_alarming() {
             return Err(Stop::Broken("a node took a message for damage"));
+        }
+        if matches!(error, AcceptorError::FencedOff { .. }) {
+            self.cluster.saw(Event::FencedOff);
         }
         let any_order = self.cluster.bounds.network == Network::Datagrams;
         match message.queue {
@@ -423,6 +450,16 @@ impl Next<'_> {
         if length > 0 {
             self.note_commit(index);
         }
+        if candidate.behind_fence.is_some() {
+            match self.cluster.bounds.proposes(index) {
+                Proposes::Nothing => {
+                    self.cluster.saw(Event::FinalEnd);
+                    self.candidate(index, |candidate| candidate.final_end = Some(length));
+                }
+                _ if length > self.state.committed.log.len() => self.cluster.saw(Event::CommitInSpite),
+                _ => {}
+            }
+        }
         self.state.committed.declare(log.prefix(length), term);
         Ok(())
     }
@@ -493,7 +530,10 @@ impl Next<'_> {
     /// A leader's server writes all it will write, at once: it is sent later anyway, or never.
     fn write(&mut self, index: usize) -> Done {
         let author = u8::try_from(index + 1).map_err(|_| Stop::Impossible)?;
-        let records = self.cluster.bounds.records;
+        let records = match self.cluster.bounds.proposes(index) {
+            Proposes::Nothing => 0,
+            Proposes::Untold | Proposes::WalOf(_) => self.cluster.bounds.records,
+        };
         let end = self.candidate(index, |candidate| {
             (0..records).for_each(|_| candidate.log.push(author));
             candidate.log.end()
@@ -542,7 +582,9 @@ impl Next<'_> {
     }
 
     fn flush(&mut self, node: usize) -> Done {
-        let acknowledgements = self.node(node, |node, wal| node.flush(wal).map(|()| node.acknowledge()))??;
+        let bounds = &self.cluster.bounds;
+        let proposes = |candidate| bounds.proposes(candidate);
+        let acknowledgements = self.node(node, |node, wal| node.flush(wal).map(|()| node.acknowledge(proposes)))??;
         for (candidate, reply) in acknowledgements {
             let message = Envelope { candidate, node, queue: Queue::Current, at: 0 };
             self.reply(message, reply)?;
@@ -588,5 +630,16 @@ impl Next<'_> {
         self.state.budget.bumps -= 1;
         let highest = self.state.present().map(|(_, node)| node.control().term).max().unwrap_or_default();
         Ok(self.node(node, |node, wal| node.bump_term(highest.next(), wal))??)
+    }
+
+    /// The operator fences off a Postgres timeline on a node, and is told where the log ends there.
+    fn fence(&mut self, node: usize, fence: usize) -> Done {
+        let timeline = self.cluster.bounds.fences[fence];
+        let end = self.node(node, |node, wal| node.fence(timeline, wal))??;
+        Arc::make_mut(&mut self.state.nodes[node]).fenced.push((timeline, end));
+        if self.state.fenced_end(Proposes::WalOf(timeline)).is_some() {
+            self.cluster.saw(Event::Fenced);
+        }
+        Ok(())
     }
 }

@@ -6,8 +6,8 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use pgproto::walproposer::{AcceptorMessage, Configuration, ProposerMessage, TermLsn};
-use pgproto::{Lsn, NodeId, Term};
+use pgproto::walproposer::{AcceptorMessage, Configuration, ProposerMessage, Proposes, TermLsn};
+use pgproto::{Lsn, NodeId, PgTimelineId, Term};
 use safekeeper::consensus::acceptor::{Acceptor, AcceptorError, Action};
 use safekeeper::consensus::state::ControlState;
 
@@ -113,8 +113,13 @@ impl Node {
     }
 
     /// Handles a message. An error means that the connection ends.
-    pub fn handle(&mut self, message: ProposerMessage, wal: &Wal) -> Result<Result<Handled, AcceptorError>, Broken> {
-        match guarded(&mut self.acceptor, |acceptor| acceptor.handle(message))? {
+    pub fn handle(
+        &mut self,
+        proposes: Proposes,
+        message: ProposerMessage,
+        wal: &Wal,
+    ) -> Result<Result<Handled, AcceptorError>, Broken> {
+        match guarded(&mut self.acceptor, |acceptor| acceptor.handle_from(proposes, message))? {
             Ok(actions) => self.perform(actions, usize::MAX, wal).map(Ok),
             Err(error) => Ok(Err(error)),
         }
@@ -123,11 +128,12 @@ impl Node {
     /// Loses power while it handles a message; `None` if it can't that way. An answer may have left before.
     pub fn crash_in(
         &mut self,
+        proposes: Proposes,
         message: ProposerMessage,
         crash: Crash,
         wal: &Wal,
     ) -> Result<Option<Option<AcceptorMessage>>, Broken> {
-        match guarded(&mut self.acceptor, |acceptor| acceptor.handle(message))? {
+        match guarded(&mut self.acceptor, |acceptor| acceptor.handle_from(proposes, message))? {
             Ok(actions) => self.crash_while_performing(actions, crash, wal),
             Err(_) => Ok(None),
         }
@@ -159,6 +165,24 @@ impl Node {
         self.perform(actions.map_err(|_| "a term was not raised")?, usize::MAX, wal).map(drop)
     }
 
+    /// Fences off the primaries of a Postgres timeline and of older ones. Returns the number of records that it tells with that.
+    pub fn fence(&mut self, timeline: PgTimelineId, wal: &Wal) -> Result<usize, Broken> {
+        let actions = guarded(&mut self.acceptor, |acceptor| acceptor.fence(timeline, None))?;
+        self.perform(actions.map_err(|_| "a node was not fenced")?, usize::MAX, wal)?;
+        index_of(self.acceptor.flush_lsn()).ok_or("a node that is fenced tells an end inside of a record")
+    }
+
+    /// Loses power while it is fenced, before it tells; `None` if it can't that way.
+    pub fn crash_in_fence(
+        &mut self,
+        timeline: PgTimelineId,
+        crash: Crash,
+        wal: &Wal,
+    ) -> Result<Option<Option<AcceptorMessage>>, Broken> {
+        let actions = guarded(&mut self.acceptor, |acceptor| acceptor.fence(timeline, None))?;
+        self.crash_while_performing(actions.map_err(|_| "a node was not fenced")?, crash, wal)
+    }
+
     /// Notes that a candidate waits for the next flush.
     pub fn expect_flush(&mut self, candidate: usize, term: Term) {
         if !self.unacknowledged.iter().any(|(other, _)| *other == candidate) {
@@ -172,12 +196,15 @@ impl Node {
         self.unacknowledged.retain(|(other, _)| *other != candidate);
     }
 
-    /// The acknowledgements after a flush.
-    pub fn acknowledge(&mut self) -> Vec<(usize, AcceptorMessage)> {
+    /// The acknowledgements after a flush, to candidates that propose what `proposes` says.
+    pub fn acknowledge(&mut self, proposes: impl Fn(usize) -> Proposes) -> Vec<(usize, AcceptorMessage)> {
         let waiting = std::mem::take(&mut self.unacknowledged);
-        let response =
-            |term| self.acceptor.append_response(term, Default::default()).map(AcceptorMessage::AppendResponse);
-        waiting.into_iter().filter_map(|(session, term)| Some((session, response(term).ok()?))).collect()
+        let response = |session, term| {
+            // As the daemon: it may have been fenced off since it appended.
+            self.acceptor.check_fence(proposes(session))?;
+            self.acceptor.append_response(term, Default::default()).map(AcceptorMessage::AppendResponse)
+        };
+        waiting.into_iter().filter_map(|(session, term)| Some((session, response(session, term).ok()?))).collect()
     }
 
     /// The terms that a vote would show now.
@@ -249,6 +276,10 @@ impl Node {
         }
         if state.configuration.generation < self.control.configuration.generation {
             return Err("a generation went back");
+        }
+        let fenced = |state: &ControlState| state.stock.fence.map(|fence| fence.pg_timeline);
+        if fenced(&state) < fenced(&self.control) {
+            return Err("a fence went back");
         }
         self.control = state;
         Ok(())

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 
-use pgproto::walproposer::{Configuration, Member};
+use pgproto::walproposer::{Configuration, Member, Proposes};
 use pgproto::{Generation, NodeId, Term};
 use stateright::Property;
 
@@ -40,6 +40,16 @@ pub fn all() -> Vec<Property<Cluster>> {
         Property::always("28 what was acknowledged is durable", |_, state: &State| acknowledged_is_durable(state)),
         Property::always("D7 a commit that reaches the term start is saved", |_, state: &State| {
             commits_are_saved(state)
+        }),
+        Property::always(
+            "F1 who is fenced off commits nothing beyond the end that was told",
+            |cluster, state: &State| fenced_commit_no_more(cluster, state),
+        ),
+        Property::always("F2 the end found behind a fence is final", |cluster, state: &State| {
+            final_ends_are_final(cluster, state)
+        }),
+        Property::always("F3 who follows a leader elected behind a fence has it", |_, state: &State| {
+            followers_are_fenced(state)
         }),
         Property::always("24 no step breaks a promise", |_, state: &State| state.broken.is_none()),
     ]
@@ -203,5 +213,40 @@ fn acknowledged_is_durable(state: &State) -> bool {
             .present()
             .filter(|(_, node)| node.control().term == term)
             .all(|(index, node)| leader.acknowledged(index) <= node.durable_log().end())
+    })
+}
+
+/// A majority told where its logs end. Only what was acknowledged before that can be declared committed.
+fn fenced_commit_no_more(cluster: &Cluster, state: &State) -> bool {
+    state.candidates().enumerate().all(|(index, candidate)| {
+        let end = state.fenced_end(cluster.bounds.proposes(index));
+        end.is_none_or(|end| candidate.committed() <= end)
+    })
+}
+
+/// What an operator tells as the end below which every acknowledged commit is.
+fn final_ends_are_final(cluster: &Cluster, state: &State) -> bool {
+    let found = state.candidates().filter_map(|candidate| Some((candidate.behind_fence?, candidate.final_end?)));
+    found.into_iter().all(|(fence, end)| {
+        state.candidates().enumerate().all(|(index, candidate)| {
+            let fenced_off = match cluster.bounds.proposes(index) {
+                Proposes::Nothing => false,
+                Proposes::Untold => true,
+                Proposes::WalOf(primary) => primary <= fence,
+            };
+            !fenced_off || candidate.committed() <= end
+        })
+    })
+}
+
+/// Also those that were away when the fence was set: else nodes that lose their disks, one after the other, would lift it.
+fn followers_are_fenced(state: &State) -> bool {
+    state.leaders().all(|(leader, term)| {
+        let follows = |node: &Node| node.control().term == term && node.control().term_history.last_term() == term;
+        let mut followers = state.present().filter(|(_, node)| follows(node));
+        followers.all(|(_, node)| {
+            let fence = node.control().stock.fence.map(|fence| fence.pg_timeline);
+            fence >= leader.behind_fence
+        })
     })
 }

@@ -7,8 +7,8 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
-use pgproto::Term;
-use pgproto::walproposer::Configuration;
+use pgproto::walproposer::{Configuration, Proposes};
+use pgproto::{PgTimelineId, Term};
 
 use super::candidate::Candidate;
 use super::node::{Broken, Node};
@@ -19,20 +19,24 @@ use super::wal::{Log, MAX_RECORDS};
 pub struct NodeCell {
     /// `None` as long as it has no copy of the timeline.
     pub node: Option<Node>,
+    /// Which Postgres timelines it told the operator that it has fenced off, in this order, and how many records it had then.
+    pub fenced: Vec<(PgTimelineId, usize)>,
     fingerprint: u64,
 }
 
 impl NodeCell {
     /// With its fingerprint.
     pub fn new(node: Option<Node>) -> Self {
-        let mut cell = Self { node, fingerprint: 0 };
+        let mut cell = Self { node, fenced: Vec::new(), fingerprint: 0 };
         cell.refresh();
         cell
     }
 
     /// Computes the fingerprint after changes.
     pub fn refresh(&mut self) {
-        self.fingerprint = self.node.as_ref().map_or(0, Node::fingerprint);
+        let mut hasher = DefaultHasher::new();
+        (self.node.as_ref().map(Node::fingerprint), &self.fenced).hash(&mut hasher);
+        self.fingerprint = hasher.finish();
     }
 }
 
@@ -146,6 +150,21 @@ impl State {
     /// All candidates.
     pub fn candidates(&self) -> impl Iterator<Item = &Candidate> {
         self.candidates.iter().map(|cell| &cell.candidate)
+    }
+
+    /// Where the log ends for good for whoever proposes this, as a majority told: `None` as long as no majority has fenced that off.
+    pub fn fenced_end(&self, proposes: Proposes) -> Option<usize> {
+        // Written apart from the code under test.
+        let concerns = |timeline: PgTimelineId| match proposes {
+            Proposes::Nothing => false,
+            Proposes::Untold => true,
+            Proposes::WalOf(primary) => primary <= timeline,
+        };
+        let told = |cell: &NodeCell| cell.fenced.iter().find(|(timeline, _)| concerns(*timeline)).map(|(_, end)| *end);
+        let mut ends: Vec<usize> = self.nodes.iter().filter_map(|cell| told(cell)).collect();
+        ends.sort_unstable();
+        // Each majority's highest end is one. This is the lowest of those.
+        ends.get(self.nodes.len() / 2).copied()
     }
 
     /// The candidates that lead, as far as they know, and the terms they lead in.

@@ -1,9 +1,9 @@
 //! What may happen next.
 //!
 //! Steps that turn out impossible (a crash after more actions than there are) are offered all the same and dropped when
-//! tried. Candidates are alike until they start, so they start in order.
+//! tried. Candidates are alike until they start, or the bounds say what each of them proposes, so they start in order.
 
-use pgproto::walproposer::ProposerMessage;
+use pgproto::walproposer::{ProposerMessage, Proposes};
 use safekeeper::consensus::proposer::{PeerIndex, PeerState};
 
 use super::Cluster;
@@ -74,6 +74,10 @@ pub enum Step {
     CrashInFlush { node: usize, crash: Crash },
     /// Somebody raises the term of a node above all others.
     BumpTerm { node: usize },
+    /// An operator fences off one of the bounds' Postgres timelines on a node.
+    Fence { node: usize, fence: usize },
+    /// A node loses power while it is fenced.
+    CrashInFence { node: usize, fence: usize, crash: Crash },
     /// A membership change begins.
     Join,
     /// A new member copies the timeline from another node.
@@ -225,6 +229,17 @@ impl Cluster {
         }
         if state.budget.bumps > 0 {
             steps.push(Step::BumpTerm { node: index });
+        }
+        for (fence, timeline) in self.bounds.fences.iter().enumerate() {
+            // An operator asks until a majority has told; more than that would only be safer.
+            let told = state.nodes[index].fenced.iter().any(|(told, _)| told == timeline);
+            if told || state.fenced_end(Proposes::WalOf(*timeline)).is_some() {
+                continue;
+            }
+            steps.push(Step::Fence { node: index, fence });
+            if state.budget.crashes > 0 {
+                crashes(node, |crash| steps.push(Step::CrashInFence { node: index, fence, crash }));
+            }
         }
     }
 }

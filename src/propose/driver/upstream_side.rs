@@ -48,7 +48,7 @@ impl Driver {
             start,
             begin: self.proposer.log_start().unwrap_or(start),
             segment_size: self.facts.server.wal_seg_size,
-            received: self.buffer.last_pieces(witness::DEPTH),
+            received: witness::last_received(&self.buffer),
             holder: address.map(|address| (address, self.facts.ttid, self.proposer.term())),
         }
     }

@@ -209,7 +209,7 @@ impl Read for DiskReader {
 
 /// The part of a segment file that is WAL for certain: whole records with the right checksums, one behind the other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Proven {
+pub(crate) struct Proven {
     /// Where it begins: the start of the segment, or behind the record that began before it.
     pub from: Lsn,
     /// Where it ends: the end of a record, at most that of the segment.
@@ -220,7 +220,7 @@ pub(super) struct Proven {
 
 /// Finds out how much of `source` is WAL. `scanner` stands at the begin of the source, the start of a segment, with what came
 /// before it behind it, or fresh. It ends where the source does, or in an error.
-pub(super) fn prove(source: &mut dyn Read, scanner: &mut RecordScanner, size: SegmentSize) -> Proven {
+pub(crate) fn prove(source: &mut dyn Read, scanner: &mut RecordScanner, size: SegmentSize) -> Proven {
     let start = scanner.position();
     let end = SegmentNumber::containing(start, size).end(size);
     let mut page = [0; PAGE];

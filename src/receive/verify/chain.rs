@@ -1,5 +1,6 @@
 //! Walks over the segments, one after the other.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::io::{self, Read};
 use std::path::Path;
@@ -69,6 +70,7 @@ impl<'a> Chain<'a> {
                 self.missing(expected, *number);
             }
             expected = number.next();
+            let files = self.furthest_first(*number, files);
             let Some((file, others)) = files.split_first() else { continue };
             progress(&Progress { file: file.name(), done: self.report.segments, total });
             self.report.segments += 1;
@@ -82,12 +84,33 @@ impl<'a> Chain<'a> {
                 is_last: number == last,
             };
             self.segment(*number, &task);
+            // What is behind that in a file which isn't whole may never have been written.
+            let comparable_to = if file.whole { Lsn::MAX } else { self.scanner.last_record_end() };
             for other in others {
-                self.compare(&task, other);
+                self.compare(&task, other, comparable_to);
             }
         }
         self.report.divide(self.ancestry);
         Ok(self.report)
+    }
+
+    /// The files of a segment; if the best is one of several that aren't whole, as when a receiver was told to compress from now on,
+    /// that which holds most comes first.
+    fn furthest_first(&self, number: SegmentNumber, files: &[ArchiveFile]) -> Vec<ArchiveFile> {
+        let size = self.facts.segment_size;
+        let proven_end = |file: &ArchiveFile| {
+            let opened = archive::open(self.disk, self.dir, file);
+            let mut scanner = fresh(number.start(size), self.facts);
+            opened.map_or(Lsn::INVALID, |mut source| archive::prove(&mut *source, &mut scanner, size).to)
+        };
+        let mut files = files.to_vec();
+        let begun =
+            |file: &&ArchiveFile| !file.whole && files.first().is_some_and(|best| best.timeline == file.timeline);
+        let count = files.iter().take_while(begun).count();
+        if let Some(several) = files.get_mut(..count).filter(|several| several.len() > 1) {
+            several.sort_by_cached_key(|file| Reverse(proven_end(file)));
+        }
+        files
     }
 
     fn missing(&mut self, from: SegmentNumber, next: SegmentNumber) {
@@ -287,8 +310,8 @@ impl<'a> Chain<'a> {
         true
     }
 
-    /// Compares another file of the same segment with the one that was checked.
-    fn compare(&mut self, task: &Task<'_>, other: &ArchiveFile) {
+    /// Compares another file of the same segment with the one that was checked, below `comparable_to`.
+    fn compare(&mut self, task: &Task<'_>, other: &ArchiveFile, comparable_to: Lsn) {
         self.report.files += 1;
         let until = self.ancestry.successor(other.timeline).map_or(Lsn::MAX, |next| next.begin);
         let compared = archive::open(self.disk, self.dir, task.file)
@@ -299,7 +322,7 @@ impl<'a> Chain<'a> {
             Err(error) => (None, task.start, Some(error)),
         };
         // Of a partial file only what is certainly WAL counts.
-        if let Some(at) = difference.filter(|at| other.whole || *at < certain) {
+        if let Some(at) = difference.filter(|at| *at < comparable_to && (other.whole || *at < certain)) {
             let what = format!("differs from {}", task.name);
             self.report.found(other.name(), Some(at), Kind::Differs, what);
         } else if let Some(error) = failed.filter(|_| other.whole) {

@@ -265,6 +265,32 @@ fn files_of_one_segment_must_agree_as_far_as_they_are_of_one_timeline() {
     assert!(found(&disk).iter().any(|(kind, _)| *kind == Kind::WrongLength));
 }
 
+/// As when a receiver that was killed goes on with another method.
+#[test]
+fn a_segment_that_was_begun_twice_is_proven_as_far_as_one_of_the_files_goes() {
+    let (begun, wal) = archive("none");
+    let mut longer = wal.clone();
+    longer.record(5000, 77);
+    for method in ["gzip", "lz4", "zstd"] {
+        let disk = begun.fork();
+        receive(&disk, method, &longer, longer.position()).unwrap();
+        let report = check(&disk);
+        assert!(report.ok && report.files == 4, "{method}: {report}");
+        assert_eq!(report.end, longer.position(), "{method}");
+    }
+    // A new timeline's file that was only just made has less than the old one's.
+    let (disk, _, end) = two_timelines();
+    disk.remove_file(&path("000000020000000000000005.partial")).unwrap();
+    disk.remove_file(&path("000000020000000000000004")).unwrap();
+    let mut old = Vec::new();
+    let name = ArchiveFile::parse("000000010000000000000004.partial").unwrap();
+    archive::open(&disk, Path::new(DIR), &name).unwrap().read_to_end(&mut old).unwrap();
+    old[8192 * 3..].fill(0);
+    put(&disk, "000000020000000000000004.partial", &old);
+    let report = check(&disk);
+    assert!(report.ok && report.end < end, "{report}");
+}
+
 #[test]
 fn lengths_names_and_clusters() {
     let (disk, _) = archive("none");

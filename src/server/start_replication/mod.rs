@@ -32,7 +32,7 @@ use tokio::time::Instant;
 
 use self::habits::Habits;
 use self::pg_timeline::Course;
-use self::stream::{Ended, Stream};
+use self::stream::{Ended, Stream, Turn};
 use super::interrupt::Interrupt;
 use super::session::Session;
 use super::slots;
@@ -76,7 +76,7 @@ pub(super) async fn run(session: &mut Session, request: StartReplication) -> Res
         last_sent: now,
         asked: false,
         keepalive: None,
-        rest_until: now,
+        turn: Turn::Due(now),
         finishing: house.shutdown.finishing(),
         until: None,
     };

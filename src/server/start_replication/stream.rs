@@ -3,11 +3,10 @@
 //! A piece of WAL at a time is read and goes out in as few writes as the socket takes, cut into messages. A reader that takes
 //! nothing holds one such piece of [`crate::storage::PIECE_SIZE`] bytes until it is taken for dead.
 //!
-//! Many readers at the end of a timeline rest after each message they got: the CPU that it takes to wake them all and to write
-//! to each of them is bounded, however fast commits come.
+//! Readers at the end of a timeline take turns ([`crate::timeline::turns`]); who is behind is sent what it takes.
 
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use pgproto::Lsn;
 use pgproto::backend::{ErrorFields, SqlState};
@@ -40,13 +39,14 @@ pub(super) enum Ended {
     Stopped,
 }
 
-/// As many readers of a timeline are told of each commit at once.
-const READERS_WITHOUT_REST: u32 = 3;
-/// What it costs to wake a reader and to write to its socket is less than a fifth of this. So all readers of a timeline together
-/// never take more than about a fifth of a CPU, however many they are and however fast commits come.
-const REST_PER_READER: Duration = Duration::from_micros(50);
-/// There is no timer for shorter ones.
-const SHORTEST_REST: Duration = Duration::from_millis(1);
+/// When a reader may be sent WAL.
+#[derive(Clone, Copy)]
+pub(super) enum Turn {
+    /// From this moment on.
+    Due(Instant),
+    /// It has everything. Once there is more, it takes a turn with all others that have.
+    ToBeTaken,
+}
 
 /// One reader's stream.
 pub(super) struct Stream<'a> {
@@ -68,8 +68,8 @@ pub(super) struct Stream<'a> {
     pub(super) asked: bool,
     /// A keepalive to be sent next, and whether it asks for a reply.
     pub(super) keepalive: Option<bool>,
-    /// No WAL is sent before.
-    pub(super) rest_until: Instant,
+    /// When WAL is sent.
+    pub(super) turn: Turn,
     /// Cancelled when the server stops.
     pub(super) finishing: &'a CancellationToken,
     /// Where the stream ends then: what was committed at that moment.
@@ -79,9 +79,10 @@ pub(super) struct Stream<'a> {
 impl Stream<'_> {
     /// Returns when the reader ended the stream, or its Postgres timeline ended.
     pub(super) async fn run(&mut self) -> Result<Ended, Interrupt> {
+        let finishing = self.finishing;
+        let mut finishing = pin!(finishing.cancelled());
         loop {
-            let resting = Instant::now() < self.rest_until;
-            if self.writer.is_empty() && (!resting || self.keepalive.is_some()) {
+            if self.writer.is_empty() && (self.may_send() || self.keepalive.is_some()) {
                 if self.horizon.next_pg_timeline(self.at).is_some() {
                     return Ok(Ended::PgTimeline);
                 }
@@ -92,6 +93,10 @@ impl Stream<'_> {
             }
             let idle = self.writer.is_empty();
             let deadline = self.deadline(idle);
+            let turn = match self.turn {
+                Turn::Due(at) if idle => Some(at),
+                _ => None,
+            };
             tokio::select! {
                 frame = self.reader.next(MAX_COMMAND_BODY) => {
                     if self.hear(FrontendMessage::decode(frame?)?)? {
@@ -99,14 +104,25 @@ impl Stream<'_> {
                     }
                 }
                 sent = self.writer.write_some(), if !idle => sent?,
-                moved = self.horizon.changed(), if idle && !resting => moved?,
-                () = self.finishing.cancelled(), if self.until.is_none() => {
+                moved = self.horizon.changed(), if idle && turn.is_none() => moved?,
+                () = &mut finishing, if self.until.is_none() => {
                     self.until = Some(self.timeline.progress().commit_lsn);
-                    self.rest_until = Instant::now();
+                    self.turn = Turn::Due(Instant::now());
                 }
-                () = sleep_until(self.rest_until), if idle && resting => {}
-                () = sleep_until(deadline) => self.on_time()?,
+                () = sleep_until(turn.map_or(deadline, |turn| turn.min(deadline))) => {
+                    if deadline <= Instant::now() {
+                        self.on_time()?;
+                    }
+                }
             }
+        }
+    }
+
+    /// Whether its turn has come, or is still to be taken.
+    fn may_send(&self) -> bool {
+        match self.turn {
+            Turn::Due(at) => at <= Instant::now(),
+            Turn::ToBeTaken => true,
         }
     }
 
@@ -132,7 +148,14 @@ impl Stream<'_> {
             return Ok(());
         }
         if self.at >= end {
+            self.turn = Turn::ToBeTaken;
             return self.horizon.check_caught_up();
+        }
+        if let Turn::ToBeTaken = self.turn {
+            self.turn = Turn::Due(self.timeline.turns().take(Instant::now()));
+            if !self.may_send() {
+                return Ok(());
+            }
         }
         let mut piece = self.feed.read(self.at, end).await.map_err(|error| match error {
             ReadError::SegmentMissing { segment } => removed(&segment),
@@ -156,17 +179,10 @@ impl Stream<'_> {
             self.last_heard = self.last_sent;
         }
         if next == end {
-            self.rest();
+            self.turn = self.timeline.turns().reserve(self.last_sent).map_or(Turn::ToBeTaken, Turn::Due);
+            self.writer.write_now()?;
         }
         Ok(())
-    }
-
-    /// Everything was sent: what comes within the next moments goes into one message.
-    fn rest(&mut self) {
-        let companions = u32::try_from(self.feed.companions()).unwrap_or(u32::MAX);
-        if companions > READERS_WITHOUT_REST {
-            self.rest_until = self.last_sent + REST_PER_READER.saturating_mul(companions).max(SHORTEST_REST);
-        }
     }
 
     /// When something is due although nothing happens.

@@ -214,6 +214,31 @@ async fn readers_at_the_end_are_served_from_memory() {
     server.stop().await;
 }
 
+/// They take turns, and several commits come in one message; nothing is left out, and nobody is forgotten.
+#[tokio::test]
+async fn a_crowd_at_the_end_gets_everything() {
+    let (server, mut log, mut leader) = server_with_wal(ServerConfig::default(), 3).await;
+    let behind = log.position();
+    let mut readers = Vec::new();
+    for _ in 0..60 {
+        let mut reader = server.reader().await;
+        reader.start_replication(&behind.to_string()).await;
+        readers.push(reader);
+    }
+    for round in 0..3 {
+        let begin = log.position();
+        for _ in 0..20 {
+            let at = log.position();
+            log.record(300, round);
+            leader.commit(1, at, &log.since(at)).await;
+        }
+        for reader in &mut readers {
+            assert_eq!(reader.wal(begin, log.since(begin).len()).await, log.since(begin));
+        }
+    }
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_reader_that_answers_is_kept() {
     let (server, log, _leader) = server_with_wal(impatient(), 1).await;

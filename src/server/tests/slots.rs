@@ -9,6 +9,7 @@ use pgproto::{HostPort, Lsn, NodeId};
 use tokio::net::TcpListener;
 
 use super::harness::{Pusher, START, TestClient, TestServer, options, server_with_wal, ttid, write_wal};
+use crate::clock;
 use crate::peers::PeerOptions;
 use crate::peers::exchange::TimelineMembers;
 use crate::server::ServerConfig;
@@ -133,6 +134,24 @@ async fn one_connection_uses_a_slot_and_moves_it() {
     user.until_ready().await;
     assert_eq!(other.until_ready().await.len(), 1, "as soon as nobody uses it");
     user.refused(&format!("START_REPLICATION SLOT s {START}"), SqlState::UNDEFINED_OBJECT).await;
+    server.stop().await;
+}
+
+#[tokio::test]
+async fn a_slot_that_was_just_used_is_not_said_to_be_old() {
+    let (server, log, _leader) = server_with_wal(ServerConfig::default(), 20).await;
+    let mut user = server.reader().await;
+    user.row("CREATE_REPLICATION_SLOT s PHYSICAL RESERVE_WAL").await;
+    let timeline = server.timeline();
+    let made_at = timeline.slots().durable().get("s").unwrap().used_at;
+    eventually("the clock goes on", async || clock::unix_seconds() > made_at + 1).await;
+    user.start_replication(&format!("SLOT s {START} TIMELINE 1")).await;
+    user.wal(START, log.since(START).len()).await;
+    report(&mut user, log.position()).await;
+    let slot = |owner: &HoldOwner| *owner == HoldOwner::Slot("s".to_owned());
+    let hold = timeline.holds().into_iter().find(|hold| slot(&hold.owner)).unwrap();
+    let used_at = clock::unix_seconds() - hold.age.unwrap().as_secs();
+    assert!(used_at > made_at, "the position that is on disk is from {made_at}");
     server.stop().await;
 }
 

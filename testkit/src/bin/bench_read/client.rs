@@ -10,9 +10,12 @@ use pgproto::frame;
 use pgproto::frontend;
 use pgproto::lsn::Lsn;
 use pgproto::startup::StartupMessage;
+use rustix::net::sockopt::set_socket_recv_buffer_size;
 
 /// Bytes taken from the socket at a time.
 const BUFFER: usize = 256 * 1024;
+/// What a socket may hold that isn't emptied at once, if the kernel allows that much.
+const HELD_BY_SOCKET: usize = 1 << 20;
 /// In front of the WAL of a message: tag, length, and the header of XLogData.
 const HEADER: usize = 5 + 25;
 /// No answer for this long is a failure.
@@ -95,8 +98,10 @@ impl Client {
         Ok(())
     }
 
-    /// From now on [`Self::drain`] doesn't wait.
+    /// From now on [`Self::drain`] doesn't wait, and the socket holds what comes meanwhile: with a full one, the server's kernel
+    /// would have to send on when it is emptied.
     pub fn dont_wait(&mut self) -> Result<()> {
+        set_socket_recv_buffer_size(&self.socket, HELD_BY_SOCKET)?;
         Ok(self.socket.set_nonblocking(true)?)
     }
 
