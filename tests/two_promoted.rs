@@ -67,8 +67,10 @@ fn the_wal_of_another_server_promoted_from_the_same_point_is_not_taken_for_the_l
         let switched = lose(&cluster, &mut one, &mut walproposer)?;
         write_alone(&other, "2")?;
         other.sql()?.run("SELECT pg_switch_wal()")?;
-        write_alone(&other, "3")?;
-        ensure!(other.flush_lsn()? > switched, "the other has WAL that goes on there");
+        // The log may go a little beyond the switch.
+        while other.flush_lsn()? <= switched {
+            write_alone(&other, "3")?;
+        }
         is_refused(scratch, &cluster, "walproposer-of-other", &other, switched)?;
 
         // The one that was followed goes on, also from the begin of a segment; and the other is no better in the middle of one.
