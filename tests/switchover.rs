@@ -5,6 +5,7 @@ use std::fs::File;
 
 use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use testkit::{
     Binaries, Cluster, ClusterOptions, Ledger, Postgres, Proposing, Scratch, StopMode, Tool, Walproposer, is_refused,
@@ -262,6 +263,33 @@ fn a_promotion_that_takes_long_is_not_said_to_have_failed() {
         let (code, json) = switch_over(scratch, &cluster, &new, &[])?.end_json()?;
         ensure!(code == 0 && json["result"]["pg_timeline"] == 2, "{code}: {json:#}");
         new.sql()?.run("INSERT INTO t SELECT 1001")
+    });
+}
+
+/// It was looked for once, before a checkpoint that may take minutes. Then the primary was stopped without one, and nothing could
+/// be proven.
+#[test]
+fn a_primary_whose_proposer_left_meanwhile_is_not_stopped() {
+    scenario("switchover-left", |scratch| {
+        let (cluster, new, mut walproposer) = start(scratch)?;
+        let mut sql = cluster.primary.sql()?;
+        let checkpointer = sql.value("SELECT pid FROM pg_stat_activity WHERE backend_type = 'checkpointer'")?;
+        let checkpointer = Pid::from_raw(checkpointer.parse()?).context("a pid")?;
+        kill_process(checkpointer, Signal::STOP)?;
+        let stopped = scratch.path().join("was-stopped");
+        let never = format!("touch {}", stopped.display());
+        let mut switchover = switch_over(scratch, &cluster, &new, &["--stop", &never])?;
+        wait_for(secs(60), "the checkpoint to be asked for", || {
+            ensure!(!switchover.has_ended()?, "it has ended");
+            let asked = sql.value("SELECT count(*) FROM pg_stat_activity WHERE query = 'CHECKPOINT'")?;
+            ensure!(asked == "1", "{asked}");
+            Ok(())
+        })?;
+        walproposer.stop()?;
+        kill_process(checkpointer, Signal::CONT)?;
+        is_refused(&switchover.end_json()?, 3, &["no proposer called", "Nothing was changed"])?;
+        ensure!(!stopped.exists(), "the stop command was run");
+        Ok(())
     });
 }
 

@@ -1,8 +1,11 @@
 //! What must be so before a switchover changes anything.
 
-use pgproto::PgTimelineId;
+use std::time::Duration;
 
-use super::{Switchover, SwitchoverError};
+use pgproto::PgTimelineId;
+use tokio::time::{Instant, sleep};
+
+use super::{INTERVAL, Switchover, SwitchoverError};
 use crate::operate::failover::names;
 use crate::operate::quorum::{self, Survey};
 use crate::operate::server::{Server, ServerError, ServerState, literal};
@@ -11,6 +14,9 @@ use crate::propose::checks::{self, Finding, PrimarySettings};
 /// Committed WAL that the new primary may lack when the switchover begins: it replays that in a second or two, while
 /// commits pause.
 const MAX_LAG: u64 = 16 << 20;
+
+/// How long a proposer may be away right before the old primary is stopped: another leader takes over in less.
+const PROPOSER_LIMIT: Duration = Duration::from_secs(5);
 
 /// What was found before anything was changed.
 pub(super) struct Checked {
@@ -83,6 +89,20 @@ async fn check_primary(
         Some(trouble) => Err(SwitchoverError::Unfit(format!("{name}: {trouble}"))),
         None => Ok(()),
     }
+}
+
+/// The old primary is followed still, or again in a moment: without a proposer its shutdown checkpoint would not get to the
+/// safekeepers, and commits would pause until it is started again.
+pub(super) async fn check_proposer(switchover: &mut Switchover<'_>) -> Result<(), SwitchoverError> {
+    let Switchover { from, options, .. } = switchover;
+    let until = Instant::now() + PROPOSER_LIMIT;
+    while let Some(trouble) = proposer_trouble(from, &options.application_name).await.map_err(unfit)? {
+        if Instant::now() >= until {
+            return Err(SwitchoverError::Unfit(format!("{}: {trouble}", from.name())));
+        }
+        sleep(INTERVAL).await;
+    }
+    Ok(())
 }
 
 /// The new primary follows closely, and its commits will wait for the safekeepers.
@@ -175,7 +195,7 @@ pub(super) async fn proposer_trouble(
          ORDER BY state = 'streaming' AND sync_state IN ('sync', 'quorum') DESC LIMIT 1",
         literal(application_name)
     );
-    let rows = server.rows_within(&sql, std::time::Duration::from_secs(5)).await?;
+    let rows = server.rows_within(&sql, Duration::from_secs(5)).await?;
     let Some(row) = rows.first() else {
         return Ok(Some(format!("no proposer called \"{application_name}\" is connected")));
     };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! check       both servers, the proposer and the safekeepers are as they should be; nothing is changed
-//! checkpoint  on the old primary, so that its shutdown has little to write
+//! checkpoint  on the old primary, so that its shutdown has little to write; its proposer is there still
 //! stop        cleanly: it waits until the safekeepers have its shutdown checkpoint       <- commits pause
 //! proof       the last record that the safekeepers have committed is that checkpoint
 //! fence       the old primary gets no acknowledgements, whoever starts it
@@ -226,6 +226,7 @@ pub async fn run(options: &SwitchoverOptions, steps: &Steps) -> Result<SwitchedO
     if !promoted {
         if from_runs {
             switchover.checkpoint().await;
+            checks::check_proposer(&mut switchover).await?;
             paused_at = Some(Instant::now());
             switchover.stop().await?;
         }
