@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use pgproto::Lsn;
 use serde_json::Value;
 use testkit::{
-    Binaries, Cluster, ClusterOptions, Ledger, Postgres, Safekeeper, Scratch, is_refused, scenario, secs, wait_for,
+    Binaries, Cluster, ClusterOptions, Ledger, Place, Postgres, Safekeeper, Scratch, is_refused, scenario, secs,
+    wait_for,
 };
 
 fn binaries() -> Binaries {
@@ -114,6 +115,31 @@ fn a_primary_that_still_runs_acknowledges_nothing_that_is_not_on_the_next_one() 
         Ledger::verify(&ledger.finish(secs(60))?, &new)?;
         ensure!(follower.sql()?.value("SELECT count(*) FROM after_the_failover")? == "2");
         Ok(())
+    });
+}
+
+/// One that was just started knows of another no more than the address that it was given. If that is not how it is named to
+/// `safekeeperctl`, there seemed to be one more, and a failover was refused.
+#[test]
+fn a_member_that_another_one_knows_by_address_alone_is_waited_for() {
+    scenario("failover-names", |scratch| {
+        let options = ClusterOptions { proxied: true, ..ClusterOptions::default() };
+        let mut cluster = Cluster::start(scratch, &binaries(), &options)?;
+        let new = cluster.add_standby(scratch, "standby")?;
+        cluster.primary.kill9()?;
+        cluster.safekeeper(0)?.kill()?;
+        cluster.network.separate(Place::Member(0), Place::Member(2));
+        cluster.safekeeper(0)?.start()?;
+        let mut prepare = cluster.ctl(scratch, &["failover", "prepare", "--standby", &new.conninfo()])?;
+        wait_for(secs(60), "the preparation to wait", || {
+            let said = std::fs::read_to_string(scratch.log("safekeeperctl"))?;
+            ensure!(prepare.has_ended()? || said.contains("one of them by another name"), "{said}");
+            Ok(())
+        })?;
+        cluster.network.heal();
+        let (code, json) = prepare.end_json()?;
+        ensure!(code == 0, "{code}: {json:#}");
+        new.promote()
     });
 }
 

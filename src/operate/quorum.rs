@@ -29,6 +29,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// is dead.
 const GRACE: Duration = Duration::from_millis(500);
 
+/// How long the safekeepers may take to find out who is at an address that they were given and that was not named: one that was
+/// just started knows no more than the address. More than the longest pause between their attempts.
+const ACQUAINTANCE: Duration = Duration::from_secs(8);
+
 /// Pause before all are asked again.
 const RETRY_PAUSE: Duration = Duration::from_millis(300);
 
@@ -134,6 +138,9 @@ pub enum SurveyError {
     Incomplete {
         /// Members known to those that answered.
         known: usize,
+        /// They are that many. Otherwise one of them may be one of those given: somebody who was never reached is known by an
+        /// address alone.
+        certain: bool,
         /// Addresses given.
         given: usize,
         /// Members that seem to be missing.
@@ -159,6 +166,7 @@ pub async fn survey(
     on_retry: impl Fn(String),
 ) -> Result<Survey, SurveyError> {
     let needed = majority(safekeepers.len());
+    let acquainted = deadline.min(Instant::now() + ACQUAINTANCE);
     let mut told = String::new();
     loop {
         let asked = ask_all(safekeepers, ANSWER_LIMIT, |address| look(address, ttid)).await;
@@ -177,23 +185,29 @@ pub async fn survey(
                 }
             }
         }
-        if members.len() >= needed {
-            return check(safekeepers, ttid, members, silent);
-        }
-        if let (true, Some(reason)) = (members.is_empty(), unnamed) {
-            return Err(SurveyError::Unnamed(reason));
-        }
-        if empty >= needed {
-            return Err(SurveyError::Empty(ttid.map_or_else(|| "(not named)".to_owned(), |ttid| ttid.to_string())));
-        }
-        let reasons = listed(&silent);
-        if Instant::now() + RETRY_PAUSE >= deadline {
-            let (answered, total) = (members.len(), safekeepers.len());
-            return Err(SurveyError::NoMajority { answered, total, needed, reasons });
-        }
-        if reasons != told {
-            on_retry(format!("{} of {} answer, waiting for {needed}. {reasons}", members.len(), safekeepers.len()));
-            told = reasons;
+        let reason = if members.len() >= needed {
+            match check(safekeepers, ttid, members, silent) {
+                Err(SurveyError::Incomplete { certain: false, missing, .. }) if Instant::now() < acquainted => {
+                    format!("waiting until the safekeepers know whether {missing} is one of them by another name")
+                }
+                checked => return checked,
+            }
+        } else {
+            if let (true, Some(reason)) = (members.is_empty(), unnamed) {
+                return Err(SurveyError::Unnamed(reason));
+            }
+            if empty >= needed {
+                return Err(SurveyError::Empty(ttid.map_or_else(|| "(not named)".to_owned(), |ttid| ttid.to_string())));
+            }
+            let (answered, total, reasons) = (members.len(), safekeepers.len(), listed(&silent));
+            if Instant::now() + RETRY_PAUSE >= deadline {
+                return Err(SurveyError::NoMajority { answered, total, needed, reasons });
+            }
+            format!("{answered} of {total} answer, waiting for {needed}. {reasons}")
+        };
+        if reason != told {
+            on_retry(reason.clone());
+            told = reason;
         }
         sleep(RETRY_PAUSE).await;
     }
@@ -231,7 +245,8 @@ fn check_complete(safekeepers: &[HostPort], members: &[Member]) -> Result<(), Su
     let reached: BTreeSet<_> = others().filter(|(id, _)| id.is_some()).map(|(_, address)| address).collect();
     let never: BTreeSet<_> = others().filter(|(id, _)| id.is_none()).map(|(_, address)| address).collect();
     let never = never.into_iter().filter(|at| !reached.contains(at) && !safekeepers.contains(at)).count();
-    let known = ids.union(&others_ids).count() + never;
+    let distinct = ids.union(&others_ids).count();
+    let known = distinct + never;
     if known <= safekeepers.len() {
         return Ok(());
     }
@@ -239,7 +254,7 @@ fn check_complete(safekeepers: &[HostPort], members: &[Member]) -> Result<(), Su
         others().filter(|(id, address)| id.is_none_or(|id| !ids.contains(&id)) && !safekeepers.contains(address));
     let missing: BTreeSet<_> = strange.map(|(_, address)| address.to_string()).collect();
     let missing = missing.into_iter().collect::<Vec<_>>().join(", ");
-    Err(SurveyError::Incomplete { known, given: safekeepers.len(), missing })
+    Err(SurveyError::Incomplete { known, certain: distinct > safekeepers.len(), given: safekeepers.len(), missing })
 }
 
 /// Why a safekeeper doesn't say what it has.
@@ -482,6 +497,14 @@ mod tests {
         // Nobody has reached the third since they were started.
         let one = member(1, &[(Some(2), "sk2:1"), (None, "sk3:1")]);
         assert!(complete(&["sk1:1", "sk2:1"], std::slice::from_ref(&one)).is_err());
+        let certain = |given: &[&str]| {
+            let given: Vec<_> = given.iter().map(|at| at.parse().unwrap()).collect();
+            match check_complete(&given, std::slice::from_ref(&one)) {
+                Err(SurveyError::Incomplete { certain, .. }) => certain,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(!certain(&["sk1:1", "sk2:1"]) && certain(&["sk1:1"]), "of sk3 nothing is known but an address");
         // One that was never reached by one of them was by another, or answers itself, also under another name.
         let two = member(2, &[(None, "sk1:1"), (Some(3), "sk3:1")]);
         assert_eq!(complete(&three, &[one.clone(), two]), Ok(()));

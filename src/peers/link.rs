@@ -216,7 +216,13 @@ impl Task {
             *here.contact.lock() = self.contact.clone();
             let own =
                 self.contact.sender.as_ref().is_some_and(|sender| sender.node_id == self.peers.registry.node_id());
-            next = Instant::now() + if own { OWN_INTERVAL } else { TELL_INTERVAL };
+            let again = match self.contact.failure {
+                // Not before: a connection that just broke may be had again at once.
+                Some(_) => self.backoff.wait(std::time::Instant::now()),
+                None if own => OWN_INTERVAL,
+                None => TELL_INTERVAL,
+            };
+            next = Instant::now() + again;
         }
     }
 
