@@ -130,6 +130,7 @@ fn play(world: &mut World, random: &mut Random, kind: Kind, number: &str) -> Res
     let outcome = outcome.and_then(|()| world.ledger.wait_progress(RECOVERY, 20).context("commits afterwards"));
     // Whoever was struck is of use again; the next may strike another one.
     let outcome = outcome.and_then(|()| world.cluster.wait_committed(world.cluster.primary.flush_lsn()?));
+    let outcome = outcome.and_then(|()| world.cluster.wait_acquainted());
     // What is lost says more than that something else didn't happen because of it.
     outcome.map_err(|error| match world.ledger.check(&world.cluster.primary) {
         Ok(tally) => error.context(format!("{name}, nothing is lost ({tally:?})")),

@@ -52,6 +52,7 @@ impl World<'_> {
         let standby = cluster.add_standby(scratch, "standby")?;
         let ledger = Ledger::start(&cluster.primary, WRITERS)?;
         ledger.attach(&standby, WRITERS);
+        cluster.wait_acquainted()?;
         let started = std::time::Instant::now();
         Ok(World { scratch, cluster, standby, primary_place: 0, ledger, proposing, started })
     }

@@ -270,6 +270,24 @@ impl Cluster {
         Ok(())
     }
 
+    /// Waits until every safekeeper knows who is at each of the addresses that it was given. Behind proxies it knows the others by
+    /// other addresses than everybody else.
+    ///
+    /// # Errors
+    /// When one doesn't in time.
+    pub fn wait_acquainted(&self) -> Result<()> {
+        for safekeeper in &self.safekeepers {
+            wait_for(SETTLE_DEADLINE, &format!("safekeeper {} to know the others", safekeeper.id()), || {
+                let status = self.status(safekeeper)?;
+                let members = status.get("members").and_then(|members| members.as_array()).context("members")?;
+                let known = |member: &serde_json::Value| member.get("node_id").is_some_and(serde_json::Value::is_u64);
+                ensure!(members.len() == self.safekeepers.len() && members.iter().all(known), "{members:?}");
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     /// Waits until `standby` has replayed all WAL below `lsn`.
     ///
     /// # Errors
